@@ -95,6 +95,7 @@ def load(
     tensors: TensorFolder | MemoryTensors
     if path.is_file():
         converted = convert_once(path, name, on_progress)
+        notes += converted.notes
         if converted.folder is None:
             assert converted.tensors is not None
             assert converted.tokenizer is not None

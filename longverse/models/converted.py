@@ -14,7 +14,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .network import NetworkConfig
-from .shards import Progress, SafetensorsWriter, TensorInfo, read_json, write_json
+from .shards import Progress, SafetensorsWriter, TensorInfo, numel, read_json, write_json
 
 if TYPE_CHECKING:
     from .gguf import GgufModel
@@ -72,6 +73,7 @@ class Converted:
 
     folder: Path | None
     config: dict[str, Any]
+    notes: list[str]  # what the file left open and how it was read
     tokenizer: Tokenizer | None = None
     tensors: MemoryTensors | None = None
     reason: str = ""
@@ -86,7 +88,7 @@ def convert_once(path: Path, name: str, on_progress: Progress | None = None) -> 
     """
     target = cache_folder() / "converted" / f"{safe_name(name)}-{fingerprint(path)}"
     if is_whole(target):
-        return Converted(target, read_json(target / "config.json"))
+        return Converted(target, read_json(target / "config.json"), read_json(target / MARKER).get("notes", []))
     from .gguf import read_gguf
 
     model = read_gguf(path)
@@ -96,7 +98,7 @@ def convert_once(path: Path, name: str, on_progress: Progress | None = None) -> 
         _write(model, path, aside, on_progress)
         _put_in_place(aside, target)
         _sweep(target, path)
-        return Converted(target, model.config)
+        return Converted(target, model.config, model.notes)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         if error.errno not in (
@@ -109,9 +111,9 @@ def convert_once(path: Path, name: str, on_progress: Progress | None = None) -> 
             errno.EEXIST,
         ):
             raise
-        tensors = dict(_cast(model, on_progress))
+        tensors = MemoryTensors(dict(_checked(model, stored_as(model), on_progress)))
         reason = f"the cache folder {cache_folder()} cannot be written ({error.strerror})"
-        return Converted(None, model.config, model.tokenizer, MemoryTensors(tensors), reason)
+        return Converted(None, model.config, model.notes, model.tokenizer, tensors, reason)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -138,12 +140,22 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _cast(model: GgufModel, on_progress: Progress | None) -> Any:
-    """(name, bf16 tensor) of every weight, checked against the shapes that the config asks for."""
+def stored_as(model: GgufModel) -> torch.dtype:
+    """The type a file's weights are kept in: float32 and float16 files lose nothing, quantised ones become bfloat16
+    (whose rounding is far below theirs)."""
+    sizes: Counter[str] = Counter()
+    for info in model.infos.values():
+        sizes[info.kind.name] += info.nbytes
+    main = sizes.most_common(1)[0][0] if sizes else ""
+    return {"F32": torch.float32, "F16": torch.float16}.get(main, torch.bfloat16)
+
+
+def _checked(model: GgufModel, dtype: torch.dtype, on_progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor in dtype) of every weight, checked against the shapes that the config asks for."""
     shapes = NetworkConfig.from_dict(model.config).parameter_shapes()
-    total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+    total = sum(dtype.itemsize * numel(shape) for shape in shapes.values())
     done = 0
-    for name, tensor in model.tensors():
+    for name, tensor in model.tensors(dtype):
         if name not in shapes:
             raise UserError(
                 f"The GGUF file has a tensor {name} that its architecture does not know: longverse cannot run it."
@@ -153,19 +165,19 @@ def _cast(model: GgufModel, on_progress: Progress | None) -> Any:
                 f"The GGUF file has {name} as {list(tensor.shape)} where its metadata asks for {list(shapes[name])}:"
                 " download it again."
             )
-        yield name, tensor.to(torch.bfloat16)
-        done += 2 * tensor.numel()
+        yield name, tensor
+        done += tensor.nbytes
         if on_progress:
             on_progress(done, total)
 
 
 def _write(model: GgufModel, path: Path, folder: Path, on_progress: Progress | None) -> None:
+    dtype = stored_as(model)
     shapes = NetworkConfig.from_dict(model.config).parameter_shapes()
-    writer = SafetensorsWriter(
-        folder / "model.safetensors", {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
-    )
+    infos = {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}
+    writer = SafetensorsWriter(folder / "model.safetensors", infos)
     try:
-        for name, tensor in _cast(model, on_progress):
+        for name, tensor in _checked(model, dtype, on_progress):
             writer.write(name, tensor)
     except BaseException:
         writer.abort()
@@ -174,7 +186,7 @@ def _write(model: GgufModel, path: Path, folder: Path, on_progress: Progress | N
         writer.abort()
         raise UserError(f"{path} lacks the tensor {lacking[0]}: download the file again.")
     writer.close()
-    write_json(folder / "config.json", {**model.config, "dtype": "bfloat16"})
+    write_json(folder / "config.json", {**model.config, "dtype": str(dtype).removeprefix("torch.")})
     model.tokenizer.save(folder)
     stat = path.stat()
     write_json(
@@ -182,6 +194,7 @@ def _write(model: GgufModel, path: Path, folder: Path, on_progress: Progress | N
         {
             "converter": CONVERTER,
             "source": {"path": str(path.resolve()), "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns},
+            "notes": model.notes,
             "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
         },
     )

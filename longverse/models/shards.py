@@ -294,7 +294,7 @@ class SafetensorsWriter:
         assert name in self._missing, f"{name} written twice"
         raw = tensor.detach().to("cpu", info.dtype).contiguous()
         self._file.seek(self._data + self._starts[name])
-        self._file.write(memoryview(raw.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(raw.reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
     def missing(self) -> list[str]:
