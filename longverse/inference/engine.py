@@ -1,0 +1,301 @@
+"""The engine: a loaded model, and sessions that read a prompt in chunks, keep what they read, and write an answer.
+
+    engine = Engine.load("smol")
+    session = engine.session(planned_tokens=4096)
+    for piece in session.stream(engine.chat.encode(messages), Sampling(max_new_tokens=64)):
+        print(piece, end="")
+
+A session is one conversation: its cache holds the tokens read so far, and the next prompt pays only for what follows
+the longest common beginning. So a second question about a document reads the question alone.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..models.cache import KVCache
+from ..models.chat import ChatFormat
+from ..models.checkpoint import load
+from ..models.network import CausalLM
+from ..models.tokenizer import Tokenizer
+from .sampling import Sampler, Sampling
+
+# on_progress(done, total): tokens of the prompt held and tokens of the whole prompt
+Progress = Callable[[int, int], None]
+Cancelled = Callable[[], bool]
+CHUNK = 512  # tokens a forward reads at once: large enough for matrix products to run at full speed
+
+
+@dataclass
+class Stats:
+    """Figures of one answer. Seconds are wall time; rates count only the tokens really computed."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, found in the session's cache
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    peak_memory_bytes: int = 0  # of the whole process (CPU) or of torch's allocations (GPU)
+    attention: str = "exact"
+    finish_reason: str = ""  # "stop": end token or stop text; "length": max_new_tokens; "cancelled"
+    rope_base: float = 0.0  # the effective base, pinned for the session
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens read per second, or 0 before anything was read."""
+        fresh = self.prompt_tokens - self.reused_tokens
+        return fresh / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens written per second, the first (which the reading yields) not counted."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 and self.new_tokens > 1 else 0.0
+
+
+@dataclass
+class Completion:
+    """A finished answer."""
+
+    text: str
+    tokens: list[int]
+    stats: Stats
+
+
+class Engine:
+    """A model ready to run. `window` is the longest conversation it takes, in tokens."""
+
+    def __init__(
+        self,
+        network: CausalLM,
+        tokenizer: Tokenizer,
+        chat: ChatFormat,
+        name: str = "model",
+        config: dict[str, Any] | None = None,
+        notes: list[str] | None = None,
+        window: int | None = None,
+    ) -> None:
+        self.network = network
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.name = name
+        self.config = config or {}
+        self.notes = notes or []
+        self.window = window or network.config.window
+
+    @classmethod
+    def load(
+        cls,
+        model: str = "smol",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        rope: str | None = None,
+        window: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> "Engine":
+        """Load a model by embedded name, path or hub id. `rope` changes its RoPE plan (RopePlan.parse); `window`
+        overrides the longest conversation in tokens, for measuring what happens past it."""
+        if window is not None and window < 1:
+            raise UserError(f"A window of {window} tokens must be at least 1.")
+        loaded = load(model, dtype=dtype, device=device, rope=rope, on_progress=on_progress)
+        return cls(
+            loaded.network, loaded.tokenizer, loaded.chat, loaded.name, loaded.config, list(loaded.notes), window
+        )
+
+    def session(self, planned_tokens: int) -> "Session":
+        """A conversation of at most `planned_tokens` tokens, prompt and answers together. The RoPE base is chosen
+        from that number and stays for the session's life. Raises UserError past the window."""
+        if planned_tokens > self.window:
+            raise UserError(
+                f"The conversation needs {planned_tokens:,} tokens and {self.name} reads {self.window:,}:"
+                " shorten the text, or use a model with a larger window."
+            )
+        return Session(self, planned_tokens)
+
+
+@dataclass
+class Session:
+    """One conversation and its cache. `tokens` are the ids the cache holds; `stats` are of the latest answer."""
+
+    engine: Engine
+    planned_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+
+    def __post_init__(self) -> None:
+        network = self.engine.network
+        shape = network.config
+        self.cache = KVCache(
+            shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens, network.dtype, network.device
+        )
+
+    def complete(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling | None = None,
+        *,
+        on_progress: Progress | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> Completion:
+        """Read a prompt and write the whole answer; arguments as in `stream`."""
+        ids: list[int] = []
+        text = "".join(self.stream(prompt_ids, sampling, on_progress=on_progress, cancelled=cancelled, ids=ids))
+        return Completion(text, ids, self.stats)
+
+    def stream(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling | None = None,
+        *,
+        on_progress: Progress | None = None,
+        cancelled: Cancelled | None = None,
+        ids: list[int] | None = None,
+    ) -> Iterator[str]:
+        """Yield the answer as text, in pieces that never break a character, as soon as they are certain (a piece
+        that might be the beginning of a stop text waits). Special tokens are left out. The sampled ids are appended
+        to `ids` when given. `self.stats` is complete when the iterator ends or is closed.
+
+        Raises UserError before any work when the prompt and the answer exceed the plan.
+        """
+        sampling = sampling or Sampling()
+        tokens = self.stream_ids(prompt_ids, sampling, on_progress=on_progress, cancelled=cancelled)
+        stop = (*sampling.stop, *self.engine.chat.stop_strings)
+        return self._text(tokens, stop, [] if ids is None else ids)
+
+    def stream_ids(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        *,
+        on_progress: Progress | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> Iterator[int]:
+        """Yield the answer's token ids; the end token is not among them. Knows nothing of stop texts."""
+        if not prompt_ids:
+            raise UserError("The prompt is empty: give at least one token.")
+        needed = len(prompt_ids) + sampling.max_new_tokens
+        if needed > self.planned_tokens:
+            raise UserError(
+                f"The prompt has {len(prompt_ids):,} tokens, and with {sampling.max_new_tokens:,} for the answer it"
+                f" exceeds the {self.planned_tokens:,} planned for this conversation: start one with a longer plan."
+            )
+        return self._run(list(prompt_ids), sampling, on_progress, cancelled)
+
+    # ---- reading and writing ----------------------------------------------------------------------------
+
+    def _run(
+        self, prompt: list[int], sampling: Sampling, on_progress: Progress | None, cancelled: Cancelled | None
+    ) -> Iterator[int]:
+        network, end_ids = self.engine.network, self.engine.tokenizer.eos_ids
+        self.stats = stats = Stats(prompt_tokens=len(prompt))
+        stats.rope_base = network.config.rope.base(self.planned_tokens)
+        # At least the last token of the prompt is read anew: its logits begin the answer.
+        held = min(_common_prefix(self.tokens, prompt), len(prompt) - 1)
+        stats.reused_tokens = held
+        self.cache.truncate(held)
+        del self.tokens[held:]
+        started = time.perf_counter()
+        try:
+            logits = None
+            for begin in range(held, len(prompt), CHUNK):
+                if cancelled is not None and cancelled():
+                    stats.finish_reason = "cancelled"
+                    return
+                if on_progress is not None:
+                    on_progress(begin, len(prompt))
+                logits = self._forward(prompt[begin : begin + CHUNK])
+            if on_progress is not None:
+                on_progress(len(prompt), len(prompt))
+            stats.prefill_seconds = time.perf_counter() - started
+            sampler = Sampler(sampling, prompt, network.device)
+            started_decode = time.perf_counter()
+            while True:
+                assert logits is not None
+                token = sampler(logits)
+                if token in end_ids:
+                    stats.finish_reason = "stop"
+                    return
+                stats.new_tokens += 1
+                stats.decode_seconds = time.perf_counter() - started_decode
+                yield token
+                if stats.new_tokens == sampling.max_new_tokens:
+                    stats.finish_reason = "length"
+                    return
+                if cancelled is not None and cancelled():
+                    stats.finish_reason = "cancelled"
+                    return
+                logits = self._forward([token])
+        finally:  # also when the caller stops listening, or Ctrl-C falls into a forward
+            if not stats.prefill_seconds:
+                stats.prefill_seconds = time.perf_counter() - started
+            stats.finish_reason = stats.finish_reason or "cancelled"
+            stats.peak_memory_bytes = peak_memory(network.device)
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int]) -> torch.Tensor:
+        """Read `ids` after what the cache holds; returns float32 logits [V] of the last one."""
+        network, begin = self.engine.network, self.cache.length
+        input_ids = torch.tensor([ids], device=network.device)  # [1, T]
+        positions = torch.arange(begin, begin + len(ids), device=network.device)[None]  # [1, T]
+        logits = network(input_ids, positions, self.cache.rope_length, self.cache.attend, logits_to_keep=1)
+        self.cache.advance(len(ids))
+        self.tokens.extend(ids)
+        return logits[0, -1]
+
+    def _text(self, tokens: Iterator[int], stop: tuple[str, ...], ids: list[int]) -> Iterator[str]:
+        characters = self.engine.tokenizer.stream()
+        pending = ""  # decoded and not yet given out
+        try:
+            for token in tokens:
+                ids.append(token)
+                pending += characters.push(token)
+                cut = min((at for text in stop if (at := pending.find(text)) >= 0), default=None)
+                if cut is not None:
+                    self.stats.finish_reason = "stop"
+                    if pending[:cut]:
+                        yield pending[:cut]
+                    return
+                ready = len(pending) - _held_back(pending, stop)
+                if ready:
+                    yield pending[:ready]
+                    pending = pending[ready:]
+            pending += characters.flush()
+            if pending:
+                yield pending
+        finally:
+            reason = self.stats.finish_reason
+            tokens.close()  # type: ignore[attr-defined]
+            if reason:
+                self.stats.finish_reason = reason
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    for n, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return n
+    return min(len(a), len(b))
+
+
+def _held_back(text: str, stop: tuple[str, ...]) -> int:
+    """How many last characters of `text` might begin a stop text."""
+    longest = 0
+    for candidate in stop:
+        for size in range(min(len(candidate) - 1, len(text)), longest, -1):
+            if text.endswith(candidate[:size]):
+                longest = size
+                break
+    return longest
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory held so far, in bytes: of the process on CPU, of torch's allocations on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
