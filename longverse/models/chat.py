@@ -1,0 +1,196 @@
+"""How a conversation becomes one prompt: the checkpoint's own Jinja template, XVERSE's `Human: … Assistant: `,
+or plain text.
+
+A document is data. Whatever it contains, `<|im_end|>` included, reaches the model as ordinary text, so that it
+cannot end the user's turn and speak as the system. Where no message holds such a string the ids are exactly
+those of transformers' `apply_chat_template`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from longverse.errors import UserError
+from longverse.models.tokenizer import Tokenizer
+
+Messages = list[dict[str, str]]
+
+ROLES = ("system", "user", "assistant", "exec", "tool")
+# Two noncharacters of Unicode: they mark control strings inside contents while the template works on the real text.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+
+
+class ChatFormat:
+    """One model's prompt format. `kind`: "template" (Jinja), "xverse" or "plain" (a base model: texts parted by
+    blank lines).
+
+    `stop_strings`: texts after which an answer is over, beside the tokenizer's end tokens.
+    """
+
+    def __init__(self, kind: str, tokenizer: Tokenizer) -> None:
+        self.kind = kind
+        self.tokenizer = tokenizer
+        self.stop_strings: tuple[str, ...] = ("\n\nHuman:",) if kind == "xverse" else ()
+        if kind == "template":
+            if tokenizer.chat_template is None:
+                raise UserError("This tokenizer has no chat template; use the plain format.")
+            self._template = compile_template(tokenizer.chat_template)
+        elif kind == "xverse":
+            if not tokenizer.eos_ids:
+                raise UserError("The XVERSE format ends every answer with an end token, and this tokenizer names none.")
+            self._eos_id = _first_eos(tokenizer)
+        elif kind != "plain":
+            raise UserError(f"There is no chat format {kind!r}; the formats are template, xverse and plain.")
+
+    @classmethod
+    def for_model(cls, tokenizer: Tokenizer, config: dict[str, Any], name: str) -> ChatFormat:
+        """The checkpoint's template if it has one, XVERSE's format for XVERSE models, else plain."""
+        if tokenizer.chat_template is not None:
+            return cls("template", tokenizer)
+        if config.get("model_type") == "xverse" or "xverse" in name.lower():
+            return cls("xverse", tokenizer)
+        return cls("plain", tokenizer)
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+        """The prompt as text. Roles: system, user, assistant, and exec or tool (the result of a tool call)."""
+        _check(messages)
+        if self.kind == "template":
+            return self._render_template(messages, add_generation_prompt)
+        end = self.tokenizer.backend.id_to_token(self._eos_id) if self.kind == "xverse" else None
+        return (end or "").join(self._turns(messages, add_generation_prompt))
+
+    def encode(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
+        """The prompt as ids. Control strings inside contents stay ordinary text."""
+        _check(messages)
+        tokenizer = self.tokenizer
+        if self.kind != "template":
+            ids: list[int] = []
+            for position, text in enumerate(self._turns(messages, add_generation_prompt)):
+                if position:
+                    ids.append(self._eos_id)
+                if text or not position:
+                    ids.extend(tokenizer.encode(text, special=False, add_bos=None if not position else False))
+            return ids
+        strings = tokenizer.control_strings
+        if not any(string in message["content"] for message in messages for string in strings):
+            return tokenizer.encode(self._render_template(messages, add_generation_prompt), special=True, add_bos=False)
+        pattern = "|".join(map(re.escape, sorted(strings, key=len, reverse=True)))
+        marked = [
+            # Marks that the text brings along are dropped: with them it could pass for marked text.
+            message
+            | {
+                "content": re.sub(
+                    pattern, rf"{_OPEN}\g<0>{_CLOSE}", re.sub(f"[{_OPEN}{_CLOSE}]", "", message["content"])
+                )
+            }
+            for message in messages
+        ]
+        rendered = self._render_template(marked, add_generation_prompt)
+        # [text, marked control string, text, …]; a lone mark (the template cut the text there) still parts its two
+        # sides.
+        pieces = re.split(f"{_OPEN}({pattern}){_CLOSE}|[{_OPEN}{_CLOSE}]", rendered)
+        ids = []
+        for position, piece in enumerate(pieces):
+            if piece:
+                ids.extend(tokenizer.encode(piece, special=position % 2 == 0, add_bos=False))
+        return ids
+
+    def _render_template(self, messages: Messages, add_generation_prompt: bool) -> str:
+        turns = [message | {"role": "tool" if message["role"] == "exec" else message["role"]} for message in messages]
+        try:
+            return self._template.render(
+                messages=turns,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens,
+            )
+        except (jinja2.exceptions.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"The model's chat template refuses this conversation: {error}.") from None
+
+    def _turns(self, messages: Messages, add_generation_prompt: bool) -> list[str]:
+        """Texts between which XVERSE's format has an end token (a plain prompt is one text)."""
+        if self.kind == "plain":
+            text = "\n\n".join(message["content"] for message in messages)
+            return [f"{text}\n\n" if add_generation_prompt and messages[-1]["role"] == "assistant" else text]
+        turns = [""]
+        for message in messages:
+            content = message["content"]
+            if message["role"] == "system":
+                turns[-1] += f"{content}\n\n" if content else ""
+            elif message["role"] == "user":
+                turns[-1] += f"Human: {content}\n\n"
+            elif message["role"] == "assistant":
+                turns[-1] += f"Assistant: {content}"
+                turns.append("")
+            else:  # the releases name this role without showing its text; the prefix is our choice
+                turns[-1] += f"Exec: {content}\n\n"
+        if add_generation_prompt:
+            turns[-1] += "Assistant: "
+        return turns
+
+
+def _check(messages: Messages) -> None:
+    if not messages:
+        raise UserError("A conversation needs at least one message.")
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise UserError(f"A message has the role {role!r}; the roles are {', '.join(ROLES)}.")
+        if not isinstance(content, str):
+            raise UserError(f"The content of a message must be text, not {type(content).__name__}.")
+
+
+def _first_eos(tokenizer: Tokenizer) -> int:
+    named = tokenizer.special_tokens.get("eos_token")
+    token_id = tokenizer.backend.token_to_id(named) if named is not None else None
+    return min(tokenizer.eos_ids) if token_id is None else token_id
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}` marks answers for training; for a prompt it is what stands between."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=32)
+def compile_template(template: str) -> jinja2.Template:
+    """Compile a chat template in a sandbox, with the settings and helpers that templates on the hub are written for."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own filter escapes for HTML, which no model was trained on.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    try:
+        return environment.from_string(template)
+    except jinja2.exceptions.TemplateSyntaxError as error:
+        raise UserError(f"The model's chat template has an error on line {error.lineno}: {error.message}.") from None
