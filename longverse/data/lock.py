@@ -1,0 +1,77 @@
+"""One builder a folder, and disk errors in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from longverse.errors import UserError
+
+
+class FolderLock:
+    """Creates the folder and holds it for this process. The operating system releases the lock when the process
+    ends, however it ends, so a kill leaves nothing to clean up. UserError when another builder holds it."""
+
+    NAME = "builder.lock"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> FolderLock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.folder} is a file; give a folder as 'out'.") from None
+        self._file = os.open(self.folder / self.NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(self._file)
+        except OSError:
+            holder = os.read(self._file, 32).decode(errors="replace").strip()
+            os.close(self._file)
+            raise UserError(
+                f"another builder (process {holder or 'unknown'}) is writing {self.folder}; wait for it or choose "
+                f"another 'out'."
+            ) from None
+        os.ftruncate(self._file, 0)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        os.write(self._file, str(os.getpid()).encode())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+
+def _lock(file: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full or read-only disk becomes a UserError that says how much room is left and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            place = folder if folder.exists() else Path()
+            free = shutil.disk_usage(place).free / 1e9
+            raise UserError(
+                f"the disk of {folder} is full ({free:.1f} GB free); make room and run the same command again: "
+                f"finished work is kept."
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{error.filename or folder} cannot be written ({error.strerror}).") from None
+        raise

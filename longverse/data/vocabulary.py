@@ -1,0 +1,103 @@
+"""The tokenizer a data set is made for: found by model name, counted fast, recognised later by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longverse.data.tokenise import LinearEncoder
+from longverse.errors import UserError
+
+if TYPE_CHECKING:
+    from longverse.models.chat import ChatFormat
+    from longverse.models.tokenizer import Tokenizer
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's tokenizer and chat format, without its weights."""
+
+    name: str
+    tokenizer: Tokenizer
+    chat: ChatFormat
+    fingerprint: str  # equal for equal vocabularies, whatever file they came from
+
+
+def load_vocabulary(model: str, base: Path | None = None) -> Vocabulary:
+    """The tokenizer of a model known by name (`smol`), a checkpoint folder, a folder with only tokenizer.json, or a
+    .gguf file. A relative path may start at `base`. Raises UserError."""
+    from longverse.models.chat import ChatFormat
+    from longverse.models.tokenizer import Tokenizer, read_json
+
+    if base is not None and not Path(model).is_absolute() and (base / model).exists():
+        model = str(base / model)
+    folder = Path(model).expanduser()
+    config: dict[str, Any] = {}
+    if folder.is_file() and folder.name == "tokenizer.json":
+        folder = folder.parent
+    if (folder / "tokenizer.json").exists():
+        name, tokenizer = folder.resolve().name, Tokenizer.from_folder(folder)
+        if (folder / "config.json").exists():
+            config = read_json(folder / "config.json")
+    else:
+        from longverse.models.checkpoint import locate, read_config
+
+        name, path = locate(model)
+        if path.is_file():
+            from longverse.models.gguf import read_gguf
+
+            file = read_gguf(path)
+            tokenizer, config = file.tokenizer, file.config
+        else:
+            tokenizer, config = Tokenizer.from_folder(path), read_config(path)
+    return Vocabulary(name, tokenizer, ChatFormat.for_model(tokenizer, config, name), fingerprint(tokenizer))
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 (first 16 hex digits) of the vocabulary, added tokens included, in the order of ids."""
+    entries = sorted((i, token) for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items())
+    digest = hashlib.sha256()
+    for i, token in entries:
+        digest.update(f"{i}\0{token}\1".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+class ChatCounter:
+    """Tokens of whole conversations under a chat format, exactly `len(chat.encode(messages))`, in linear time."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.chat = vocabulary.chat
+        self.encoder = LinearEncoder(vocabulary.tokenizer.backend)
+        tokenizer = vocabulary.tokenizer
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        self._control = tokenizer.control_strings
+        # A special token that eats the space beside it is not a clean cut; then the plain path counts.
+        clean = not any(token.lstrip or token.rstrip or token.single_word for token in added)
+        self._special = (
+            re.compile("|".join(map(re.escape, tokenizer.special_strings)))
+            if clean and tokenizer.special_strings and self.chat.kind == "template"
+            else None
+        )
+        self._others = tuple(t.content for t in added if not t.special)
+
+    def count(self, messages: Messages, *, add_generation_prompt: bool = False) -> int:
+        """Tokens of the conversation as the model sees it. Raises UserError when the template refuses it."""
+        contents = [message["content"] for message in messages]
+        foreign = any(string in content for content in contents for string in (*self._control, *self._others))
+        if self._special is None or foreign:
+            return len(self.chat.encode(messages, add_generation_prompt=add_generation_prompt))
+        text = self.chat.render(messages, add_generation_prompt=add_generation_prompt)
+        pieces = self._special.split(text)
+        return len(pieces) - 1 + sum(self.encoder.count(piece) for piece in pieces if piece)
+
+
+def require_eos(vocabulary: Vocabulary) -> int:
+    """The id that ends a document: the lowest end token. UserError where the tokenizer names none."""
+    if not vocabulary.tokenizer.eos_ids:
+        raise UserError(f"the tokenizer of {vocabulary.name!r} names no end token; set end_of_document: false.")
+    return min(vocabulary.tokenizer.eos_ids)
