@@ -226,7 +226,8 @@ class RopePlan:
         """Read a change such as `abf:500000`, `linear:4`, `ntk:4`, `dynamic:2`, `yarn:4`, or two joined by a comma
         (`abf:500000,dynamic:2`), on top of `current`, whose trained window is `window` tokens.
 
-        A third field of dynamic and yarn names the original window: `dynamic:2:32768`. A change that changes
+        A third field of dynamic and yarn names the original window, `dynamic:2:32768`; else it is the current
+        plan's, else `window`. A change that changes
         nothing is an error: it would look like a step of the recipe and be none.
         """
         plan = current
@@ -241,7 +242,7 @@ class RopePlan:
             elif name in ("linear", "ntk") and len(numbers) == 1:
                 plan = cls(name, plan.theta, plan.head_dim, numbers[0])  # type: ignore[arg-type]
             elif name in ("dynamic", "yarn") and len(numbers) in (1, 2):
-                original = int(numbers[1]) if len(numbers) == 2 else window
+                original = int(numbers[1]) if len(numbers) == 2 else current.original_window or window
                 plan = cls(name, plan.theta, plan.head_dim, numbers[0], original)  # type: ignore[arg-type]
             elif name == "default" and not numbers:
                 plan = cls("default", plan.theta, plan.head_dim)

@@ -1,0 +1,222 @@
+"""The engine on small random models: the same text as transformers' `generate`, reuse, stop texts, cancelling."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longverse import UserError, XverseConfig, XverseForCausalLM
+from longverse.inference import engine as engine_module
+from longverse.inference.engine import Engine, Session
+from longverse.inference.sampling import Sampling
+from longverse.models.chat import ChatFormat
+from longverse.models.tokenizer import Tokenizer
+from tests.helpers import TINY, random_network, tiny_config
+from tests.models.folders import save_tokenizer
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    save_tokenizer(tmp_path)
+    return Tokenizer.from_folder(tmp_path)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CHUNK", 7)
+
+
+def make_engine(tokenizer: Tokenizer, config: dict[str, Any] | None = None, **more: Any) -> Engine:
+    network = random_network(config or tiny_config(max_position_embeddings=512))
+    return Engine(network, tokenizer, ChatFormat("plain", tokenizer), **more)
+
+
+def prompt(length: int, seed: int = 5) -> list[int]:
+    return torch.randint(3, 100, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+DRAWS = {
+    "greedy": Sampling(),
+    "greedy with penalty": Sampling(repetition_penalty=1.3),
+    "sampled": Sampling(temperature=0.8, seed=7),
+    "all at once": Sampling(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seed=11),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
+@pytest.mark.parametrize("rope", [None, DYNAMIC], ids=["plain", "dynamic"])
+def test_the_engine_continues_exactly_as_generate(
+    tokenizer: Tokenizer, small_chunks: None, draw: Sampling, rope: dict[str, Any] | None
+) -> None:
+    config = tiny_config(rope_theta=None, rope_parameters=rope) if rope else tiny_config(max_position_embeddings=512)
+    engine = make_engine(tokenizer, config)
+    for end in tokenizer.eos_ids:  # a random model ends soon; here a logit of 0 makes that rare
+        engine.network.lm_head.weight.data[end] = 0
+    fields = {k: v for k, v in TINY.items() if k not in ("rope_theta", "max_position_embeddings")}
+    window = config["max_position_embeddings"]
+    model = XverseForCausalLM(XverseConfig(**fields, max_position_embeddings=window, rope_parameters=rope)).eval()
+    model.load_state_dict(engine.network.state_dict())
+    ids, new = prompt(150), 40
+    settings = Sampling(**{**vars(draw), "max_new_tokens": new})
+    # The engine's plan is what generate plans by itself: prompt + new tokens.
+    ours = list(engine.session(len(ids) + new).stream_ids(ids, settings))
+    drawn: dict[str, Any] = {"do_sample": False}
+    if draw.temperature:
+        torch.manual_seed(draw.seed or 0)
+        drawn = {"do_sample": True, "temperature": draw.temperature, "top_k": draw.top_k, "top_p": draw.top_p}
+        drawn |= {"min_p": draw.min_p or None}
+    theirs = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        max_new_tokens=new,
+        repetition_penalty=draw.repetition_penalty,
+        eos_token_id=list(tokenizer.eos_ids),
+        pad_token_id=0,
+        **drawn,
+    )[0, len(ids) :].tolist()
+    if theirs[-1] in tokenizer.eos_ids:
+        theirs.pop()
+    assert len(theirs) > 20
+    assert ours == theirs
+
+
+def test_the_second_question_reads_the_question_alone(tokenizer: Tokenizer, small_chunks: None) -> None:
+    engine = make_engine(tokenizer)
+    document, first, second = prompt(200), prompt(9, 1), prompt(12, 2)
+    session = engine.session(300)
+    session.complete(document + first, Sampling(max_new_tokens=10))
+    assert session.stats.reused_tokens == 0
+    again = session.complete(document + second, Sampling(max_new_tokens=10))
+    assert again.stats.reused_tokens == 200
+    assert again.stats.prompt_tokens == 212
+    fresh = engine.session(300).complete(document + second, Sampling(max_new_tokens=10))
+    assert again.tokens == fresh.tokens
+
+
+def test_a_prompt_already_held_is_answered_from_its_last_token(tokenizer: Tokenizer) -> None:
+    session = make_engine(tokenizer).session(100)
+    one = session.complete(prompt(50), Sampling(max_new_tokens=8))
+    two = session.complete(prompt(50), Sampling(max_new_tokens=8))
+    assert two.stats.reused_tokens == 49
+    assert one.tokens == two.tokens
+
+
+def test_progress_counts_up_to_the_whole(tokenizer: Tokenizer, small_chunks: None) -> None:
+    seen: list[tuple[int, int]] = []
+    session = make_engine(tokenizer).session(100)
+    session.complete(prompt(50), Sampling(max_new_tokens=1), on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 50) for done in [*range(0, 50, 7), 50]]
+
+
+def test_cancelled_between_chunks_and_taken_up_again(tokenizer: Tokenizer, small_chunks: None) -> None:
+    engine = make_engine(tokenizer)
+    session, calls = engine.session(100), iter([False, False, True])
+    stopped = session.complete(prompt(50), Sampling(max_new_tokens=8), cancelled=lambda: next(calls))
+    assert stopped.stats.finish_reason == "cancelled"
+    assert stopped.tokens == []
+    assert session.cache.length == len(session.tokens) == 14
+    again = session.complete(prompt(50), Sampling(max_new_tokens=8))
+    assert again.stats.reused_tokens == 14
+    assert again.tokens == engine.session(100).complete(prompt(50), Sampling(max_new_tokens=8)).tokens
+
+
+def test_ctrl_c_inside_a_forward_leaves_the_session_usable(
+    tokenizer: Tokenizer, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tokenizer)
+    session = engine.session(100)
+    attend, calls = session.cache.attend, iter(range(100))
+
+    def interrupted(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 7:  # in the middle of the third chunk
+            raise KeyboardInterrupt
+        return attend(layer, *qkv)
+
+    monkeypatch.setattr(session.cache, "attend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.complete(prompt(50), Sampling(max_new_tokens=8))
+    assert session.stats.finish_reason == "cancelled"
+    monkeypatch.undo()
+    again = session.complete(prompt(50), Sampling(max_new_tokens=8))
+    assert again.stats.reused_tokens == 14
+    assert again.tokens == engine.session(100).complete(prompt(50), Sampling(max_new_tokens=8)).tokens
+
+
+def scripted(tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """A session whose model "writes" `text` and then the end token."""
+    session = make_engine(tokenizer).session(300)
+    script = iter([*tokenizer.encode(text), next(iter(tokenizer.eos_ids))])
+
+    def forward(ids: list[int]) -> torch.Tensor:
+        session.cache.advance(len(ids))
+        session.tokens.extend(ids)
+        logits = torch.zeros(151)
+        logits[next(script)] = 1
+        return logits
+
+    monkeypatch.setattr(session, "_forward", forward)
+    return session
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "reason"),
+    [
+        ((), "one two three", "stop"),
+        (("two",), "one ", "stop"),
+        (("three", "wo t"), "one t", "stop"),
+        (("threex", "zzz"), "one two three", "stop"),
+        (("o",), "", "stop"),
+    ],
+)
+def test_stop_texts(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, ...], expected: str, reason: str
+) -> None:
+    session = scripted(tokenizer, "one two three", monkeypatch)
+    pieces = list(session.stream(prompt(5), Sampling(stop=stop)))
+    assert "".join(pieces) == expected
+    assert all(pieces)
+    assert session.stats.finish_reason == reason
+
+
+def test_what_might_become_a_stop_text_waits(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = scripted(tokenizer, "abcabd", monkeypatch)
+    pieces = list(session.stream(prompt(5), Sampling(stop=("abd",))))
+    assert pieces == ["abc"]
+
+
+def test_the_length_limit_and_closing_early(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = scripted(tokenizer, "one two three", monkeypatch)
+    assert session.complete(prompt(5), Sampling(max_new_tokens=3)).text == "one"
+    assert session.stats.finish_reason == "length"
+    assert session.stats.new_tokens == 3
+    session = scripted(tokenizer, "one two three", monkeypatch)
+    stream = session.stream(prompt(5), Sampling())
+    assert next(stream) == "o"
+    stream.close()  # type: ignore[attr-defined]
+    assert session.stats.finish_reason == "cancelled"
+
+
+def test_refusals_come_before_any_work(tokenizer: Tokenizer) -> None:
+    engine = make_engine(tokenizer)
+    with pytest.raises(UserError, match=r"needs 513 tokens and model reads 512"):
+        engine.session(513)
+    session = engine.session(100)
+    with pytest.raises(UserError, match=r"95 tokens, and with 6 for the answer it exceeds the 100 planned"):
+        session.stream(prompt(95), Sampling(max_new_tokens=6))
+    with pytest.raises(UserError, match="prompt is empty"):
+        session.stream([], Sampling())
+    assert session.cache.length == 0
+    assert make_engine(tokenizer, window=600).session(513).planned_tokens == 513
+
+
+def test_statistics(tokenizer: Tokenizer) -> None:
+    session = make_engine(tokenizer, tiny_config(rope_theta=None, rope_parameters=DYNAMIC)).session(400)
+    stats = session.complete(prompt(300), Sampling(max_new_tokens=5)).stats
+    assert stats.rope_base == session.engine.network.config.rope.base(400) > 10_000
+    assert stats.attention == "exact"
+    assert stats.prefill_rate > 0
+    assert stats.decode_rate > 0
+    assert stats.peak_memory_bytes > 10**7
