@@ -1,0 +1,223 @@
+"""An OpenAI-compatible HTTP endpoint as a back end: vLLM, llama.cpp's server, longverse serve, a hosted model.
+
+Only the standard library speaks HTTP here. What may pass (no connection, a timeout, 408, 425, 429, 5xx, a
+torn or empty reply) is tried again with growing pauses; what stays wrong is a Failure of that row.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from longverse.errors import UserError
+from longverse.evaluation.backends import Failure, Message, Reply, Request
+
+_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+
+
+@dataclass
+class EndpointBackend:
+    """url: up to and including /v1; model: the name the server knows; key: bearer token, kept out of results.
+
+    tokenizer and chat (longverse's classes, from the served model's folder) are needed only where prompts are
+    fitted to a length or cut; without them such a run is refused. timeout: seconds for one try; retries: tries
+    after the first; pause: seconds before the first retry, doubled each time, with up to a quarter of chance.
+    """
+
+    url: str
+    model: str
+    key: str | None = None
+    tokenizer: Any = None
+    chat: Any = None
+    window: int | None = None
+    concurrency: int = 4
+    timeout: float = 600.0
+    retries: int = 4
+    pause: float = 1.0
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise UserError(f"{self.url!r} is no endpoint; write it like http://127.0.0.1:8000/v1.")
+        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
+            raise UserError("--concurrency must be at least 1, --timeout above 0 and --retries 0 or more.")
+        self.url = self.url.rstrip("/")
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": "endpoint", "model": self.model, "window": self.window}
+
+    def check(self) -> None:
+        """Asks the endpoint for its models once, so that a wrong address or name fails before any work.
+
+        UserError when nothing answers or the name is not served; a server without /models is let pass.
+        """
+        try:
+            served = self._send("GET", "/models", None)
+        except _Refused as refused:
+            if refused.status in (401, 403):
+                raise UserError(f"{self.url} refuses the key ({refused}); set it with --key-env.") from None
+            return
+        except _Passing as error:
+            raise UserError(f"{self.url} does not answer ({error}); start the server or mend --endpoint.") from None
+        names = [row.get("id") for row in served.get("data", []) if isinstance(row, dict)]
+        if names and self.model not in names:
+            raise UserError(
+                f"{self.url} serves no model called {self.model!r}; it serves {', '.join(map(str, names[:8]))}."
+            )
+
+    def _needs_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise UserError(
+                "lengths are counted in the model's own tokens; give the served model's folder with --tokenizer."
+            )
+        return self.tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self._needs_tokenizer().encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._needs_tokenizer().decode(list(ids), skip_special=True)
+
+    def count(self, request: Request) -> int:
+        tokenizer = self._needs_tokenizer()
+        if request.messages is not None:
+            return len(self.chat.encode(list(request.messages)))
+        return len(tokenizer.encode(request.prompt))
+
+    def answer(self, request: Request) -> Reply:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": request.max_new_tokens,
+            "temperature": 0,
+            "stream": False,
+        }
+        if request.stop:
+            body["stop"] = list(request.stop)
+        if request.messages is not None:
+            path, body["messages"] = "/chat/completions", list(request.messages)
+        else:
+            path, body["prompt"] = "/completions", request.prompt
+        start = time.perf_counter()
+        reply = self._with_retries(path, body)
+        choice = reply["choices"][0]
+        text = _text_of(choice)
+        if request.end_line:
+            # The public interface has no "not as the first token": the first line after leading feeds is the
+            # same answer wherever the model does not insist on an empty one.
+            text = text.lstrip("\n").split("\n")[0]
+        usage = reply.get("usage") or {}
+        return Reply(
+            text=text,
+            prompt_tokens=usage.get("prompt_tokens"),
+            new_tokens=usage.get("completion_tokens"),
+            finish_reason=choice.get("finish_reason") or "stop",
+            seconds=time.perf_counter() - start,
+        )
+
+    def _with_retries(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        pause, tried = self.pause, 0
+        while True:
+            tried += 1
+            try:
+                reply = self._send("POST", path, body)
+                choices = reply.get("choices")
+                if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+                    raise _Passing("the reply holds no choices")
+                if _text_of(choices[0]) is None:
+                    raise _Passing("the reply holds no text")
+                return reply
+            except _Passing as error:
+                if tried > self.retries:
+                    raise Failure(f"{error}, after {tried} tries") from None
+                self.sleep(max(error.wait or 0.0, pause * (1 + random.random() / 4)))
+                pause *= 2
+            except _Refused as error:
+                if error.status in (401, 403):
+                    raise UserError(f"{self.url} refuses the key ({error}); set it with --key-env.") from None
+                if error.status in (404, 405) and path == "/completions":
+                    raise UserError(
+                        f"{self.url} has no /completions, which prompts without a chat template need ({error}); "
+                        "use another server or leave those tasks out with --tasks."
+                    ) from None
+                raise Failure(str(error)) from None
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                raw = response.read()
+        except urllib.error.HTTPError as error:
+            said = _error_text(error)
+            if error.code in _PASSING:
+                raise _Passing(f"HTTP {error.code}: {said}", _retry_after(error)) from None
+            raise _Refused(error.code, f"HTTP {error.code}: {said}") from None
+        except TimeoutError:
+            raise _Passing(f"no answer within {self.timeout:g} seconds") from None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise _Passing(f"no answer within {self.timeout:g} seconds") from None
+            raise _Passing(f"no connection ({error.reason})") from None
+        except (http.client.HTTPException, ConnectionError, OSError) as error:
+            raise _Passing(f"the connection broke ({type(error).__name__})") from None
+        try:
+            reply = json.loads(raw)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise _Passing(f"the reply is not JSON ({raw[:60]!r})" if raw else "the reply is empty") from None
+        if not isinstance(reply, dict):
+            raise _Passing("the reply is not a JSON object")
+        return reply
+
+
+class _Passing(Exception):
+    """Worth another try. wait: seconds the server asked for."""
+
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class _Refused(Exception):
+    """A definite no: the same request would be refused again."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _text_of(choice: dict[str, Any]) -> Any:
+    message: Message | None = choice.get("message")
+    text = message.get("content") if isinstance(message, dict) else choice.get("text")
+    return text if isinstance(text, str) else None
+
+
+def _error_text(error: urllib.error.HTTPError) -> str:
+    try:
+        said = json.loads(error.read()).get("error", "")
+        said = said.get("message", "") if isinstance(said, dict) else said
+    except Exception:  # the body of an error is only decoration: whatever is wrong with it, the status counts
+        said = ""
+    return " ".join(str(said or error.reason or "").split())[:200]
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float | None:
+    try:
+        return min(60.0, float(error.headers.get("Retry-After", "")))
+    except ValueError:
+        return None

@@ -1,0 +1,500 @@
+"""The needle test: are facts found, wherever they stand and however long the text?
+
+    result = run_needle(EngineBackend(Engine.load("smol")), NeedleSettings(lengths=(1000, 8000)))
+    print(result.markdown()); result.picture(Path("needle.png"))
+
+The protocol. A haystack of prose; facts put between its sentences at stated depths; one question; a greedy
+answer; found when the answer holds the value (facts.contains). The prompt the model sees, template included,
+has exactly the stated number of tokens. The depth of a fact is the share of the document's tokens before it.
+
+Source of the idea: Kamradt 2023, "Needle in a haystack" (github.com/gkamradt/LLMTest_NeedleInAHaystack); the
+variant without shared words follows NoLiMa (arXiv:2502.05167). Texts, facts and scoring here are our own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from longverse.errors import UserError
+from longverse.evaluation import facts as fact_lists
+from longverse.evaluation.backends import Backend, Failure, Request, answer_all, check_window
+from longverse.evaluation.facts import Fact, Picker, contains, make_fact, several_facts
+from longverse.evaluation.files import Journal, write_json, write_text
+from longverse.evaluation.fitting import PADS, fit, padding_for
+from longverse.evaluation.haystack import LANGUAGES, from_text, generated
+
+MODES = ("facts", "several", "hop", "paraphrase")
+_FRAME = {
+    "en": (
+        "Read the following text carefully; a question about it comes at the end.\n\n",
+        "\n\nAnswer this question about the text above, briefly: ",
+    ),
+    "zh": (
+        "请仔细阅读下面的文字，最后有一个关于它的问题。\n\n",
+        "\n\n请根据上文简短回答：",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class NeedleSettings:
+    """lengths: tokens of the prompt; depths: shares 0..1; repeats: facts a cell (each of another kind).
+
+    mode: "facts" (plain), "several" (one question for as many values as there are depths), "hop" (two sentences
+    far apart answer together), "paraphrase" (question and fact share no word). one_per_document: a document for
+    every fact, else the facts of all depths stand in one document and are asked one after another, which reads
+    it once. haystack: the user's text (None writes our own), haystack_name its name for the result.
+    """
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    languages: tuple[str, ...] = ("en",)
+    mode: str = "facts"
+    kinds: tuple[str, ...] = ()
+    repeats: int = 2
+    one_per_document: bool = False
+    max_new_tokens: int = 32
+    seed: int = 0
+    haystack: str | None = field(default=None, repr=False)
+    haystack_name: str = "generated"
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
+            raise UserError("The lengths must be different positive numbers of tokens in rising order, like 1000,2000.")
+        if (
+            not self.depths
+            or not all(0 <= d <= 1 for d in self.depths)
+            or list(self.depths) != sorted(set(self.depths))
+        ):
+            raise UserError("The depths must be different shares from 0 to 1 in rising order.")
+        for language in self.languages:
+            if language not in LANGUAGES:
+                raise UserError(f"The needle test speaks {' and '.join(LANGUAGES)}, not {language!r}; mend --language.")
+        if self.mode not in MODES:
+            raise UserError(f"No mode is called {self.mode!r}; choose {', '.join(MODES)}.")
+        for kind in self.kinds:
+            if kind not in fact_lists.KINDS[self.mode]:
+                raise UserError(
+                    f"No kind of mode {self.mode!r} is called {kind!r}; choose among "
+                    f"{', '.join(fact_lists.KINDS[self.mode])}."
+                )
+        if self.repeats < 1 or self.max_new_tokens < 1:
+            raise UserError("--repeats and --max-new-tokens must be at least 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings without the user's text itself."""
+        values = asdict(self)
+        del values["haystack"]
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fact asked about. score: 1 found, 0 not, None when no answer came (then `failed` says why)."""
+
+    language: str
+    length: int
+    depth: float  # asked for
+    repeat: int
+    kind: str
+    measured_depth: float  # share of the document's tokens before the fact (the first of two)
+    question: str
+    expected: str
+    answer: str
+    score: float | None
+    prompt_tokens: int
+    reused_tokens: int = 0
+    seconds: float = 0.0
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class _Placed:
+    fact: Fact
+    depth: float
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One request and the facts it is scored on."""
+
+    text: str
+    placed: tuple[_Placed, ...]
+    measured: tuple[float, ...]
+    request: Request
+    prompt_tokens: int
+
+
+@dataclass
+class NeedleResult:
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    trials: list[Trial]
+
+    kind = "needle"
+
+    def grid(self, language: str) -> list[list[float | None]]:
+        """[depths][lengths] mean scores of a language; None where every trial failed or none was made."""
+        rows = []
+        for depth in self.settings["depths"]:
+            row: list[float | None] = []
+            for length in self.settings["lengths"]:
+                scores = [
+                    t.score
+                    for t in self.trials
+                    if (t.language, t.length, t.depth) == (language, length, depth) and t.score is not None
+                ]
+                row.append(sum(scores) / len(scores) if scores else None)
+            rows.append(row)
+        return rows
+
+    @property
+    def failures(self) -> int:
+        return sum(t.failed is not None for t in self.trials)
+
+    def found(self, language: str | None = None) -> float | None:
+        """Share of the facts found, of those that were answered."""
+        scores = [t.score for t in self.trials if t.score is not None and language in (None, t.language)]
+        return sum(scores) / len(scores) if scores else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "needle",
+            "model": self.model,
+            "settings": self.settings,
+            "found": self.found(),
+            "failed": self.failures,
+            "grids": {language: self.grid(language) for language in self.settings["languages"]},
+            "trials": [asdict(t) for t in self.trials],
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> NeedleResult:
+        return cls(value["settings"], value["model"], [Trial(**t) for t in value["trials"]])
+
+    def markdown(self) -> str:
+        """One table a language: depths down, lengths across, per cent found."""
+        from longverse.evaluation.plots import short_length
+
+        lines = []
+        for language in self.settings["languages"]:
+            share = self.found(language)
+            total = "nothing answered" if share is None else f"{100 * share:.0f} % found"
+            lines += [f"**{self.model['model']}**, {_LANGUAGE[language]}, {_MODE[self.settings['mode']]}: {total}", ""]
+            lines.append("| depth | " + " | ".join(short_length(n) for n in self.settings["lengths"]) + " |")
+            lines.append("|---|" + "---|" * len(self.settings["lengths"]))
+            for depth, row in zip(self.settings["depths"], self.grid(language), strict=True):
+                cells = ["–" if v is None else f"{100 * v:.0f}" for v in row]
+                lines.append(f"| {100 * depth:.0f} % | " + " | ".join(cells) + " |")
+            lines.append("")
+        if self.failures:
+            lines += [f"{self.failures} of {len(self.trials)} trials got no answer and are not counted.", ""]
+        return "\n".join(lines)
+
+    def panels(self) -> list[dict[str, Any]]:
+        from longverse.evaluation.plots import short_length
+
+        columns = [short_length(n) for n in self.settings["lengths"]]
+        rows = [f"{100 * d:.0f} %" for d in self.settings["depths"]]
+        languages = self.settings["languages"]
+        return [
+            {
+                "title": _LANGUAGE[language] if len(languages) > 1 else "",
+                "columns": columns,
+                "rows": rows,
+                "cells": self.grid(language),
+            }
+            for language in languages
+        ]
+
+    def picture(self, path: Path) -> None:
+        """The heatmap: depth down, length across, one panel a language."""
+        from longverse.evaluation.plots import heatmaps
+
+        s = self.settings
+        share = self.found()
+        each = len({t.repeat for t in self.trials})
+        heatmaps(
+            self.panels(),
+            path,
+            title=f"{self.model['model']}: {_MODE[s['mode']]}"
+            + ("" if share is None else f" · {100 * share:.0f} % found"),
+            subtitle=f"{each} fact{'s' if each > 1 else ''} a cell · haystack: {s['haystack_name']} · "
+            "greedy, exact prompt lengths",
+        )
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes needle.json, needle.md and needle.png (where matplotlib is there); returns their paths."""
+        write_json(folder / "needle.json", self.to_dict())
+        write_text(folder / "needle.md", self.markdown())
+        paths = [folder / "needle.json", folder / "needle.md"]
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            return paths
+        self.picture(folder / "needle.png")
+        return [*paths, folder / "needle.png"]
+
+
+_LANGUAGE = {"en": "English", "zh": "Chinese"}
+_MODE = {
+    "facts": "stated facts, asked one by one",
+    "several": "several facts, one question",
+    "hop": "facts of two steps",
+    "paraphrase": "facts asked in other words",
+}
+
+
+def run_needle(
+    backend: Backend,
+    settings: NeedleSettings,
+    *,
+    journal: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> NeedleResult:
+    """Runs every trial of the settings; on_progress(done, total) counts questions.
+
+    journal: a JSON-lines file in which finished questions are kept; a later run with the same settings and
+    model goes on where it ended. Raises UserError before any work when a length does not fit the window.
+    """
+    for length in settings.lengths:
+        check_window(backend, length, settings.max_new_tokens)
+    header = {**settings.to_dict(), "model": backend.describe()}
+    kept = Journal(journal, header) if journal is not None else None
+    documents = list(_documents(settings))
+    total = sum(len(plans) for *_, plans in documents)
+    done = 0
+    trials: list[Trial] = []
+    for language, length, repeat, plans in documents:
+        # The document is the unit of a resume: its later questions lean on the cache of its earlier ones.
+        key = f"{language} {length} {repeat}"
+        if kept is not None and kept.done(key):
+            trials += [Trial(**t) for t in kept.rows[key]["trials"]]
+            done += len(plans)
+        else:
+            if cancelled is not None and cancelled():
+                break
+            questions = _build(backend, settings, language, length, repeat, plans)
+            made: list[Trial] = []
+            failed: str | None = None
+            for index, reply in answer_all(backend, [q.request for q in questions], cancelled):
+                made += _score(questions[index], reply, language, length, repeat)
+                failed = str(reply) if isinstance(reply, Failure) else failed
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, total)
+            made.sort(key=lambda t: t.depth)
+            if len(made) < sum(len(q.placed) for q in questions):
+                break  # cancelled inside the document
+            if kept is not None:
+                kept.add(key, {"trials": [asdict(t) for t in made]} | ({"failed": failed} if failed else {}))
+            trials += made
+        if on_progress is not None:
+            on_progress(done, total)
+    return NeedleResult(settings.to_dict(), backend.describe(), trials)
+
+
+_Plan = tuple[tuple[_Placed, ...], str]  # the facts a question is about, and its text
+
+
+def _documents(settings: NeedleSettings) -> Iterator[tuple[str, int, int, tuple[_Plan, ...]]]:
+    """(language, length, repeat, questions): what is asked, before any text is built."""
+    kinds = settings.kinds or fact_lists.KINDS[settings.mode]
+    for language, (row, length), repeat in itertools.product(
+        settings.languages, enumerate(settings.lengths), range(settings.repeats)
+    ):
+        picker = Picker(language, f"{settings.seed} {settings.mode} {length} {repeat}")
+        if settings.mode == "several":
+            made, question = several_facts(picker, len(settings.depths))
+            placed = tuple(_Placed(f, d) for f, d in zip(made, settings.depths, strict=True))
+            yield language, length, repeat, ((placed, question),)
+            continue
+        plans = []
+        for column, depth in enumerate(settings.depths):
+            # Over the repeats every depth and length meets every kind: a hard kind must not look like a hard depth.
+            kind = kinds[(column + repeat * len(settings.depths) + 3 * row) % len(kinds)]
+            fact = make_fact(settings.mode, kind, picker)
+            plans.append(((_Placed(fact, depth),), fact.question))
+        yield language, length, repeat, tuple(plans)
+
+
+def _build(
+    backend: Backend,
+    settings: NeedleSettings,
+    language: str,
+    length: int,
+    repeat: int,
+    plans: Sequence[_Plan],
+) -> list[_Question]:
+    """The requests of one document (or of one document a question), each of exactly `length` tokens."""
+    seed = settings.seed * 1000 + repeat
+    if settings.haystack is None:
+        source = generated(language, seed)
+    else:
+        source = from_text(settings.haystack, settings.haystack_name)
+    price = lru_cache(maxsize=None)(lambda piece: len(backend.encode(piece)))
+    pieces: list[str] = []
+    prices: list[int] = []
+    spent = 0
+    while spent < length * 1.1 + 200:  # merges across pieces save tokens: hold a tenth more than the sum says
+        piece = next(source)
+        pieces.append(piece)
+        prices.append(max(1, price(piece)))
+        spent += prices[-1]
+    planned = length + settings.max_new_tokens
+    shared = not settings.one_per_document
+    every = tuple(p for placed, _ in plans for p in placed)
+
+    def request(text: str) -> Request:
+        return Request.user(text, max_new_tokens=settings.max_new_tokens, planned_tokens=planned, reuse=True)
+
+    def compose(count: int, placed: Sequence[_Placed], padding: str, question: str) -> str:
+        return (
+            _FRAME[language][0]
+            + _document(pieces[:count], prices, placed, padding, language)[0]
+            + (_FRAME[language][1] + question)
+        )
+
+    pad = PADS[language]
+    fitted: list[tuple[tuple[_Placed, ...], int, str]] = []
+    for placed, question in plans:
+        inside = every if shared else placed
+        overhead = backend.count(request(compose(0, inside, "", question)))
+        number, padding = fit(
+            lambda n, text, q=question, i=inside: backend.count(request(compose(n, i, text, q))),  # type: ignore[misc]
+            length, prices, overhead, pad,
+        )  # fmt: skip
+        fitted.append((inside, number, padding))
+    if shared and len(plans) > 1:
+        # One document for all: as many sentences as the longest question leaves room for, the rest padded.
+        number = min(n for _, n, _ in fitted)
+        fitted = [
+            (inside, number, _pad_again(backend, request, compose, number, inside, plan[1], length, language))
+            for (inside, _, _), plan in zip(fitted, plans, strict=True)
+        ]
+    built = []
+    for (placed, question), (inside, number, padding) in zip(plans, fitted, strict=True):
+        text = compose(number, inside, padding, question)
+        made = request(text)
+        tokens = backend.count(made)
+        assert tokens == length, f"{tokens} tokens instead of {length}"
+        document, starts = _document(pieces[:number], prices, inside, padding, language)
+        where = dict(zip([id(p) for p in inside], starts, strict=True))
+        whole = max(1, len(backend.encode(document)))
+        measured = tuple(
+            min(1.0, len(backend.encode(document[: where[id(p)]])) / whole) if where[id(p)] else 0.0 for p in placed
+        )
+        built.append(_Question(question, placed, measured, made, tokens))
+    # Deepest first: documents of one fact each share all that stands before it, and the cache keeps that part.
+    return sorted(built, key=lambda q: -q.placed[0].depth) if settings.one_per_document else built
+
+
+def _pad_again(
+    backend: Backend,
+    request: Callable[[str], Request],
+    compose: Callable[[int, Sequence[_Placed], str, str], str],
+    number: int,
+    placed: Sequence[_Placed],
+    question: str,
+    length: int,
+    language: str,
+) -> str:
+    def count(padding: str) -> int:
+        return backend.count(request(compose(number, placed, padding, question)))
+
+    padding = padding_for(count, length, PADS[language])
+    if padding is None:
+        raise UserError(
+            f"No prompts of exactly {length:,} tokens could be built from one document; ask for another length, or one "
+            "document a fact with --one-per-document."
+        )
+    return padding
+
+
+def _document(
+    pieces: Sequence[str], prices: Sequence[int], placed: Sequence[_Placed], padding: str, language: str
+) -> tuple[str, list[int]]:
+    """The document and, for each placed fact, the character its (first) sentence begins at.
+
+    A fact goes to the sentence end nearest to its depth. A two-hop fact's second sentence stands half the
+    document away. The padding stands after the last sentence, before what is placed at the very end.
+    """
+    total = sum(prices[: len(pieces)])
+    cumulative = [0, *itertools.accumulate(prices[: len(pieces)])]
+
+    def border(depth: float) -> int:
+        at = depth * total
+        right = min(bisect_left(cumulative, at), len(cumulative) - 1)
+        left = max(0, right - 1)
+        return left if abs(cumulative[left] - at) <= abs(cumulative[right] - at) else right
+
+    inserts: dict[int, list[tuple[str, int | None]]] = {}
+    for number, one in enumerate(placed):
+        for part, sentence in enumerate(one.fact.sentences):
+            depth = one.depth if part == 0 else (one.depth + 0.5 if one.depth <= 0.5 else one.depth - 0.5)
+            inserts.setdefault(border(depth), []).append((sentence, number if part == 0 else None))
+    glue = " " if language == "en" else ""
+    starts = [0] * len(placed)
+    parts: list[str] = []
+    size = 0
+
+    def add(text: str) -> None:
+        nonlocal size
+        parts.append(text)
+        size += len(text)
+
+    for index in range(len(pieces) + 1):
+        if index == len(pieces) and padding:
+            add(padding)
+        for sentence, owner in inserts.get(index, ()):
+            if owner is not None:
+                starts[owner] = size
+            add(sentence + glue)
+        if index < len(pieces):
+            piece = pieces[index]
+            if inserts.get(index + 1):
+                body = piece.rstrip()
+                add(body + glue)
+            elif index == len(pieces) - 1:
+                add(piece.rstrip() + glue)
+            else:
+                add(piece)
+    return "".join(parts).rstrip(), starts
+
+
+def _score(question: _Question, reply: Any, language: str, length: int, repeat: int) -> list[Trial]:
+    trials = []
+    for placed, measured in zip(question.placed, question.measured, strict=True):
+        failed = str(reply) if isinstance(reply, Failure) else None
+        told = None if failed else reply.prompt_tokens
+        if told is not None and told != question.prompt_tokens:
+            raise UserError(
+                f"The model counted {told:,} tokens where {question.prompt_tokens:,} were sent: the tokenizer or the "
+                "chat template of --tokenizer is not the served model's."
+            )
+        trials.append(
+            Trial(
+                language=language,
+                length=length,
+                depth=placed.depth,
+                repeat=repeat,
+                kind=placed.fact.kind,
+                measured_depth=round(measured, 4),
+                question=question.text,
+                expected=placed.fact.answer,
+                answer="" if failed else reply.text,
+                score=None if failed else float(contains(reply.text, placed.fact.accepted)),
+                prompt_tokens=question.prompt_tokens,
+                reused_tokens=0 if failed else reply.reused_tokens,
+                seconds=0.0 if failed else round(reply.seconds, 3),
+                failed=failed,
+            )
+        )
+    return trials
