@@ -120,11 +120,13 @@ class Tokenizer:
         chat_template: str | None = None,
         add_bos: bool = False,
         special_tokens: dict[str, str] | None = None,
+        notes: Iterable[str] = (),
     ) -> None:
         """`special_tokens`: the named ones (`bos_token`, `eos_token` ...), as templates see them; ids fill what
-        is not named.
+        is not named. `notes`: what was changed while reading, for the screen.
         """
         self.backend = backend
+        self.notes = list(notes)
         self.bos_id = bos_id
         self.eos_ids = frozenset(eos_ids)
         self.pad_id = pad_id
@@ -174,19 +176,13 @@ class Tokenizer:
         What tokenizer_config.json states about begin and pad wins over the model configs; the end ids of all
         files are united.
         """
+        # Imported here: the migration builds on this file's helpers.
+        from longverse.models.tokenizer_migration import read_backend
+
         folder = Path(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise UserError(f"{folder} holds no tokenizer.json; give a checkpoint folder that has one.")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:
-            raise UserError(
-                f"{file} cannot be read as a tokenizer ({_one_line(error)}); fetch the file again or convert it."
-            ) from None
+        backend, settings, notes = read_backend(folder)
         backend.no_truncation()
         backend.no_padding()
-        settings = read_json(folder / "tokenizer_config.json")
         model, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
 
         named: dict[str, str] = {}
@@ -221,6 +217,7 @@ class Tokenizer:
             chat_template=_chat_template(folder, settings),
             add_bos=_habit_of_bos(backend, settings, bos_id),
             special_tokens=named,
+            notes=notes,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
