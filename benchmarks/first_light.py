@@ -37,7 +37,7 @@ def transformers_twin(engine: Engine) -> LlamaForCausalLM:
 
 def prompts(engine: Engine, tokens: int) -> list[list[int]]:
     """Two prompts over one generated document of exactly `tokens` tokens."""
-    text = generate_report(seed=1, target_tokens=2 * tokens).text
+    text = generate_report(seed=1, target_words=tokens, questions=1).text
     document = engine.tokenizer.decode(engine.tokenizer.encode(text)[:tokens])
     return [engine.chat.encode([{"role": "user", "content": f"{document}\n\n{question}"}]) for question in QUESTIONS]
 

@@ -202,22 +202,20 @@ class Session:
         del self.tokens[held:]
         started = time.perf_counter()
         try:
-            logits = None
             for begin in range(held, len(prompt), CHUNK):
                 if cancelled is not None and cancelled():
                     stats.finish_reason = "cancelled"
                     return
                 if on_progress is not None:
                     on_progress(begin, len(prompt))
-                logits = self._forward(prompt[begin : begin + CHUNK])
+                hidden = self._forward(prompt[begin : begin + CHUNK])
             if on_progress is not None:
                 on_progress(len(prompt), len(prompt))
             stats.prefill_seconds = time.perf_counter() - started
             sampler = Sampler(sampling, prompt, network.device)
             started_decode = time.perf_counter()
             while True:
-                assert logits is not None
-                token = sampler(logits)
+                token = sampler(self._logits(hidden))
                 if token in end_ids:
                     stats.finish_reason = "stop"
                     return
@@ -230,7 +228,7 @@ class Session:
                 if cancelled is not None and cancelled():
                     stats.finish_reason = "cancelled"
                     return
-                logits = self._forward([token])
+                hidden = self._forward([token])
         finally:  # also when the caller stops listening, or Ctrl-C falls into a forward
             if not stats.prefill_seconds:
                 stats.prefill_seconds = time.perf_counter() - started
@@ -239,14 +237,19 @@ class Session:
 
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> torch.Tensor:
-        """Read `ids` after what the cache holds; returns float32 logits [V] of the last one."""
+        """Read `ids` after what the cache holds; returns the hidden state [1, C] of the last one."""
         network, begin = self.engine.network, self.cache.length
         input_ids = torch.tensor([ids], device=network.device)  # [1, T]
         positions = torch.arange(begin, begin + len(ids), device=network.device)[None]  # [1, T]
-        logits = network(input_ids, positions, self.cache.rope_length, self.cache.attend, logits_to_keep=1)
+        hidden = network.model(input_ids, positions, self.cache.rope_length, self.cache.attend)  # [1, T, C]
         self.cache.advance(len(ids))
         self.tokens.extend(ids)
-        return logits[0, -1]
+        return hidden[:, -1]
+
+    @torch.inference_mode()
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits [V] from a hidden state [1, C]; apart from `_forward`, since most chunks need none."""
+        return self.engine.network.lm_head(hidden)[0].float()
 
     def _text(self, tokens: Iterator[int], stop: tuple[str, ...], ids: list[int]) -> Iterator[str]:
         characters = self.engine.tokenizer.stream()

@@ -258,4 +258,7 @@ class CausalLM(nn.Module):
         if rope_length is None:
             rope_length = input_ids.shape[1]
         hidden = self.model(input_ids, positions, rope_length, attend)  # [B, T, C]
-        return self.lm_head(hidden[:, -logits_to_keep:]).float()
+        hidden = hidden[:, -logits_to_keep:]  # [B, n, C]; all tokens when logits_to_keep is 0
+        # Two dimensions for the head: with three, torch may pick a batched product that copies the whole weight.
+        logits = self.lm_head(hidden.reshape(-1, hidden.shape[-1]))  # [B * n, V]
+        return logits.view(*hidden.shape[:2], -1).float()

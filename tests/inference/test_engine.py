@@ -150,14 +150,12 @@ def scripted(tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch) -
     session = make_engine(tokenizer).session(300)
     script = iter([*tokenizer.encode(text), next(iter(tokenizer.eos_ids))])
 
-    def forward(ids: list[int]) -> torch.Tensor:
-        session.cache.advance(len(ids))
-        session.tokens.extend(ids)
-        logits = torch.zeros(151)
-        logits[next(script)] = 1
-        return logits
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        likely = torch.zeros(151)
+        likely[next(script)] = 1
+        return likely
 
-    monkeypatch.setattr(session, "_forward", forward)
+    monkeypatch.setattr(session, "_logits", logits)
     return session
 
 
