@@ -159,6 +159,21 @@ def _attempt(backend: Backend, request: Request) -> Reply | Failure:
         return failure
 
 
+def load_tokenizer(model: str) -> tuple[Any, Any]:
+    """Tokenizer and chat format of a model by embedded name, folder (weights need not be there), .gguf or hub id."""
+    from longverse.models.chat import ChatFormat
+    from longverse.models.checkpoint import open_model, read_config
+    from longverse.models.tokenizer import Tokenizer
+
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        tokenizer = Tokenizer.from_folder(folder)
+        config = read_config(folder) if (folder / "config.json").is_file() else {}
+        return tokenizer, ChatFormat.for_model(tokenizer, config, folder.name)
+    opened = open_model(model)
+    return opened.tokenizer, opened.chat()
+
+
 @dataclass
 class EngineBackend:
     """Our own engine. The session of the last request is kept, so a common beginning is read only once."""

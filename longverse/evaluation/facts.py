@@ -36,7 +36,7 @@ _EN = {
     "last": "Halloran Vestergaard Quillfeather Okonjo Brandvold Castellane Drummel Ferrant Grieve Hjalmarsson "
     "Ivarsen Kestrel Lindqvist Mortimer Nakashima Oyelaran Pemberton Rasmussen Szabo Tarrant",
     "city": "Lisbon Bergen Salzburg Havana Krakow Nairobi Toulouse Antwerp Montreal Valparaiso Tbilisi Odense Palermo "
-    "Seville Gdansk Osaka Marrakesh Quebec Dresden Ljubljana",
+    "Seville Gdansk Osaka Helsinki Quebec Dresden Ljubljana",
     "building": "lighthouse|town hall|old mill|grain store|post office|opera house|customs house|observatory|"
     "bathhouse|printing house|railway station|brewery|armoury|hospital|glassworks|museum",
     "object": "brass telescope|walnut desk|silk umbrella|leather saddle|silver flute|marble chessboard|oak wardrobe|"

@@ -251,6 +251,18 @@ _MODE = {
 }
 
 
+def default_lengths(window: int | None, max_new_tokens: int) -> tuple[int, ...]:
+    """Eight lengths in even steps up to the last whole thousand (below 4,000: hundred) that leaves the answer room."""
+    if window is None:
+        raise UserError("The model's window is not known here: say which prompts to try with --lengths.")
+    room = window - max_new_tokens
+    unit = 1000 if room >= 4000 else 100 if room >= 400 else 10
+    top = room // unit * unit
+    if top < 10:
+        raise UserError(f"A window of {window:,} tokens has no room for a needle test: use a model with a longer one.")
+    return tuple(sorted({max(unit, round(top * i / 8 / unit) * unit) for i in range(1, 9)}))
+
+
 def run_needle(
     backend: Backend,
     settings: NeedleSettings,

@@ -1,0 +1,358 @@
+"""`longverse eval …`: needle, longbench, ruler, loss, report. Options to settings, results to files and screen.
+
+Everything heavy is imported inside the commands, so that `longverse --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from longverse.evaluation.backends import Backend
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure a model: facts in long texts, LongBench, RULER, loss by position. A stopped run goes on.",
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Embedded name, folder, .gguf file or hub id.")]
+Rope = Annotated[str | None, typer.Option("--rope", help="Change the RoPE plan, such as abf:500000 or dynamic:2.")]
+Window = Annotated[int | None, typer.Option("--window", help="Take this many tokens, beyond the model's window too.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+BackendName = Annotated[str, typer.Option("--backend", help="engine (ours) or transformers.")]
+Endpoint = Annotated[
+    str | None, typer.Option("--endpoint", help="An OpenAI-compatible server instead, like http://127.0.0.1:8000/v1.")
+]
+TokenizerFolder = Annotated[
+    str | None, typer.Option("--tokenizer", help="With --endpoint: the served model, for counting its tokens.")
+]
+KeyEnv = Annotated[str, typer.Option("--key-env", help="With --endpoint: the environment variable that holds the key.")]
+Concurrency = Annotated[int, typer.Option("--concurrency", help="With --endpoint: requests at once.")]
+Timeout = Annotated[float, typer.Option("--timeout", help="With --endpoint: seconds to wait for one answer.")]
+Retries = Annotated[int, typer.Option("--retries", help="With --endpoint: tries after the first.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for results and for going on after a stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Seed = Annotated[int, typer.Option("--seed", help="Makes other texts and facts.")]
+
+
+def _backend(
+    model: str, rope: str | None, window: int | None, dtype: str, device: str, backend: str, endpoint: str | None,
+    tokenizer: str | None, key_env: str, concurrency: int, timeout: float, retries: int,
+) -> Backend:  # fmt: skip
+    from longverse.errors import UserError
+
+    if backend not in ("engine", "transformers"):
+        raise UserError(f"No back end is called {backend!r}: choose engine or transformers, or give --endpoint.")
+    if endpoint is not None:
+        from longverse.evaluation.endpoint import EndpointBackend
+
+        if rope is not None or backend != "engine":
+            raise UserError(
+                "--rope and --backend change a model loaded here, not one behind --endpoint: leave them out."
+            )
+        parts: dict[str, Any] = {}
+        if tokenizer is not None:
+            from longverse.evaluation.backends import load_tokenizer
+
+            parts["tokenizer"], parts["chat"] = load_tokenizer(tokenizer)
+        served = EndpointBackend(
+            endpoint, model, key=os.environ.get(key_env), window=window, concurrency=concurrency, timeout=timeout,
+            retries=retries, **parts,
+        )  # fmt: skip
+        served.check()
+        return served
+    if tokenizer is not None:
+        raise UserError("--tokenizer belongs to --endpoint: a model loaded here brings its own.")
+    if backend == "transformers":
+        from longverse.evaluation.backends import TransformersBackend
+
+        if rope is not None or window is not None:
+            raise UserError("--rope and --window belong to the engine: leave out --backend transformers.")
+        return TransformersBackend(model, dtype=dtype, device="cpu" if device == "auto" else device)
+    from longverse.evaluation.backends import EngineBackend
+    from longverse.inference.engine import Engine
+
+    with _progress("loading", "bytes") as report:
+        engine = Engine.load(model, dtype=dtype, device=device, rope=rope, window=window, on_progress=report)
+    for note in engine.notes:
+        typer.echo(note, err=True)
+    return EngineBackend(engine)
+
+
+@contextmanager
+def _progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left on a terminal, a line every tenth elsewhere; on stderr, so stdout stays the result."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+        ) as bar:  # fmt: skip
+            task = bar.add_task(label, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    start, said = time.monotonic(), 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal said
+        tenth = 10 * done // max(1, total)
+        if tenth > said and time.monotonic() - start > 1:
+            said = tenth
+            typer.echo(f"{label}: {done:,} of {total:,} {unit}, {time.monotonic() - start:.0f} s", err=True)
+
+    yield report
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    """ "1000,2K,4k" to numbers; K is a thousand."""
+    from longverse.errors import UserError
+
+    values = []
+    for part in text.split(","):
+        part = part.strip().lower()
+        digits = part.removesuffix("k")
+        if not digits.isdigit():
+            raise UserError(f"{option} {text!r} is no list of numbers: write it like 1000,2000,4K.")
+        values.append(int(digits) * (1000 if part.endswith("k") else 1))
+    return tuple(values)
+
+
+def _saved(paths: list[Path]) -> None:
+    for path in paths:
+        typer.echo(f"written: {path}", err=True)
+
+
+def _out(out: Path | None, kind: str, model: str) -> Path:
+    return out if out is not None else Path("results") / f"{kind}-{Path(model).stem}"
+
+
+@app.command()
+def needle(
+    model: Model = "smol",
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Prompt lengths in tokens; by default eight up to the window.")
+    ] = None,
+    depths: Annotated[int, typer.Option("--depths", help="How many depths, from first to last sentence.")] = 5,
+    language: Annotated[str, typer.Option("--language", "-l", help="en, zh or en,zh.")] = "en",
+    mode: Annotated[
+        str, typer.Option("--mode", help="facts, several (one question for all), hop (two steps) or paraphrase.")
+    ] = "facts",
+    kinds: Annotated[str | None, typer.Option("--kinds", help="Only these kinds of fact, like code,date.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Facts a cell.")] = 2,
+    one_per_document: Annotated[
+        bool, typer.Option("--one-per-document", help="A document for every fact: stricter, and slower.")
+    ] = False,
+    haystack: Annotated[Path | None, typer.Option("--haystack", help="Your own text to hide the facts in.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 24,
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: AsJson = False,
+    rope: Rope = None,
+    window: Window = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: BackendName = "engine",
+    endpoint: Endpoint = None,
+    tokenizer: TokenizerFolder = None,
+    key_env: KeyEnv = "OPENAI_API_KEY",
+    concurrency: Concurrency = 4,
+    timeout: Timeout = 600.0,
+    retries: Retries = 4,
+) -> None:
+    """Hide facts in long texts and ask for them: a heatmap of depth against length.
+
+    Example: longverse eval needle --lengths 2K,8K --language en,zh
+    """
+    from longverse.errors import UserError
+    from longverse.evaluation.haystack import read_haystack
+    from longverse.evaluation.needle import NeedleSettings, default_lengths, run_needle
+
+    if depths < 1:
+        raise UserError("--depths must be at least 1.")
+    text = None if haystack is None else read_haystack(haystack)
+    chosen = None if lengths is None else _numbers(lengths, "--lengths")
+    NeedleSettings(
+        lengths=chosen or (1,), languages=tuple(language.split(",")), mode=mode, repeats=repeats,
+        kinds=tuple(kinds.split(",")) if kinds else (), max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    asked = _backend(
+        model, rope, window, dtype, device, backend, endpoint, tokenizer, key_env, concurrency, timeout, retries
+    )
+    settings = NeedleSettings(
+        lengths=chosen or default_lengths(asked.window, max_new_tokens),
+        depths=tuple(i / (depths - 1) for i in range(depths)) if depths > 1 else (0.5,),
+        languages=tuple(language.split(",")),
+        mode=mode,
+        kinds=tuple(kinds.split(",")) if kinds else (),
+        repeats=repeats,
+        one_per_document=one_per_document,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        haystack=text,
+        haystack_name="generated" if haystack is None else haystack.name,
+    )
+    folder = _out(out, "needle", asked.name)
+    with _progress("asking", "questions") as report:
+        result = run_needle(asked, settings, journal=folder / "needle.jsonl", on_progress=report)
+    paths = result.save(folder)
+    typer.echo(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result.markdown().rstrip())
+    _saved(paths)
+
+
+@app.command()
+def longbench(
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="The benchmark's folder, its data.zip, or a hub dataset.")
+    ] = None,
+    model: Model = "smol",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Prompts and lengths; by default DATA/config (v2: DATA/prompts).")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", "-t", help="Only these tasks, like hotpotqa,trec.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", help="Only the first rows of each task.")] = None,
+    max_length: Annotated[
+        int, typer.Option("--max-length", help="Longest prompt in tokens, before the template.")
+    ] = 31500,
+    truncation: Annotated[
+        str, typer.Option("--truncation", help="middle (the protocol), context (corrected) or off.")
+    ] = "middle",
+    e: Annotated[bool, typer.Option("--e", help="LongBench-E: 13 tasks in three buckets of length.")] = False,
+    v2: Annotated[bool, typer.Option("--v2", help="LongBench v2: multiple choice.")] = False,
+    reasoning: Annotated[bool, typer.Option("--reasoning", help="With --v2: reason first, then choose.")] = False,
+    score: Annotated[
+        Path | None, typer.Option("--score", help="Only score a folder of predictions, ours or others'.")
+    ] = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    rope: Rope = None,
+    window: Window = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: BackendName = "engine",
+    endpoint: Endpoint = None,
+    tokenizer: TokenizerFolder = None,
+    key_env: KeyEnv = "OPENAI_API_KEY",
+    concurrency: Concurrency = 4,
+    timeout: Timeout = 600.0,
+    retries: Retries = 4,
+) -> None:
+    """Run LongBench by its own protocol, or score its predictions. A stopped run goes on with the same command.
+
+    Example: longverse eval longbench --data LongBench --max-length 7500 --tasks multi_news --limit 20
+    """
+    from longverse.errors import UserError
+    from longverse.evaluation.longbench import tables
+    from longverse.evaluation.longbench.runner import LongBenchRun
+    from longverse.evaluation.longbench.score import check_against, read_predictions, score_folder
+    from longverse.evaluation.longbench.tasks import choose_tasks, locate, read_config, read_task
+
+    names = None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()]
+    if sum((e, v2)) > 1:
+        raise UserError("--e and --v2 are different benchmarks: choose one.")
+    if v2:
+        if score is not None or names:
+            raise UserError("--score and --tasks belong to LongBench v1: leave them out with --v2.")
+        asked = lambda: _backend(  # noqa: E731
+            model, rope, window, dtype, device, backend, endpoint, tokenizer, key_env, concurrency, timeout, retries
+        )
+        _longbench_v2(data, config, limit, max_length, reasoning, out, as_json, asked)
+        return
+    chosen = choose_tasks(names, e=e) if names else None
+    if score is not None:
+        scores = score_folder(score, e=e, tasks=chosen)
+        if data is not None:
+            folder = locate(data, _cache())
+            inner = score / ("pred_e" if e else "pred")
+            for one in scores:
+                path = (inner if inner.is_dir() else score) / f"{one.task}.jsonl"
+                rows = read_task(folder, one.task, e=e)
+                check_against(rows, read_predictions(path, one.task), path, partial=True)
+        about = {"model": score.resolve().name}
+        settings: dict[str, Any] = {"e": e, "scored": score.name}
+        _show_longbench(tables, scores, about, settings, out, as_json)
+        return
+    if data is None:
+        raise UserError("LongBench's rows and prompts are not part of longverse: give its folder with --data.")
+    folder = locate(data, _cache())
+    wanted = choose_tasks(names, e=e)
+    read = read_config(config if config is not None else folder / "config", wanted)
+    for task in wanted:
+        read_task(folder, task, e=e)  # every row is checked before the model is loaded
+    asked_backend = _backend(
+        model, rope, window, dtype, device, backend, endpoint, tokenizer, key_env, concurrency, timeout, retries
+    )
+    place = _out(out, "longbench", asked_backend.name)
+    with _progress("LongBench", "rows") as report:
+        run = LongBenchRun(
+            backend=asked_backend, data=folder, config=read, out=place, tasks=wanted, max_length=max_length,
+            truncation=truncation, limit=limit, e=e, on_progress=report,
+        )  # fmt: skip
+        try:
+            scores = run.run()
+        except KeyboardInterrupt:
+            typer.echo(f"stopped; every finished row is kept in {place}: the same command goes on.", err=True)
+            raise
+    settings = {
+        "e": e, "max_length": max_length, "truncation": truncation, "limit": limit, "tasks": list(wanted),
+        "cut_rows": sum(s.cut or 0 for s in scores),
+    }  # fmt: skip
+    _show_longbench(tables, scores, asked_backend.describe(), settings, place, as_json)
+
+
+def _cache() -> Path:
+    from longverse.models.checkpoint import cache_folder
+
+    return cache_folder()
+
+
+def _show_longbench(
+    tables: Any, scores: Any, model: dict[str, Any], settings: dict[str, Any], out: Path | None, as_json: bool
+) -> None:
+    if as_json:
+        typer.echo(json.dumps(tables.to_dict(scores, model=model, settings=settings), ensure_ascii=False))
+    else:
+        typer.echo(tables.markdown(scores, model=str(model["model"]), settings=settings).rstrip())
+    if out is not None:
+        _saved(tables.save(out, scores, model=model, settings=settings))
+
+
+def _longbench_v2(
+    data: str | None, config: Path | None, limit: int | None, max_length: int, reasoning: bool, out: Path | None,
+    as_json: bool, asked: Callable[[], Backend],
+) -> None:  # fmt: skip
+    from longverse.errors import UserError
+    from longverse.evaluation.longbench.v2 import read_items, read_prompts, run_v2
+
+    if data is None:
+        raise UserError("LongBench v2's items are not part of longverse: give its data.json with --data.")
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise UserError(f"{data} does not exist: give LongBench v2's data.json or its folder with --data.")
+    items = read_items(path, limit)
+    folder = config if config is not None else (path if path.is_dir() else path.parent) / "prompts"
+    prompts = read_prompts(folder, reasoning=reasoning)
+    backend = asked()
+    place = _out(out, "longbench-v2", backend.name)
+    with _progress("LongBench v2", "items") as report:
+        result = run_v2(backend, items, prompts, place, max_length=max_length, reasoning=reasoning, on_progress=report)
+    typer.echo(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result.markdown().rstrip())
+    _saved(result.save(place))
