@@ -16,21 +16,24 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import embedded, hub
+from . import embedded, hub, releases
 from .chat import ChatFormat
 from .converted import MemoryTensors, cache_folder, convert_once
 from .network import CausalLM, NetworkConfig
+from .quant_linear import SAVED_NAMES, QuantFormat, hollow, pack, read_form
+from .releases import Release
 from .rope import RopePlan
 from .shards import Progress, TensorFolder, TensorInfo, read_json
 from .tokenizer import Tokenizer
 
-__all__ = ["Loaded", "ModelEntry", "cache_folder", "known_models", "load", "locate"]
+__all__ = ["Loaded", "ModelEntry", "Opened", "cache_folder", "known_models", "load", "locate", "open_model"]
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16, "f16": torch.float16,
 }  # fmt: skip
+IGNORED = ("rotary_emb.inv_freq", ".weight_shape")  # the plan and the config say these
 
 
 @dataclass
@@ -89,30 +92,9 @@ def load(
     Raises UserError for whatever the user can mend; each names the file and the tensor.
     """
     place = choose_device(device)
-    notes: list[str] = []
-    name, path = locate(model, on_progress)
-    folder = path
-    tensors: TensorFolder | MemoryTensors
-    if path.is_file():
-        converted = convert_once(path, name, on_progress)
-        notes += converted.notes
-        if converted.folder is None:
-            assert converted.tensors is not None
-            assert converted.tokenizer is not None
-            config, tokenizer, tensors = converted.config, converted.tokenizer, converted.tensors
-            notes.append(
-                f"{converted.reason}: {name} was converted in memory, as it will be at every start; "
-                "set LONGVERSE_CACHE to a folder that can be written."
-            )
-        else:
-            folder = converted.folder
-            config, tokenizer, tensors = converted.config, Tokenizer.from_folder(folder), TensorFolder(folder)
-    else:
-        config = read_config(folder)
-        NetworkConfig.from_dict(config)  # a foreign architecture is said before anything else of the folder is read
-        tensors = TensorFolder(folder)
-        tokenizer = Tokenizer.from_folder(folder)
-    shape = NetworkConfig.from_dict(config)
+    opened = open_model(model, on_progress)
+    notes, tensors = opened.notes, opened.tensors
+    shape = NetworkConfig.from_dict(opened.config)
     if rope is not None:
         plan = RopePlan.parse(rope, shape.rope, shape.window)
         window = plan.window_after(shape.window)
@@ -122,9 +104,67 @@ def load(
     number, note = choose_dtype(dtype, place, stored)
     if note:
         notes.append(note)
-    network = build(shape, tensors, number, place, on_progress)
-    chat = ChatFormat.for_model(tokenizer, config, name)
-    return Loaded(name, network, tokenizer, chat, config, folder, notes)
+    network = build(shape, tensors, number, place, opened.form, on_progress)
+    return Loaded(opened.name, network, opened.tokenizer, opened.chat(), opened.config, opened.path, notes)
+
+
+@dataclass
+class Opened:
+    """A checkpoint whose config and tokenizer are read, and whose weights are listed but not read: where load, convert
+    and export begin."""
+
+    name: str
+    path: Path  # as in `Loaded`
+    config: dict[str, Any]  # completed, where its release leaves something out
+    tokenizer: Tokenizer
+    tensors: TensorFolder | MemoryTensors
+    form: QuantFormat | None  # how the weights are quantised
+    release: Release | None
+    notes: list[str]
+
+    def chat(self) -> ChatFormat:
+        """The prompt format: a base XVERSE release continues plain text, everything else as its files say."""
+        if self.release is not None and not self.release.chat and self.tokenizer.chat_template is None:
+            return ChatFormat("plain", self.tokenizer)
+        return ChatFormat.for_model(self.tokenizer, self.config, self.name)
+
+
+def open_model(model: str, on_progress: Progress | None = None) -> Opened:
+    """Find a model, read its config and tokenizer, list its tensors; see `load` for what `model` may be."""
+    notes: list[str] = []
+    name, path = locate(model, on_progress)
+    tensors: TensorFolder | MemoryTensors
+    if path.is_file():
+        converted = convert_once(path, name, on_progress)
+        notes += converted.notes
+        if converted.folder is None:
+            assert converted.tensors is not None
+            assert converted.tokenizer is not None
+            config, tokenizer, tensors = converted.config, converted.tokenizer, converted.tensors
+            notes.append(
+                f"{converted.reason}: {name} was converted in memory, as it will be at every start;"
+                " set LONGVERSE_CACHE to a folder that can be written."
+            )
+        else:
+            path = converted.folder
+            config, tokenizer, tensors = converted.config, Tokenizer.from_folder(path), TensorFolder(path)
+        config, release, more = releases.complete(config, name)
+    else:
+        config, release, more = releases.complete(read_config(path), name)
+        NetworkConfig.from_dict(config)  # a foreign architecture is said before anything else of the folder is read
+        tensors, tokenizer = TensorFolder(path), Tokenizer.from_folder(path)
+    notes += more
+    if release is not None:
+        if not release.chat:
+            notes.append(f"{release.name} is a base model: it continues text; for answers take its Chat release.")
+        for key, value in (("bos_token_id", tokenizer.bos_id), ("pad_token_id", tokenizer.pad_id)):
+            if config.get(key) is None and value is not None:
+                config[key] = value
+        if config.get("eos_token_id") is None and tokenizer.eos_ids:
+            config["eos_token_id"] = min(tokenizer.eos_ids)
+        if (licence := releases.licence_note(release)) is not None:
+            notes.append(licence)
+    return Opened(name, path, config, tokenizer, tensors, read_form(config), release, notes)
 
 
 def build(
@@ -132,30 +172,42 @@ def build(
     tensors: TensorFolder | MemoryTensors,
     dtype: torch.dtype,
     device: torch.device,
+    form: QuantFormat | None = None,
     on_progress: Progress | None = None,
 ) -> CausalLM:
     """The network with the weights of a checkpoint, checked against the shapes its config asks for.
 
-    A weight already of the wanted dtype and device stays a view of the mapped file.
+    A weight already of the wanted dtype and device stays a view of the mapped file; others are converted one by one,
+    and the pages of the file they came from let go, so memory peaks at the network and one tensor. Quantised weights
+    stay quantised.
     """
-    wanted = shape.parameter_shapes()
-    check(tensors, wanted, shape.tied)
     with torch.device("meta"):
         network = CausalLM(shape)
+        if form is not None:
+            hollow(network, form, tensors.infos)
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if shape.tied:
+        del wanted["lm_head.weight"]
+    check(tensors, wanted, shape.tied)
     total = sum(tensors.infos[name].nbytes for name in wanted)
     done = 0
     state: dict[str, Tensor] = {}
-    for name in wanted:
-        tensor = tensors.get(name)
-        moved = tensor.to(device, dtype)
-        state[name] = moved
+    for name, tensor in tensors.stream():
+        if name not in wanted:
+            continue
+        quantised = name.rpartition(".")[2] in SAVED_NAMES
+        state[name] = moved = tensor.to(device) if quantised else tensor.to(device, dtype)
         done += tensor.nbytes
-        if on_progress and moved is not tensor:
-            on_progress(done, total)
+        if moved is not tensor:
+            tensors.forget(tensor)
+            if on_progress:
+                on_progress(done, total)
     if shape.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     network.load_state_dict(state, strict=True, assign=True)
     network.tie()
+    if form is not None:
+        pack(network, dtype)
     return network.requires_grad_(False).eval()
 
 
@@ -176,13 +228,13 @@ def check(tensors: TensorFolder | MemoryTensors, wanted: dict[str, tuple[int, ..
                 f"{tensors.origin(name)} has {name} as {list(infos[name].shape)} where config.json asks for"
                 f" {list(expected)}: the two belong to different models."
             )
-        if not infos[name].dtype.is_floating_point:
+        if not infos[name].dtype.is_floating_point and name.rpartition(".")[2] not in SAVED_NAMES:
             raise UserError(
                 f"{tensors.origin(name)} keeps {name} as {infos[name].dtype}, a quantised form longverse does not"
                 " read: take the model in bf16 and run `longverse quantize` on it."
             )
     for name in infos:
-        if name in wanted or name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+        if name in wanted or name.endswith(IGNORED) or (tied and name == "lm_head.weight"):
             continue
         raise UserError(
             f"{tensors.origin(name)} has a tensor {name} that its config.json does not account for: "

@@ -62,6 +62,13 @@ class MemoryTensors:
         """One tensor."""
         return self.tensors[name]
 
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor."""
+        yield from self.tensors.items()
+
+    def forget(self, tensor: Tensor) -> None:
+        """Nothing: the tensors are held here."""
+
     def origin(self, name: str) -> str:
         """What an error message calls the place of a tensor."""
         return "the converted file"

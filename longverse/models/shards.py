@@ -10,11 +10,14 @@ data (https://huggingface.co/docs/safetensors).
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import pickle
 import secrets
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +101,23 @@ class replacing:
             self.aside.unlink(missing_ok=True)
 
 
+def drop_pages(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that is a clean view of a mapped file; a later read fetches it again.
+
+    Only whole pages within the tensor are dropped, so its neighbours keep theirs. Never call it on a tensor of ordinary
+    memory: its values would be lost.
+    """
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    stop = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if stop > start and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+
+
 class SafetensorsFile:
     """One safetensors file, mapped. Raises UserError when it is truncated or no such file."""
+
+    mapped = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -162,12 +180,11 @@ class BinFile:
         self._tensors: dict[str, Tensor] = state
         self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in state.items()}
 
-    @staticmethod
-    def _load(path: Path) -> Any:
+    def _load(self, path: Path) -> Any:
         with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
+            self.mapped = file.read(4) == b"PK\x03\x04"
         # Files of torch < 1.6 are bare pickles, which cannot be mapped: the shard is then in memory while it is read.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
 
     def get(self, name: str) -> Tensor:
         """The tensor; a view of the mapped file for today's format."""
@@ -177,8 +194,8 @@ class BinFile:
 class TensorFolder:
     """All tensors of a checkpoint folder, by name, whatever files they are in.
 
-    `infos` is read from the safetensors headers at once; shards are opened one at a time and kept mapped. For `.bin`
-    files use `stream()`, which lets go of each shard before the next.
+    `infos` is known at once; the files stay mapped. Old `.bin` files that cannot be mapped are read again, one at a
+    time, when their tensors are asked for: use `stream()`, which goes through each of them once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -187,12 +204,14 @@ class TensorFolder:
         self._open: dict[str, SafetensorsFile | BinFile] = {}
         self.infos: dict[str, TensorInfo] = {}
         self.where: dict[str, str] = {}
+        self._mapped = True
         for shard in self.shards:
             file = self._file(shard)
             for name, info in file.infos.items():
                 self.infos[name] = info
                 self.where[name] = shard
-            if self.kind == "bin":
+            self._mapped &= file.mapped
+            if not file.mapped:
                 self._open.pop(shard)
         for name, shard in index.items():
             if name not in self.infos:
@@ -238,19 +257,24 @@ class TensorFolder:
         """One tensor; KeyError when no file has it."""
         return self._file(self.where[name]).get(name)
 
+    def forget(self, tensor: Tensor) -> None:
+        """Let go of the memory behind a tensor of this folder that is not needed again. The file keeps its data."""
+        if self._mapped:
+            drop_pages(tensor)
+
     def origin(self, name: str) -> str:
         """What an error message calls the place of a tensor."""
         return str(self.folder / self.where[name])
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, shard by shard; a shard is let go before the next is opened."""
+        """Every tensor, shard by shard."""
         for shard in self.shards:
             file = self._file(shard)
             for name in file.infos:
                 if self.where[name] == shard:
                     yield name, file.get(name)
-            self._open.pop(shard, None)
-            del file
+            if not file.mapped:
+                del self._open[shard], file
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,252 @@
+"""Checkpoints rewritten from disk to disk: `.bin` shards, GGUF or safetensors in, safetensors shards out.
+
+One tensor is in memory at a time, and the pages of the source are let go as it is read, so a 26 GB checkpoint passes
+through a machine of 4 GB. Everything is written into a folder beside the target, which takes the target's name only
+when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .checkpoint import DTYPES, IGNORED, Opened, check, open_model, stored_dtype
+from .network import NetworkConfig
+from .quant_linear import SAVED_NAMES, load_form
+from .shards import SAFETENSORS_INDEX, Progress, SafetensorsWriter, TensorInfo, numel, write_json
+
+SHARD_BYTES = 5_000_000_000
+Cancelled = Callable[[], bool]
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+@dataclass
+class Written:
+    """What a conversion left on disk."""
+
+    folder: Path
+    read_bytes: int
+    written_bytes: int
+    shards: int
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    model: str,
+    target: Path,
+    *,
+    dtype: str = "keep",
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Progress | None = None,
+    cancelled: Cancelled | None = None,
+) -> Written:
+    """Rewrite a checkpoint as safetensors with a complete config and a tokenizer that today's library reads.
+
+    model    what `load` takes: a folder (`.bin` or safetensors), a `.gguf` file, a name, a hub id
+    dtype    keep, bfloat16, float16 or float32; quantised weights are dequantised
+    Raises UserError when the target exists, the disk is too small, or the source is broken.
+    """
+    source = open_model(model)
+    if source.release is not None or source.config.get("model_type") == "xverse":
+        from .export import xverse_config
+
+        config = xverse_config(source.config)
+    else:
+        config = dict(source.config)
+    return rewrite(
+        source, target, config, dtype=dtype, shard_bytes=shard_bytes, on_progress=on_progress, cancelled=cancelled
+    )
+
+
+def rewrite(
+    source: Opened,
+    target: Path,
+    config: dict[str, Any],
+    *,
+    dtype: str = "keep",
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Progress | None = None,
+    cancelled: Cancelled | None = None,
+) -> Written:
+    """Write the (dequantised) tensors of `source` under another config. See `convert`."""
+    number = stored_dtype(source.tensors.infos) if dtype == "keep" else _dtype(dtype)
+    shape = NetworkConfig.from_dict(source.config)
+    shapes = shape.parameter_shapes()
+    if source.form is None:
+        check(source.tensors, shapes, shape.tied)
+    infos = {name: TensorInfo(shapes[name], number) for name in arrival(source, shapes)}
+    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "quantization_config")}
+    config["dtype"] = str(number).removeprefix("torch.")
+    notes = list(source.notes)
+    if number == torch.float16 and stored_dtype(source.tensors.infos) != torch.float16:
+        notes.append("float16 cannot hold magnitudes above 65,504: values beyond that would become infinite.")
+    return write_folder(
+        source, target, config, infos, dequantised(source, number), notes, shard_bytes, on_progress, cancelled
+    )
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"Unknown dtype {name!r}: use keep, bfloat16, float16 or float32.")
+    return DTYPES[name]
+
+
+def arrival(source: Opened, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The float tensors in the order their parts lie in the source; UserError when one is missing."""
+    order: dict[str, None] = {}
+    for name in source.tensors.infos:
+        base, _, ending = name.rpartition(".")
+        plain = f"{base}.weight" if ending in SAVED_NAMES else name
+        if plain in shapes:
+            order[plain] = None
+    lacking = [name for name in shapes if name not in order]
+    if lacking:
+        raise UserError(f"{source.path} lacks the tensor {lacking[0]} that its config asks for: download it again.")
+    return list(order)
+
+
+def dequantised(source: Opened, dtype: torch.dtype) -> Tensors:
+    """(name, float tensor) of a checkpoint, whatever form it keeps its weights in."""
+    tensors = source.tensors
+    for name, tensor in tensors.stream():
+        base, _, ending = name.rpartition(".")
+        if source.form is not None and ending in SAVED_NAMES:
+            if ending == "weight_packed":
+                parts = {
+                    part: tensors.get(f"{base}.{part}") for part in SAVED_NAMES if f"{base}.{part}" in tensors.infos
+                }
+                yield f"{base}.weight", load_form(parts, source.form, dtype)
+        elif not name.endswith(IGNORED):
+            yield name, tensor
+        tensors.forget(tensor)
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def write_folder(
+    source: Opened,
+    target: Path,
+    config: dict[str, Any],
+    infos: dict[str, TensorInfo],
+    tensors: Tensors,
+    notes: list[str],
+    shard_bytes: int,
+    on_progress: Progress | None,
+    cancelled: Cancelled | None,
+    extras: Callable[[Path], None] | None = None,
+) -> Written:
+    """Write a checkpoint folder: config, tokenizer, generation_config, licence files, and the tensors in shards.
+
+    infos     what will be written, in the order `tensors` yields it; a tensor not among them is skipped
+    extras    writes further files into the folder
+    """
+    target = target.expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already: give another folder, or delete it first.")
+    need = sum(info.nbytes for info in infos.values())
+    home = target.absolute().parent
+    if not home.is_dir():
+        raise UserError(f"{home} is no folder: make it first.")
+    free = shutil.disk_usage(home).free
+    if need + 64_000_000 > free:
+        raise UserError(
+            f"{target} needs {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free: make room, or write"
+            " elsewhere."
+        )
+    aside = home / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    try:
+        aside.mkdir()
+        shards = _write_shards(aside, infos, tensors, shard_bytes, on_progress, cancelled)
+        _copy_beside(source.path, aside)
+        source.tokenizer.save(aside)
+        write_json(aside / "config.json", config)
+        if extras is not None:
+            extras(aside)
+        if target.exists():
+            target.rmdir()  # empty, as was checked
+        os.rename(aside, target)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"The disk is full while writing {target}: it needs {need / 1e9:.1f} GB.") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{home} cannot be written ({error.strerror}): choose another folder.") from None
+        raise
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return Written(target, sum(i.nbytes for i in source.tensors.infos.values()), need, shards, notes)
+
+
+def _write_shards(
+    folder: Path,
+    infos: dict[str, TensorInfo],
+    tensors: Tensors,
+    shard_bytes: int,
+    on_progress: Progress | None,
+    cancelled: Cancelled | None,
+) -> int:
+    groups: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in infos.items():
+        if size and size + info.nbytes > shard_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = info
+        size += info.nbytes
+    count = len(groups)
+    files = (
+        ["model.safetensors"] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    )
+    where = {name: number for number, group in enumerate(groups) for name in group}
+    total = sum(info.nbytes for info in infos.values())
+    writers: dict[int, SafetensorsWriter] = {}
+    written: set[str] = set()
+    done = 0
+    try:
+        for name, tensor in tensors:
+            if cancelled is not None and cancelled():
+                raise KeyboardInterrupt
+            if name not in infos:
+                continue
+            number = where[name]
+            if number not in writers:
+                writers[number] = SafetensorsWriter(folder / files[number], groups[number])
+            writers[number].write(name, tensor)
+            written.add(name)
+            if not writers[number].missing():
+                writers.pop(number).close()
+            done += infos[name].nbytes
+            if on_progress is not None:
+                on_progress(done, total)
+    finally:
+        for writer in writers.values():
+            writer.abort()
+    assert written == set(infos), f"never came: {sorted(set(infos) - written)[:3]}"
+    if count > 1:
+        index = {name: files[number] for name, number in where.items()}
+        parameters = sum(numel(info.shape) for info in infos.values())
+        metadata = {"total_size": total, "total_parameters": parameters}
+        write_json(folder / SAFETENSORS_INDEX, {"metadata": metadata, "weight_map": index})
+    return count
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    """Licence, model card and generation settings go with the weights; another's Python files do not."""
+    if not source.is_dir():
+        return
+    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "README*", "generation_config.json"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)

@@ -1,0 +1,141 @@
+"""int8 and int4 weights from disk to disk, round to nearest, in compressed-tensors' `pack-quantized` form.
+
+Why that form and not torchao's: it is plain safetensors with a JSON description, read by vLLM and by transformers (with
+the `compressed-tensors` package) on CUDA, and its integers can be repacked for torch's CPU kernels without loss.
+torchao's files hold tensor subclasses whose layout follows the version and the device they were made on.
+
+Embeddings, norms, biases and the head stay as they are, as is usual: they are the most sensitive, and in a large model
+they are few.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .checkpoint import IGNORED, check, open_model, stored_dtype
+from .convert import SHARD_BYTES, Cancelled, Written, write_folder
+from .network import NetworkConfig
+from .quant_linear import GROUPS, QuantFormat, Workers, default_form, pack_bits, quantize_rows, write_form
+from .shards import Progress, TensorInfo
+
+ROWS = 256  # rows quantised at a time: small enough for the processor's cache
+
+
+def quantize(
+    model: str,
+    target: Path,
+    *,
+    bits: int,
+    group: int | None = None,
+    symmetric: bool | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Progress | None = None,
+    cancelled: Cancelled | None = None,
+) -> Written:
+    """Quantise the linear layers of a checkpoint and write them to a new folder.
+
+    bits       8 or 4
+    group      weights that share a scale: 32, 64 or 128, or 0 for one scale a row (int8 only); default 0 for int8,
+               64 for int4
+    symmetric  without zero points; default: int8 yes, int4 no
+    Memory: a few hundred rows of the largest weight. Progress counts written bytes.
+    Raises UserError when no layer fits the group, or as `convert` does.
+    """
+    form = default_form(bits, group)
+    if symmetric is not None:
+        form = QuantFormat(form.bits, form.group, symmetric)
+    source = open_model(model)
+    if source.form is not None:
+        raise UserError(f"{source.name} is quantised already: take the model in bf16 or float32.")
+    shape = NetworkConfig.from_dict(source.config)
+    shapes = shape.parameter_shapes()
+    check(source.tensors, shapes, shape.tied)
+    stored = stored_dtype(source.tensors.infos)
+    scale_dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
+    kept_dtype = torch.float32 if stored == torch.float32 else stored
+    names = [name for name in source.tensors.infos if name in shapes]
+    chosen = {name for name in names if is_linear(name)}
+    unfit = sorted(name for name in chosen if not form.fits(*shapes[name]))
+    if unfit:
+        fitting = [g for g in GROUPS if all(shapes[name][1] % g == 0 for name in chosen)]
+        advice = f"use a group of {' or '.join(map(str, fitting))}" if fitting else "keep this model in bf16"
+        raise UserError(
+            f"{unfit[0]} has {shapes[unfit[0]][1]} inputs, which groups of {form.group} do not divide: {advice}."
+        )
+    infos: dict[str, TensorInfo] = {}
+    for name in names:
+        if name not in chosen:
+            infos[name] = TensorInfo(shapes[name], kept_dtype)
+            continue
+        types = {"weight_scale": scale_dtype, "weight_shape": torch.int64}
+        for part, size in form.shapes(*shapes[name]).items():
+            infos[f"{name.removesuffix('.weight')}.{part}"] = TensorInfo(size, types.get(part, torch.int32))
+    config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+    config["dtype"] = str(kept_dtype).removeprefix("torch.")
+    config["quantization_config"] = write_form(form, ["lm_head"])
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        with Quantizer(form, scale_dtype) as quantizer:
+            for name, tensor in source.tensors.stream():
+                if name in chosen:
+                    for part, value in quantizer(tensor).items():
+                        yield f"{name.removesuffix('.weight')}.{part}", value
+                elif not name.endswith(IGNORED):
+                    yield name, tensor
+                source.tensors.forget(tensor)
+
+    return write_folder(source, target, config, infos, tensors(), source.notes, shard_bytes, on_progress, cancelled)
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the weight of a linear layer inside the decoder's layers."""
+    return name.endswith("_proj.weight")
+
+
+class Quantizer:
+    """Quantises weights in blocks of rows, several blocks at once. A context manager: it keeps threads."""
+
+    def __init__(self, form: QuantFormat, scale_dtype: torch.dtype) -> None:
+        self.form, self.scale_dtype = form, scale_dtype
+        self._workers = Workers()
+
+    def __enter__(self) -> Quantizer:
+        self._pool = self._workers.__enter__()
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        self._workers.__exit__(*rest)
+
+    def __call__(self, weight: Tensor) -> dict[str, Tensor]:
+        """The saved tensors of a weight [N, K]; equal to `quant_linear.save_form`."""
+        outputs, inputs = weight.shape
+        parts = self.form.shapes(outputs, inputs)
+        packed = torch.empty(parts["weight_packed"], dtype=torch.int32)
+        scale = torch.empty(parts["weight_scale"], dtype=self.scale_dtype)
+        zero = None if self.form.symmetric else torch.empty(parts["weight_scale"], dtype=torch.uint8)
+
+        def block(start: int) -> None:
+            stop = min(start + ROWS, outputs)
+            q, scale[start:stop], zeros = quantize_rows(weight[start:stop], self.form, self.scale_dtype)
+            packed[start:stop] = pack_bits(q, self.form.bits)
+            if zero is not None and zeros is not None:
+                zero[start:stop] = zeros
+
+        waiting: deque[Future[None]] = deque()
+        for start in range(0, outputs, ROWS):
+            waiting.append(self._pool.submit(block, start))
+            if len(waiting) > 4 * self._workers.threads:
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
+        saved = {"weight_packed": packed, "weight_scale": scale}
+        if zero is not None:
+            saved["weight_zero_point"] = pack_bits(zero.t().contiguous(), self.form.bits).t().contiguous()
+        return {**saved, "weight_shape": torch.tensor([outputs, inputs])}
