@@ -29,6 +29,18 @@ ROLES = ("system", "user", "assistant", "exec", "tool")
 # Two noncharacters of Unicode: they mark control strings inside contents while the template works on the real text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
+# XVERSE's format as a Jinja template, for files that go to other engines. Our own code builds the prompt itself,
+# which also keeps what a document says apart from the end tokens.
+XVERSE_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' if message['content'] else '' }}"
+    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
+    "{% else %}{{ 'Exec: ' + message['content'] + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+
 
 class ChatFormat:
     """One model's prompt format. `kind`: "template" (Jinja), "xverse" or "plain" (a base model: texts parted by
@@ -55,9 +67,13 @@ class ChatFormat:
     @classmethod
     def for_model(cls, tokenizer: Tokenizer, config: dict[str, Any], name: str) -> ChatFormat:
         """The checkpoint's template if it has one, XVERSE's format for XVERSE models, else plain."""
-        if tokenizer.chat_template is not None:
+        if tokenizer.chat_template not in (None, XVERSE_TEMPLATE):
             return cls("template", tokenizer)
-        if config.get("model_type") == "xverse" or "xverse" in name.lower():
+        if (
+            tokenizer.chat_template == XVERSE_TEMPLATE
+            or config.get("model_type") == "xverse"
+            or "xverse" in name.lower()
+        ):
             return cls("xverse", tokenizer)
         return cls("plain", tokenizer)
 

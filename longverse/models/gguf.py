@@ -32,6 +32,7 @@ MAGIC = b"GGUF"
 # value type in the file: struct code (8 is a string, 9 an array)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+NUMBERS_AT_ONCE = 1 << 20  # dequantised together: stays in the cache, whatever the size of the tensor
 
 # architecture in the file: (model_type, are the rows of Q and K interleaved?)
 ARCHITECTURES = {
@@ -150,15 +151,25 @@ class GgufModel:
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """One tensor under its name in the file, dequantised, rows as the file has them."""
         info = self.infos[name]
-        kinds = gguf.GGMLQuantizationType
-        plain = {kinds.F32: np.float32, kinds.F16: np.float16}
-        raw = np.memmap(self.path, np.uint8, "r", info.start, (info.nbytes,))
-        if info.kind in plain:
-            return torch.from_numpy(np.array(raw.view(plain[info.kind]))).reshape(info.shape).to(dtype)
-        if info.kind == kinds.BF16:  # the bits are torch's own
-            return torch.from_numpy(np.array(raw.view(np.int16))).view(torch.bfloat16).reshape(info.shape).to(dtype)
-        values = gguf.quants.dequantize(raw.reshape(-1, info.nbytes // math.prod(info.shape[:-1])), info.kind)
-        return torch.from_numpy(values).reshape(info.shape).to(dtype)
+        rows = math.prod(info.shape[:-1])
+        raw = np.memmap(self.path, np.uint8, "r", info.start, (info.nbytes,)).reshape(rows, -1)
+        result = torch.empty((rows, info.shape[-1]), dtype=dtype)
+        step = max(1, NUMBERS_AT_ONCE // info.shape[-1])
+        for start in range(0, rows, step):
+            result[start : start + step] = _plain(raw[start : start + step], info.kind)
+        return result.reshape(info.shape)
+
+
+def _plain(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
+    """Bytes [rows, bytes a row] of one tensor type to numbers [rows, columns]."""
+    kinds = gguf.GGMLQuantizationType
+    if kind == kinds.F32:
+        return torch.from_numpy(raw.copy().view(np.float32))
+    if kind == kinds.F16:
+        return torch.from_numpy(raw.copy().view(np.float16))
+    if kind == kinds.BF16:  # the bits are torch's own
+        return torch.from_numpy(raw.copy().view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(gguf.quants.dequantize(raw, kind))
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GgufModel:

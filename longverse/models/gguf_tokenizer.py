@@ -47,6 +47,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_WORDS,),
     "smollm": (r"\p{N}", _WORDS),
     "llama-bpe": (_modern(r"\p{N}{1,3}"),),
+    "smaug-bpe": (_modern(r"\p{N}{1,3}"),),  # as llama-bpe, but merges always count
     "qwen2": (_modern(r"\p{N}"),),
     "deepseek-llm": _DEEPSEEK,
 }
@@ -61,6 +62,7 @@ ALIASES = {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
     "falcon3": "llama-bpe",
+    "dbrx": "smaug-bpe",
     "deepseek-r1-qwen": "qwen2",
     "megrez": "qwen2",
     "stablelm2": "qwen2",
@@ -133,6 +135,14 @@ def build_tokenizer(metadata: dict[str, Any], source: str) -> Tokenizer:
     )
 
 
+def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    """The pre-tokenizer behind a name of PATTERNS."""
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[pre]]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
 def _pre(metadata: dict[str, Any]) -> str:
     name = metadata.get("tokenizer.ggml.pre", "default")  # llama.cpp's reading of a file without the key
     return ALIASES.get(name, name)
@@ -162,10 +172,7 @@ def _byte_level(metadata: dict[str, Any], vocab: dict[str, int], source: str) ->
     backend = Backend(model)
     if pre == "qwen2" and metadata.get("tokenizer.ggml.pre") == "qwen2":
         backend.normalizer = normalizers.NFC()  # Qwen's own tokenizer composes characters; llama.cpp leaves this out
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[pre]]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    backend.pre_tokenizer = pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
     return backend
 

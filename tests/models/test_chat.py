@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longverse.errors import UserError
-from longverse.models.chat import ChatFormat
+from longverse.models.chat import XVERSE_TEMPLATE, ChatFormat
 from longverse.models.tokenizer import Tokenizer
 from tests.models.test_tokenizer import FALLBACK, byte_level
 
@@ -158,6 +158,17 @@ def test_xverse_format() -> None:
     assert done == ids[: len(done)]
     assert done[-1] == 3
     assert not ours.render([{"role": "user", "content": "x"}], add_generation_prompt=False).endswith("Assistant: ")
+
+
+def test_xverse_template_says_the_same() -> None:
+    ours = ChatFormat("xverse", FALLBACK)
+    told = Tokenizer(FALLBACK.backend, eos_ids=[3], chat_template=XVERSE_TEMPLATE)
+    assert ChatFormat.for_model(told, {"model_type": "llama"}, "exported").kind == "xverse"
+    assert "</s>" in told.control_strings
+    for messages in (*CONVERSATIONS, [{"role": "system", "content": ""}, {"role": "exec", "content": "x"}]):
+        for prompt in (True, False):
+            text = ours.render(messages, add_generation_prompt=prompt)
+            assert ChatFormat("template", told).render(messages, add_generation_prompt=prompt) == text
 
 
 def test_plain_format_for_base_models() -> None:
