@@ -1,0 +1,172 @@
+"""Adapters in PEFT's format: read, checked and merged into a network without PEFT or transformers.
+
+An adapter folder holds
+
+    adapter_config.json          PEFT's: rank, alpha, targets, and parts that were trained in full (modules_to_save)
+    adapter_model.safetensors    `base_model.model.` + the module's name + `.lora_A.weight` [r, in], `.lora_B.weight`
+                                 [out, r], or + the name of a whole tensor
+    longverse.json               ours, optional: the RoPE plan and the window that the adapter was trained for
+
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. The merged weight is W + scaling * B @ A, added in
+float32 and rounded once to the network's dtype. Not read: DoRA, adapters on embeddings, biases.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .network import CausalLM
+from .rope import RopePlan
+from .shards import read_json
+
+CONFIG, WEIGHTS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", "longverse.json"
+PREFIX = "base_model.model."
+Progress = Callable[[int, int], None]
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter (and not a whole model)."""
+    return (folder / CONFIG).is_file()
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and the tensors by the network's own names. UserError where a file is missing or broken, or
+    the adapter is of a kind that is not read."""
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA adapters can be merged.")
+    for key, meaning in (("use_dora", "DoRA"), ("alora_invocation_tokens", "activated LoRA")):
+        if config.get(key):
+            raise UserError(f"{folder} is a {meaning} adapter, which is not supported: merge it with PEFT first.")
+    if config.get("bias", "none") != "none":
+        raise UserError(
+            f"{folder} trained biases ({config['bias']}), which is not supported: merge it with PEFT first."
+        )
+    path = folder / WEIGHTS
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: it holds the adapter's weights; copy the folder again.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}): copy it again.") from None
+    if foreign := next((name for name in names if not name.startswith(PREFIX)), None):
+        raise UserError(f"{path} has a tensor {foreign}, which is not named as PEFT names them: save it with PEFT.")
+    return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def adapter_scaling(config: dict[str, Any], module: str) -> float:
+    """alpha / rank of a module, or alpha / sqrt(rank) with rsLoRA, single modules' patterns included."""
+
+    def own(key: str, default: str) -> float:
+        for pattern, value in (config.get(key) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return float(value)
+        return float(config[default])
+
+    rank, alpha = own("rank_pattern", "r"), own("alpha_pattern", "lora_alpha")
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def low_rank(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + scaling * B @ A in W's dtype: weight [out, in], a [r, in], b [out, r]; the sum is made in float32."""
+    return (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+
+
+def merge_adapter(network: CausalLM, folder: str | Path, on_progress: Progress | None = None) -> list[str]:
+    """Merge an adapter into a network and give it the RoPE plan and window the adapter was trained for.
+
+    The network's own weights are replaced, never written into (they may be views of a mapped file). Returns notes for
+    the user. Raises UserError, naming file and tensor, for an adapter of another model, and when the network is
+    quantised.
+    """
+    folder = Path(folder)
+    config, tensors = read_adapter(folder)
+    modules = {name.rpartition(".lora_A")[0] for name in tensors if name.endswith(".lora_A.weight")}
+    whole = {name for name in tensors if ".lora_" not in name}
+    paired = {f"{module}.lora_{side}.weight" for module in modules for side in "AB"} | whole
+    if left := sorted(set(tensors) ^ paired):
+        raise UserError(f"{folder / WEIGHTS}: {left[0]} has no partner or is not supported: save the adapter again.")
+    done, total = 0, len(modules) + len(whole)
+    for name in sorted(modules):
+        module = _linear(network, name, folder)
+        a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+        if (b.shape[0], a.shape[1]) != tuple(module.weight.shape) or a.shape[0] != b.shape[1]:
+            raise UserError(
+                f"{folder / WEIGHTS} changes {name} as {[b.shape[0], a.shape[1]]} where the model has"
+                f" {list(module.weight.shape)}: the adapter belongs to another model."
+            )
+        device = module.weight.device
+        merged = low_rank(module.weight.detach(), a.to(device), b.to(device), adapter_scaling(config, name))
+        module.weight = nn.Parameter(merged, requires_grad=False)
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+    for name in sorted(whole):
+        _replace(network, name, tensors[name], folder)
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+    network.tie()
+    return _apply_settings(network, folder)
+
+
+def _linear(network: CausalLM, name: str, folder: Path) -> nn.Linear:
+    try:
+        module = network.get_submodule(name)
+    except AttributeError:
+        raise UserError(
+            f"{folder / WEIGHTS} changes {name}, which this model has not: the adapter belongs to another model."
+        ) from None
+    if not isinstance(module, nn.Linear):
+        raise UserError(
+            f"{folder} changes {name}, which is {type(module).__name__} here: load the model unquantised and merge the"
+            " adapter before quantising."
+        )
+    return module
+
+
+def _replace(network: CausalLM, name: str, tensor: Tensor, folder: Path) -> None:
+    parent, _, leaf = name.rpartition(".")
+    try:
+        module = network.get_submodule(parent)
+        old = getattr(module, leaf)
+    except AttributeError:
+        raise UserError(f"{folder / WEIGHTS} holds {name}, which this model has not.") from None
+    if old.shape != tensor.shape:
+        raise UserError(
+            f"{folder / WEIGHTS} has {name} as {list(tensor.shape)} where the model has {list(old.shape)}: the adapter"
+            " belongs to another model."
+        )
+    setattr(module, leaf, nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False))
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """The entries of a config.json that hold for the merged model (rope_parameters, max_position_embeddings,
+    context_window); empty for an adapter that PEFT wrote."""
+    path = folder / SETTINGS
+    return dict(read_json(path).get("config") or {}) if path.exists() else {}
+
+
+def _apply_settings(network: CausalLM, folder: Path) -> list[str]:
+    settings = adapter_settings(folder)
+    notes = [f"The adapter {folder.name} is merged in."]
+    if not settings:
+        return notes
+    shape = network.config
+    plan = RopePlan.from_config({"head_dim": shape.head_dim, **settings})
+    window = int(settings.get("context_window") or settings["max_position_embeddings"])
+    network.config = replace(shape, rope=plan, window=window)
+    network.model.rotary.plan = plan
+    plan.verify(network)
+    notes.append(f"It brings {plan.describe()} and a window of {window:,} tokens.")
+    return notes

@@ -1,0 +1,1 @@
+"""Training: recipes as files, one loop, adapters and checkpoints, in plain torch."""

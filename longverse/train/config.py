@@ -1,0 +1,266 @@
+"""A recipe as a file: what is trained, on what, in which stages. Every field is checked when the recipe is built.
+
+    model: smol
+    method: lora
+    stages:
+      - name: sft
+        rope: abf:1000000
+        data: [{messages: train.jsonl}]
+        max_tokens: 4K
+        steps: 200
+
+Relative paths start at the recipe's own folder. Token counts may be written as 32K (32,768) or 1M.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longverse.data.config import build, load_yaml, nearest, resolve
+from longverse.errors import UserError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+METHODS = ("lora", "full")
+PRECISIONS = ("auto", "bf16", "fp32")
+SCHEDULES = ("cosine", "constant")
+WEIGHTINGS = ("token", "sample", "answer")
+ALSO = ("embeddings", "norms")
+
+
+def _one_of(value: str, known: tuple[str, ...], what: str) -> None:
+    if value not in known:
+        raise UserError(f"{what} {value!r} is not known{nearest(value, known)}")
+
+
+def _at_least(value: float, least: float, what: str) -> None:
+    if not value >= least:
+        raise UserError(f"{what} is {value:g} and must be at least {least:g}.")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685).
+
+    rank     r; the adapter has r * (inputs + outputs) weights for each projection
+    alpha    the update is scaled by alpha / rank; twice the rank when left out
+    targets  projections that get an adapter
+    also     trained in full beside it: embeddings (with the head), norms
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] = PROJECTIONS
+    also: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _at_least(self.rank, 1, "The LoRA rank")
+        if not self.targets:
+            raise UserError(f"LoRA needs at least one target among {', '.join(PROJECTIONS)}.")
+        for name in self.targets:
+            _one_of(name, PROJECTIONS, "LoRA target")
+        for name in self.also:
+            _one_of(name, ALSO, "A part to train beside LoRA,")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where examples come from: exactly one of `messages`, `store` and `made`.
+
+    messages  a JSON-lines file with a `messages` list a line: instruction data, trained on the answers
+    store     a token store (`longverse data corpus`): text, trained on every token
+    made      a synthetic task of longverse.train.made (`copy` or `facts`), new examples for ever: for tiny models
+    weight    its share of the examples, relative to the stage's other sources
+    keep      text only: whether documents packed into a sequence stay invisible to each other
+    """
+
+    messages: str | None = None
+    store: str | None = None
+    made: str | None = None
+    weight: float = 1.0
+    keep: bool = True
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.messages, self.store, self.made)) != 1:
+            raise UserError("A data source needs exactly one of messages, store and made.")
+        if not self.weight > 0:
+            raise UserError(f"The weight of a data source is {self.weight:g} and must be above 0.")
+
+    @property
+    def label(self) -> str:
+        """What a message calls it."""
+        return str(self.messages or self.store or self.made)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training.
+
+    rope             change of the RoPE plan before the stage begins (`abf:500000`, `dynamic:2`), see RopePlan.parse
+    window           window in tokens that the checkpoint states afterwards; when left out, the longest trained
+                     example, or the model's own where that is longer
+    min_tokens, max_tokens  examples outside are left out (and counted); text is cut into pieces of max_tokens
+    steps, batch     optimizer steps, and examples (or text sequences) a step over all ranks
+    micro_tokens     examples are packed into rows of at most so many tokens; a longer one has a row of its own
+    learning_rate    peak; `warmup` steps rise to it, then `schedule` (cosine falls to `floor` of it, constant stays)
+    weighting        every labelled token counts alike (token), every example (sample), or every answer (answer)
+    recompute_above  rows longer than this keep no activations but each layer's input, and compute the rest anew
+    offload          those inputs wait in main memory instead of the GPU's
+    """
+
+    name: str
+    data: tuple[Source, ...]
+    steps: int
+    rope: str | None = None
+    window: int | None = None
+    min_tokens: int = 2
+    max_tokens: int = 8192
+    batch: int = 8
+    micro_tokens: int = 4096
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup: int = 10
+    floor: float = 0.1
+    weighting: str = "token"
+    recompute_above: int = 2048
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+            raise UserError(f"The stage name {self.name!r} must be letters, digits, dots, dashes and underscores.")
+        where = f"Stage {self.name}:"
+        if not self.data:
+            raise UserError(f"{where} data must name at least one source.")
+        for name, least in (("steps", 1), ("batch", 1), ("micro_tokens", 1), ("min_tokens", 2), ("warmup", 0)):
+            _at_least(getattr(self, name), least, f"{where} {name}")
+        _at_least(self.max_tokens, self.min_tokens, f"{where} max_tokens")
+        if not self.learning_rate > 0:
+            raise UserError(f"{where} learning_rate is {self.learning_rate:g} and must be above 0.")
+        if not 0 <= self.floor <= 1:
+            raise UserError(f"{where} floor is {self.floor:g} and must lie between 0 and 1.")
+        if self.warmup > self.steps:
+            raise UserError(f"{where} {self.warmup} warm-up steps exceed its {self.steps} steps: lower warmup.")
+        _one_of(self.schedule, SCHEDULES, f"{where} schedule")
+        _one_of(self.weighting, WEIGHTINGS, f"{where} weighting")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (0 is the first)."""
+        import math
+
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A small needle test after every stage: `facts` invented facts at each of `lengths` tokens, half of them Chinese
+    where `chinese` is set."""
+
+    lengths: tuple[int, ...] = ()
+    facts: int = 8
+    chinese: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self.facts, 1, "The probe's number of facts")
+        for length in self.lengths:
+            _at_least(length, 256, "A probe length")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything `longverse extend` needs. Same recipe, same data, same seed: the same run.
+
+    model      embedded name, folder, .gguf file or hub id
+    method     lora (with `lora`) or full
+    precision  auto (bf16 where the hardware multiplies it), bf16, fp32
+    clip       norm to which gradients are clipped, 0 for never
+    save_every steps between checkpoints; `keep` newest are kept
+    sequence   Ulysses degree: ranks that share one sequence; divides the heads and the number of ranks
+    """
+
+    model: str
+    stages: tuple[Stage, ...]
+    method: str = "lora"
+    lora: Lora = field(default_factory=Lora)
+    precision: str = "auto"
+    seed: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    save_every: int = 20
+    keep: int = 2
+    sequence: int = 1
+    probe: Probe = field(default_factory=Probe)
+    name: str = "extended"
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("A recipe needs at least one stage.")
+        names = [stage.name for stage in self.stages]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"Two stages are called {min(twice)!r}: give each its own name.")
+        _one_of(self.method, METHODS, "Method")
+        _one_of(self.precision, PRECISIONS, "Precision")
+        for key, least in (("weight_decay", 0), ("clip", 0), ("save_every", 1), ("keep", 1), ("sequence", 1)):
+            _at_least(getattr(self, key), least, key)
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key):g} and must lie in [0, 1).")
+
+    @classmethod
+    def load(cls, path: str | Path, model: str | None = None) -> Recipe:
+        """Read a YAML file; `model` overrides its own. Raises UserError naming the file's line or key."""
+        path = Path(path)
+        values = load_yaml(path)
+        if model is not None:
+            values["model"] = model
+        try:
+            recipe = build(cls, values, "the recipe")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return recipe.at(path.resolve().parent)
+
+    def at(self, base: Path) -> Recipe:
+        """The same recipe with its data paths absolute, relative ones starting at `base`."""
+
+        def place(source: Source) -> Source:
+            changes: dict[str, Any] = {
+                key: str(resolve(value, base)) for key in ("messages", "store") if (value := getattr(source, key))
+            }
+            return dataclasses.replace(source, **changes)
+
+        stages = tuple(
+            dataclasses.replace(stage, data=tuple(place(source) for source in stage.data)) for stage in self.stages
+        )
+        return dataclasses.replace(self, stages=stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        """16 hex digits; equal for recipes that train alike (how often to save or probe is left out)."""
+        values = self.to_dict()
+        for key in ("save_every", "keep", "probe", "name", "licence", "sequence"):
+            values.pop(key)
+        for stage in values["stages"]:
+            for key in ("window", "micro_tokens", "recompute_above", "offload"):
+                stage.pop(key)
+        text = json.dumps(values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

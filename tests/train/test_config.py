@@ -1,0 +1,67 @@
+"""Recipes: unknown keys, impossible values, schedules, fingerprints."""
+
+from pathlib import Path
+
+import pytest
+
+from longverse.data.config import build
+from longverse.errors import UserError
+from longverse.train.config import Recipe, Stage
+
+GOOD = {"model": "smol", "stages": [{"name": "a", "data": [{"messages": "m.jsonl"}], "steps": 5, "warmup": 1}]}
+
+
+def changed(stage: dict | None = None, **top: object) -> dict:
+    return {**GOOD, "stages": [{**GOOD["stages"][0], **(stage or {})}], **top}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (changed(lerning_rate=1), "unknown key 'lerning_rate'"),
+        (changed({"learning_rates": 1e-3}), "did you mean 'learning_rate'"),
+        (changed({"steps": 0}), "at least 1"),
+        (changed({"warmup": 9}), "warm-up"),
+        (changed({"schedule": "cosin"}), "did you mean 'cosine'"),
+        (changed({"weighting": "tokens"}), "did you mean 'token'"),
+        (changed({"data": []}), "at least one source"),
+        (changed({"data": [{"messages": "a", "store": "b"}]}), "exactly one"),
+        (changed({"name": "../x"}), "letters"),
+        (changed({"min_tokens": 10, "max_tokens": 5}), "at least 10"),
+        (changed(method="loar"), "did you mean 'lora'"),
+        (changed(lora={"targets": ["q_prj"]}), "did you mean 'q_proj'"),
+        (changed(lora={"rank": 0}), "at least 1"),
+        (changed(stages=[GOOD["stages"][0]] * 2), "Two stages"),
+        (changed(stages=[]), "at least one stage"),
+    ],
+)
+def test_refuses(values: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build(Recipe, values)
+
+
+def test_load_places_paths_beside_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: smol\nstages:\n- {name: a, data: [{messages: m.jsonl}], steps: 20, max_tokens: 4K}\n")
+    recipe = Recipe.load(path)
+    assert recipe.stages[0].data[0].messages == str(tmp_path / "m.jsonl")
+    assert recipe.stages[0].max_tokens == 4096
+    assert Recipe.load(path, model="other").model == "other"
+    path.write_text("model: smol\nstages: [\n")
+    with pytest.raises(UserError, match="line"):
+        Recipe.load(path)
+
+
+def test_rates() -> None:
+    stage = build(Stage, {**GOOD["stages"][0], "steps": 110, "warmup": 10, "learning_rate": 1.0, "floor": 0.1})
+    assert stage.rate(0) == pytest.approx(0.1)
+    assert stage.rate(9) == stage.rate(10) == pytest.approx(1.0)
+    assert stage.rate(60) == pytest.approx(0.55)
+    assert stage.rate(109) == pytest.approx(0.1, abs=1e-3)
+    assert all(a >= b for a, b in zip(map(stage.rate, range(10, 109)), map(stage.rate, range(11, 110)), strict=True))
+
+
+def test_fingerprint_leaves_out_what_changes_no_weight() -> None:
+    recipe = build(Recipe, GOOD)
+    assert recipe.fingerprint() == build(Recipe, changed({"micro_tokens": 99}, save_every=3)).fingerprint()
+    assert recipe.fingerprint() != build(Recipe, changed({"learning_rate": 1e-5})).fingerprint()
