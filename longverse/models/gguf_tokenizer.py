@@ -1,4 +1,4 @@
-"""Build a tokenizer from the metadata of a GGUF file.
+"""A tokenizer from the metadata of a GGUF file, and back into one.
 
 Two kinds are read: `gpt2` (byte-level BPE with merges) and `llama` (SentencePiece's BPE with scores and byte
 fallback). What a `tokenizer.ggml.pre` name means is llama.cpp's to define (src/llama-vocab.cpp); the patterns
@@ -8,8 +8,10 @@ tokenizer.json where llama.cpp only approximates it.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import gguf
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -18,6 +20,27 @@ from longverse.models.tokenizer import Tokenizer, bos_processor
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 MARK = "▁"  # SentencePiece's blank
+
+# What tokenizers disagree about: blanks, digits, contractions, newlines, scripts, emoji, code, control strings.
+PROBES = (
+    "a",
+    " a",
+    "Hello, world! I'm sure they'll DON'T 's",
+    "  two  and   three    four ",
+    "x\n\n y\r\n\tz \n",
+    "0 12 345 6789 12345678 3.14 1,234.5 v1.2 ２０２４ ½ Ⅷ x²",
+    "第12章：报告（2024年2月29日）写明了“预算”——1,250,000元。",
+    "文本text混排123测试，你好世界 。",
+    "naïve café é Å ﬁ İstanbul ß",
+    "Привет мир Γειά सुनिए สวัสดี مرحبا 안녕 カタカナ",
+    "🙂 👩‍👩‍👧‍👦 🇨🇳 ☃️ \u200b\u3000\u00a0x",
+    "def f(x):\n    return {'a': x[0]**2, \"b\": [i for i in x]}  # (ok)\n",
+    'for(int i=0;i<n;++i){a[i]+=b[i];} // <div class="c">&amp;</div>',
+    "https://example.com/a?b=c#d me@x.org C:\\dir\\f_1-2.tar.gz",
+    "!!! ... --- === ((())) ?! $9.99 €5 50% #1 @a ^~`|\\",
+    "<|im_start|>user\n<s>[INST] </s> <|im_end|> <0x41> ▁ Ġ",
+    "\x00\x07\x1b \ufffd 𠮷 龘 ﷺ",
+)
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -217,3 +240,163 @@ def merges_from_scores(vocab: dict[str, int], scores: list[float], types: list[i
                 found.append((-scores[token_id], token_id, cut, left, right))
     found.sort(key=lambda item: item[:3])
     return [(left, right) for *_, left, right in found]
+
+
+# ---- back into a file
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, rows: int, template: str | None) -> list[str]:
+    """Tokens, types, merges or scores, special ids and the template; one token for each of the `rows` of the
+    embedding.
+    """
+    backend = tokenizer.backend
+    state = json.loads(backend.to_str())
+    model = state["model"]
+    notes: list[str] = []
+    if model["type"] != "BPE":
+        raise UserError(
+            f"llama.cpp is given BPE tokenizers here, and this one is {model['type']}: keep the model's own folder."
+        )
+    by_id = {token_id: token for token, token_id in backend.get_vocab(with_added_tokens=True).items()}
+    if (largest := max(by_id, default=-1)) >= rows:
+        raise UserError(
+            f"The tokenizer has the id {largest:,} and the embedding {rows:,} rows: they do not belong together."
+        )
+    added = backend.get_added_tokens_decoder()
+    spelling = tokenizer._spelling
+    if spelling is None or not (spelling.byte_level or spelling.byte_fallback):
+        raise UserError(
+            "Only byte-level BPE and BPE with byte fallback can be written to GGUF: keep the model's own folder."
+        )
+    unknown = model.get("unk_token")
+    tokens, types = [], []
+    for token_id in range(rows):
+        token = by_id.get(token_id)
+        if token is None:  # a gap of the vocabulary, or a row that only pads the embedding
+            tokens.append(f"[PAD{token_id}]")
+            types.append(UNUSED)
+            continue
+        tokens.append(token)
+        if not spelling.byte_level and token == unknown:
+            types.append(UNKNOWN)
+        elif token_id in added:
+            types.append(CONTROL if added[token_id].special else USER_DEFINED)
+        elif (
+            not spelling.byte_level and len(spelling.piece(token)) == 1 and len(token) == 6 and token.startswith("<0x")
+        ):
+            types.append(BYTE)
+        else:
+            types.append(NORMAL)
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model["merges"]]
+    normalizer = state.get("normalizer")
+    if spelling.byte_level:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_name(tokenizer, bool(model.get("ignore_merges")), normalizer))
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores(scores_from_merges(tokens, merges))
+        writer.add_token_types(types)
+        writer.add_add_space_prefix(_has_prefix(tokenizer))
+    if backend.normalizer is not None and any(_normalised(tokenizer, text) != text for text in PROBES):
+        kind = "its normaliser" if normalizer is None else normalizer["type"]
+        notes.append(f"llama.cpp does not normalise text ({kind}): text that this would change gets other ids there")
+    _add_special_ids(writer, tokenizer, unknown, notes)
+    if template is not None:
+        writer.add_chat_template(template)
+    return notes
+
+
+def scores_from_merges(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
+    """SentencePiece's scores for a list of merges: the earlier a token is made, the better; what is never made
+    comes last.
+
+    llama.cpp then joins any neighbours whose union is a token, best first. That is the list of merges, but for
+    unions that exist and that no merge makes from these two parts, which trained vocabularies hardly ever offer
+    (the check after writing, and benchmarks/llama_cpp_check.py, look for them).
+    """
+    rank: dict[str, int] = {}
+    for place, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, place)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _pre_name(tokenizer: Tokenizer, ignore_merges: bool, normalizer: dict[str, Any] | None) -> str:
+    """The name under which llama.cpp knows this pre-tokenizer, found by comparing what it does to the probes."""
+    theirs = tokenizer.backend.pre_tokenizer
+    composes = normalizer is not None and normalizer["type"] == "NFC"
+    for name in PATTERNS:
+        if (name == "llama-bpe") != ignore_merges:
+            continue
+        ours = pre_tokenizer(name)
+        if theirs is not None and all(_pieces(ours, text) == _pieces(theirs, text) for text in PROBES):
+            # The same pattern without Qwen's composing of characters goes by another name.
+            return "deepseek-r1-qwen" if name == "qwen2" and not composes else name
+    raise UserError(
+        f"This tokenizer splits text in a way that llama.cpp has no name for (known: {', '.join(PATTERNS)}):"
+        " keep the model's own folder."
+    )
+
+
+def _pieces(splitter: Any, text: str) -> list[str]:
+    return [piece for piece, _ in splitter.pre_tokenize_str(text)]
+
+
+def _has_prefix(tokenizer: Tokenizer) -> bool:
+    ids = tokenizer.encode("a", add_bos=False)
+    return (tokenizer.backend.id_to_token(ids[0]) or "").startswith(MARK)
+
+
+def _normalised(tokenizer: Tokenizer, text: str) -> str:
+    """`text` after the normaliser, less the blanks' mark, which is no change of the text."""
+    normalizer = tokenizer.backend.normalizer
+    if normalizer is None:
+        return text
+    changed = normalizer.normalize_str(text)
+    plain = text.replace(" ", MARK)
+    return text if changed in (text, plain, f"▁{plain}") else changed
+
+
+def _add_special_ids(writer: gguf.GGUFWriter, tokenizer: Tokenizer, unknown: str | None, notes: list[str]) -> None:
+    if tokenizer.bos_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_id)
+    named = tokenizer.special_tokens.get("eos_token")
+    first = tokenizer.backend.token_to_id(named) if named is not None else None
+    ends = sorted(tokenizer.eos_ids, key=lambda token_id: (token_id != first, token_id))
+    for add, token_id in zip(
+        (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends, strict=False
+    ):
+        add(token_id)
+    if len(ends) > 3:
+        notes.append(f"GGUF names three end tokens, and this tokenizer has {len(ends)}: {ends[3:]} are left out")
+    unknown = unknown or tokenizer.special_tokens.get("unk_token")
+    unknown_id = tokenizer.backend.token_to_id(unknown) if unknown is not None else None
+    if unknown_id is not None:
+        writer.add_unk_token_id(unknown_id)
+    if tokenizer.pad_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_id)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_eos_token(False)
+
+
+def compare_tokenizers(found: Tokenizer, expected: Tokenizer, notes: list[str]) -> None:
+    differing = []
+    for text in PROBES:
+        if _normalised(expected, text) != text:
+            continue
+        for special in (False, True):
+            if found.encode(text, special=special, add_bos=False) != expected.encode(
+                text, special=special, add_bos=False
+            ):
+                differing.append(text)
+    # SentencePiece puts its blank before a text that begins with one; some tokenizer.json files do not.
+    if differing and all(text.startswith(" ") for text in differing) and _has_prefix(expected):
+        notes.append("llama.cpp adds a blank before text that begins with a blank, and this tokenizer does not")
+    elif differing:
+        raise UserError(
+            f"llama.cpp would split {differing[0]!r} into other tokens than this tokenizer; use the model's folder."
+        )
