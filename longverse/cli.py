@@ -1,0 +1,376 @@
+"""The `longverse` command: options to settings, results to the screen.
+
+Nothing heavy is imported at the top: `longverse --help` must answer at once, and a wrong file name is said before torch
+loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__, commands_eval, commands_models, console
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .inference.engine import Engine
+    from .inference.sampling import Sampling
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="An embedded name, a folder, a .gguf file or a hub id.", show_default=True)
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="The longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest word; higher varies more.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens up to this probability.")]
+MinP = Annotated[float, typer.Option(min=0, max=1, help="Drop tokens below this share of the likeliest one.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", min=0, help="Above 1 repeats less.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="The same seed draws the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; may be repeated.")]
+Rope = Annotated[str | None, typer.Option("--rope", help="Change the RoPE plan, such as abf:500000 or dynamic:2.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no figures.")]
+
+# typer carries click inside itself and names few of its exceptions; this is the base of all wrong options.
+UsageError = typer.BadParameter.__base__
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+GREETING = """longverse reads long documents with a language model on this machine.
+
+  longverse demo                                     a long report, ten questions, checked answers
+  longverse ask report.txt "Who leads the project?"  ask about a text of your own
+  longverse chat report.txt                          talk about it, turn by turn
+
+`longverse --help` lists everything."""
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Language models that read long documents, on one machine."""
+    if version:
+        print(f"longverse {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(GREETING)
+
+
+@app.command()
+def ask(
+    file: Annotated[str, typer.Argument(help="A .txt or .md file, or - for standard input.")],
+    questions: Annotated[list[str], typer.Argument(help="One or more questions, in quotes.")],
+    model: Model = "smol",
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    system: Annotated[str | None, typer.Option("--system", help="Other instructions than the built-in ones.")] = None,
+    rope: Rope = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask one or more questions about a document.
+
+    The document is read once; every further question costs only its own words.
+
+    [bold]Examples[/bold]
+
+    longverse ask report.txt "Who is the chair?" "What did the audit cost?"
+
+    longverse ask notes.md "What was decided?" --json
+
+    cat letter.txt | longverse ask - "Who wrote this?"
+    """
+    from .documents.reader import read
+
+    document = read(file)
+    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    engine = _load(model, dtype, device, rope, quiet)
+    from .documents.ask import prepare
+
+    prompts = prepare(engine, document, questions, max_new_tokens, system=system)
+    session = engine.session(prompts.planned_tokens)
+    for number, (question, ids) in enumerate(zip(prompts.questions, prompts.ids, strict=True)):
+        if not as_json and len(questions) > 1:
+            console.out().print(console.Text(("\n" if number else "") + question, style="bold"))
+        with console.Task(f"Reading {document.name}", quiet=quiet) as task:
+            answer = ""
+            for piece in session.stream(ids, sampling, on_progress=task):
+                task.close()
+                piece = piece if answer else piece.lstrip()
+                answer += piece
+                if not as_json:
+                    console.write(piece)
+        if as_json:
+            about = {"name": document.name, "title": document.title, "encoding": document.encoding}
+            about |= {"words": document.words, "language": document.language}  # type: ignore[dict-item]
+            record = {"question": question, "answer": answer.strip(), "model": engine.name, "document": about}
+            print(json.dumps(record | {"stats": console.stats_record(session.stats)}, ensure_ascii=False), flush=True)
+            continue
+        console.write("" if answer.endswith("\n") else "\n")
+        console.note(console.figures(session.stats), quiet=quiet)
+
+
+@app.command()
+def chat(
+    file: Annotated[str | None, typer.Argument(help="A document to talk about.")] = None,
+    model: Model = "smol",
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.1,
+    seed: Seed = None,
+    stop: Stop = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="Instructions that stand before the conversation.")
+    ] = None,
+    rope: Rope = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Talk with a model, turn by turn; /help lists the commands inside.
+
+    [bold]Examples[/bold]
+
+    longverse chat
+
+    longverse chat report.txt --temperature 0.7
+
+    printf 'Hello!\\\\nTell me a joke.\\\\n' | longverse chat
+    """
+    from .commands_chat import Chat
+    from .documents.reader import read
+
+    if file == "-":
+        raise UserError("The chat reads your turns from standard input, so the document must be a file.")
+    document = read(file) if file is not None else None
+    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    engine = _load(model, dtype, device, rope, quiet)
+    Chat(engine, sampling, system=system, quiet=quiet).run(document)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue, or - for standard input.")],
+    as_chat: Annotated[bool, typer.Option("--chat", help="Send it as a message in the model's chat format.")] = False,
+    model: Model = "smol",
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    rope: Rope = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a text.
+
+    [bold]Examples[/bold]
+
+    longverse generate "The three largest oceans are"
+
+    longverse generate --chat "Write a haiku about rain" --temperature 0.8 --seed 1
+    """
+    if prompt == "-":
+        from .documents.reader import read
+
+        prompt = read("-").text
+    if not prompt:
+        raise UserError("The prompt is empty: give a text to continue.")
+    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    engine = _load(model, dtype, device, rope, quiet)
+    ids = engine.chat.encode([{"role": "user", "content": prompt}]) if as_chat else engine.tokenizer.encode(prompt)
+    if len(ids) + max_new_tokens > engine.window:
+        raise UserError(
+            f"The prompt has {len(ids):,} tokens, with {max_new_tokens:,} for the answer {len(ids) + max_new_tokens:,},"
+            f" and {engine.name} reads {engine.window:,}: shorten it, lower --max-new-tokens or choose a model with a"
+            " larger window."
+        )
+    session = engine.session(len(ids) + max_new_tokens)
+    text = ""
+    with console.Task("Reading the prompt", quiet=quiet) as task:
+        for piece in session.stream(ids, sampling, on_progress=task):
+            task.close()
+            text += piece
+            if not as_json:
+                console.write(piece)
+    if as_json:
+        record = {"prompt": prompt, "text": text, "model": engine.name, "stats": console.stats_record(session.stats)}
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    console.write("" if text.endswith("\n") else "\n")
+    console.note(console.figures(session.stats), quiet=quiet)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the models that longverse knows by name.
+
+    Any Llama-shaped .gguf file, folder with config.json and safetensors, or hub id works with --model too.
+    """
+    from .models.checkpoint import cache_folder, known_models
+
+    entries = known_models()
+    if as_json:
+        rows = [
+            {"name": e.name, "summary": e.summary, "licence": e.licence, "window": e.window}
+            | {"where": str(e.where) if e.where else None, "hint": e.hint}
+            for e in entries
+        ]
+        print(json.dumps({"models": rows, "cache": str(cache_folder())}, ensure_ascii=False))
+        return
+    cells = [
+        [e.name, f"{e.window:,}", e.licence, e.summary, "here" if e.where else f"absent: {e.hint}"] for e in entries
+    ]
+    console.out().print(console.table(("name", "window", "licence", "what it is", "where"), cells, right=(1,)))
+    print(f"\nConverted models are kept in {cache_folder()}.")
+    print("A .gguf file, a folder or a hub id works too: longverse ask --model PATH …")
+
+
+@app.command()
+def rope(
+    model: Annotated[str, typer.Argument(help="An embedded name, a folder, a config.json or a .gguf file.")] = "smol",
+    change: Annotated[
+        str | None, typer.Option("--rope", help="Show the plan after this change, such as dynamic:2.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the wavelengths to this .png or .svg file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a model encodes positions: kind, base, effective base by length. Reads no weights.
+
+    [bold]Examples[/bold]
+
+    longverse rope smol
+
+    longverse rope smol --rope abf:500000,dynamic:2 --plot waves.png
+    """
+    from .commands_rope import config_of, draw, record, show
+
+    name, config = config_of(model)
+    if change is not None:
+        from dataclasses import replace
+
+        from .models.rope import RopePlan
+
+        plan = RopePlan.parse(change, config.rope, config.window)
+        config = replace(config, rope=plan, window=plan.window_after(config.window))
+    if as_json:
+        print(json.dumps(record(name, config), ensure_ascii=False))
+    else:
+        show(name, config)
+    if plot is not None:
+        draw(name, config, plot)
+        console.note(f"Wavelengths drawn to {plot}.", quiet=as_json)
+
+
+@app.command()
+def demo(
+    model: Model = "smol",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed writes another report.")] = 0,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1000, help="How long the report is at least, in tokens.")
+    ] = 4000,
+    questions: Annotated[int, typer.Option("--questions", min=1, max=100, help="How many questions to ask.")] = 10,
+    language: Annotated[str, typer.Option("--language", help="en or zh; smol speaks English only.")] = "en",
+    folder: Annotated[Path, typer.Option("--folder", help="Where the report is written.")] = Path("."),
+    rope: Rope = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a long annual report, ask about it, and check the answers.
+
+    The report is invented from the seed: its company, people and numbers exist nowhere else, so the model has to find
+    them in the text.
+
+    [bold]Examples[/bold]
+
+    longverse demo
+
+    longverse demo --seed 7 --tokens 6000 --questions 20
+    """
+    from .commands_demo import run
+
+    engine = _load(model, dtype, device, rope, quiet)
+    run(engine, seed, tokens, questions, language, folder, as_json=as_json, quiet=quiet)
+
+
+def _sampling(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seed: int | None,
+    stop: list[str] | None,
+) -> Sampling:  # fmt: skip
+    from .inference.sampling import Sampling
+
+    return Sampling(max_new_tokens, temperature, top_k, top_p, min_p, penalty, seed, tuple(stop or ()))
+
+
+def _load(model: str, dtype: str, device: str, rope: str | None, quiet: bool) -> Engine:
+    with console.Task(f"Loading {Path(model).name}", unit="bytes", quiet=quiet, at_once=True) as task:
+        from .inference.engine import Engine
+
+        engine = Engine.load(model, dtype=dtype, device=device, rope=rope, on_progress=task)
+    for remark in engine.notes:
+        console.note(remark, quiet=quiet)
+    return engine
+
+
+app.add_typer(commands_eval.app, name="eval")
+for command in (commands_models.convert, commands_models.quantize, commands_models.export, commands_models.doctor):
+    app.command()(command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C.
+
+    A UserError and a wrong option are one line. Any other exception is a defect of ours and keeps its traceback.
+    """
+    try:
+        result: Any = app(args=arguments, prog_name="longverse", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        console.error(str(error))
+        return 2
+    except UsageError as error:  # type: ignore[misc]
+        command = error.ctx.command_path if error.ctx is not None else "longverse"
+        console.error(f"{error.format_message().rstrip('.')}. `{command} --help` shows what is possible.")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not print a traceback
+        print(file=sys.stderr)
+        console.error("stopped.")
+        return 130
+    except BrokenPipeError:  # `longverse … | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

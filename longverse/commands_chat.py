@@ -1,0 +1,242 @@
+"""`longverse chat`: a conversation in the terminal.
+
+Nothing is dropped in silence: a turn that does not fit is refused with its numbers, and the conversation stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import console
+from .documents.reader import Document, read
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .inference.engine import Engine, Session
+    from .inference.sampling import Sampling
+
+HELP = """/read FILE   put a document before your next message
+/save FILE   write the conversation as Markdown
+/stats       figures of the last answer, and how full the window is
+/reset       begin anew
+/quit        leave (also Ctrl-D, or Ctrl-C twice)
+A line that ends with \\ goes on in the next; a block between lines of \"\"\" is one message.
+Ctrl-C stops an answer."""
+STEP = 4096  # tokens: a session is planned for a multiple of it, so that it seldom has to be planned anew
+
+
+class Chat:
+    """One conversation. `messages` are what the model sees; a document stands in the message it was read for."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, *, system: str | None = None, quiet: bool = False) -> None:
+        self.engine, self.sampling, self.system, self.quiet = engine, sampling, system, quiet
+        self.interactive = sys.stdin.isatty()
+        self.session: Session | None = None
+        self.messages: list[dict[str, str]] = []
+        self.document: Document | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the turns and the document."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.document = None
+
+    # ---- the loop ---------------------------------------------------------------------------------------
+
+    def run(self, document: Document | None = None) -> None:
+        """Read turns until the end of input, /quit, or Ctrl-C twice at an empty prompt (KeyboardInterrupt)."""
+        if document is not None:
+            self.attach(document)
+        if self.interactive:
+            name = self.engine.name
+            self.say(f"{name} reads {self.engine.window:,} tokens. /help lists the commands, /quit leaves.")
+        with self.history():
+            pressed = False
+            while True:
+                try:
+                    turn = self.turn()
+                except EOFError:
+                    break
+                except KeyboardInterrupt:
+                    if pressed or not self.interactive:
+                        raise
+                    pressed = True
+                    console.note("")
+                    self.say("Ctrl-C once more leaves.")
+                    continue
+                pressed = False
+                if not turn.strip():
+                    continue
+                try:
+                    if turn.startswith("/") and "\n" not in turn:
+                        if not self.command(turn.strip()):
+                            break
+                    else:
+                        self.answer(turn)
+                except UserError as error:
+                    console.error(str(error))
+                except KeyboardInterrupt:  # the second one during an answer
+                    console.note("")
+                    self.say("Stopped.")
+        if self.interactive:
+            console.note("")
+
+    def turn(self) -> str:
+        """One message from the input; raises EOFError at its end."""
+        line = self.line("> ")
+        if line.strip() == '"""':
+            lines = []
+            while (line := self.line(". ")).strip() != '"""':
+                lines.append(line)
+            return "\n".join(lines)
+        lines = []
+        while line.endswith("\\"):
+            lines.append(line[:-1])
+            line = self.line(". ")
+        return "\n".join([*lines, line])
+
+    def line(self, prompt: str) -> str:
+        if self.interactive:
+            return input(prompt)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+    @contextlib.contextmanager
+    def history(self):  # type: ignore[no-untyped-def]
+        """Earlier input at the arrow keys, kept beside the converted models."""
+        try:
+            import readline
+        except ImportError:  # no such library on this system: the prompt works without
+            yield
+            return
+        if not self.interactive:
+            yield
+            return
+        from .models.checkpoint import cache_folder
+
+        file = cache_folder() / "chat_history"
+        with contextlib.suppress(OSError):
+            readline.read_history_file(file)
+        readline.set_history_length(1000)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                readline.write_history_file(file)
+
+    # ---- commands ---------------------------------------------------------------------------------------
+
+    def command(self, line: str) -> bool:
+        """Do a /command; False means leave."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name in ("/quit", "/exit", "/q"):
+            return False
+        if name in ("/read", "/save") and not rest:
+            raise UserError(f"{name} needs the name of a file: {name} FILE.")
+        if name == "/help":
+            self.say(HELP)
+        elif name == "/read":
+            self.attach(read(rest))
+        elif name == "/save":
+            self.save(Path(rest).expanduser())
+        elif name == "/stats":
+            self.stats()
+        elif name == "/reset":
+            self.reset()
+            self.say("A new conversation.")
+        else:
+            raise UserError(f"There is no command {name}: /help lists them.")
+        return True
+
+    def attach(self, document: Document) -> None:
+        """Keep a document for the next message; refused when it cannot fit with an answer."""
+        turn = self.with_document("", document)
+        self.fitting([*self.messages, {"role": "user", "content": turn}], document.name)
+        self.document = document
+        self.say(f"{document.name}: {document.words:,} words. It goes with your next message.")
+
+    def save(self, target: Path) -> None:
+        """Write the conversation as Markdown."""
+        parts = [f"**{message['role']}**\n\n{message['content']}\n" for message in self.messages]
+        beside = target.with_name(f".{target.name}.part")
+        try:
+            beside.write_text("\n".join(parts), encoding="utf-8")
+            os.replace(beside, target)
+        except OSError as error:
+            raise UserError(f"{target} cannot be written ({error.strerror}): choose another place.") from None
+        turns = sum(message["role"] == "assistant" for message in self.messages)
+        self.say(f"{turns} answers saved to {target}.")
+
+    def stats(self) -> None:
+        if self.session is None:
+            self.say("There is no answer yet.")
+            return
+        held = len(self.session.tokens)
+        self.say(console.figures(self.session.stats))
+        self.say(f"{held:,} of {self.engine.window:,} tokens of the window in use ({held / self.engine.window:.0%})")
+
+    # ---- answers ----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def with_document(text: str, document: Document) -> str:
+        return f"Document {document.name}:\n{document.text.strip()}\n\n{text}"
+
+    def fitting(self, messages: list[dict[str, str]], what: str) -> list[int]:
+        """The prompt's ids. Raises UserError with the numbers when prompt and answer exceed the window."""
+        ids = self.engine.chat.encode(messages)
+        room = self.sampling.max_new_tokens
+        if len(ids) + room > self.engine.window:
+            raise UserError(
+                f"With {what} the conversation has {len(ids):,} tokens and the answer may take {room:,}, which is more"
+                f" than the {self.engine.window:,} that {self.engine.name} reads: /reset begins anew, or shorten it."
+            )
+        return ids
+
+    def answer(self, text: str) -> None:
+        """Send a message and stream the answer; a message that does not fit changes nothing."""
+        content = self.with_document(text, self.document) if self.document is not None else text
+        messages = [*self.messages, {"role": "user", "content": content}]
+        ids = self.fitting(messages, "this message")
+        session = self.session_for(len(ids) + self.sampling.max_new_tokens)
+        reply = ""
+        # The same seed for every turn would draw the same words again for the same question.
+        seed = self.sampling.seed
+        sampling = self.sampling if seed is None else replace(self.sampling, seed=(seed + len(messages)) % 2**63)
+        with console.interruptible() as stopped, console.Task("Reading", quiet=self.quiet) as task:
+            for piece in session.stream(ids, sampling, on_progress=task, cancelled=stopped):
+                task.close()
+                piece = piece if reply else piece.lstrip()
+                reply += piece
+                console.write(piece)
+        console.write("" if reply.endswith("\n") else "\n")
+        finish = session.stats.finish_reason
+        if finish == "length":
+            self.say(f"The answer was cut after {self.sampling.max_new_tokens:,} tokens; --max-new-tokens allows more.")
+        if finish == "cancelled":
+            self.say("Stopped." if reply else "Stopped before the answer began; the message was taken back.")
+        if reply:
+            self.messages = [*messages, {"role": "assistant", "content": reply.rstrip()}]
+            self.document = None
+
+    def session_for(self, tokens: int) -> Session:
+        """The running session while `tokens` fit its plan, else a roomier one that reads the conversation anew."""
+        if self.session is None or self.session.planned_tokens < tokens:
+            again = self.session is not None
+            planned = min(self.engine.window, -(-2 * tokens // STEP) * STEP)
+            self.session = None  # its cache goes before the next one comes
+            self.session = self.engine.session(planned)
+            if again:
+                self.say(f"The conversation outgrew its plan; it is read anew, with room for {planned:,} tokens.")
+        return self.session
+
+    def say(self, text: str) -> None:
+        console.note(text, quiet=self.quiet and text is not HELP)

@@ -1,0 +1,133 @@
+"""`longverse demo`: an invented report, questions about it in one session, and which answers were right."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from . import console
+from .documents.ask import prepare
+from .documents.reader import decode
+from .documents.report import Report, generate_report
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .inference.engine import Engine, Stats
+
+ANSWER_TOKENS = 40  # an answer is one sentence
+
+
+@dataclass
+class Row:
+    """One question and how it went."""
+
+    question: str
+    expected: str
+    answer: str
+    right: bool
+    seconds: float
+    stats: Stats
+
+
+def run(
+    engine: Engine, seed: int, tokens: int, questions: int, language: str, folder: Path, *, as_json: bool, quiet: bool
+) -> None:
+    """Write the report, ask, and show the table. Raises UserError when the report does not fit the model's window."""
+    from .inference.sampling import Sampling
+
+    report = sized_report(engine, seed, tokens, questions, language)
+    document = decode(report.text.encode(), f"longverse-report-{seed}.md")
+    prompts = prepare(engine, document, [fact.question for fact in report.facts], ANSWER_TOKENS)
+    session = engine.session(prompts.planned_tokens)
+    path = write(report, folder, document.name)
+    length = len(engine.tokenizer.encode(report.text))
+    screen = console.out()
+    if not as_json:
+        screen.print(Text(report.title, style="bold"))
+        console.line(f"{document.words:,} words, {length:,} tokens, invented from seed {seed} and written to {path}")
+    sampling = Sampling(max_new_tokens=ANSWER_TOKENS, stop=("\n",))
+    rows: list[Row] = []
+    for number, (fact, ids) in enumerate(zip(report.facts, prompts.ids, strict=True), start=1):
+        title = "Reading the report" if number == 1 else f"Question {number} of {len(report.facts)}"
+        started = time.perf_counter()
+        with console.Task(title, quiet=quiet) as task:
+            answer = session.complete(ids, sampling, on_progress=task).text.strip()
+        seconds = time.perf_counter() - started
+        rows.append(Row(fact.question, fact.answer, answer, fact.is_answered_by(answer), seconds, session.stats))
+        if not as_json:
+            mark = Text("right", style="green") if rows[-1].right else Text("wrong", style="red")
+            screen.print(Text.assemble(f"\n{number:2d}  ", (fact.question, "bold")))
+            screen.print(
+                Text.assemble(f"    {answer or '(no answer)'}  ", mark, (f"  {console.duration(seconds)}", "dim"))
+            )
+            if not rows[-1].right:
+                screen.print(Text(f"    expected: {fact.answer}", style="dim"))
+    if as_json:
+        console.line(json.dumps(record(report, rows, path, length, engine.name), ensure_ascii=False))
+        return
+    totals(rows, length, path)
+
+
+def sized_report(engine: Engine, seed: int, tokens: int, questions: int, language: str) -> Report:
+    """The shortest report of at least `tokens` tokens that the templates give, found by widening the word count."""
+    per_word = 1.5 if language == "en" else 1.6
+    words = int(tokens / per_word)
+    while True:
+        report = generate_report(seed, target_words=words, questions=1, language=language)
+        length = len(engine.tokenizer.encode(report.text))
+        if length >= tokens:
+            return generate_report(seed, target_words=words, questions=questions, language=language)
+        words += max(20, int((tokens - length) / per_word))
+
+
+def write(report: Report, folder: Path, name: str) -> Path:
+    """Write the report into `folder`, or into the temporary folder where that one is not writable."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: make it first or choose another with --folder.")
+    for place in (folder, Path(tempfile.gettempdir())):
+        target, beside = place / name, place / f".{name}.part"
+        try:
+            beside.write_text(report.text, encoding="utf-8")
+            os.replace(beside, target)
+        except OSError:
+            continue
+        return target
+    raise UserError(
+        f"The report can be written neither to {folder} nor to the temporary folder: choose one with --folder."
+    )
+
+
+def totals(rows: list[Row], length: int, path: Path) -> None:
+    """What it took, and what to try next."""
+    first, rest = rows[0].stats, rows[1:]
+    right = sum(row.right for row in rows)
+    console.line()
+    console.out().print(Text(f"{right} of {len(rows)} right", style="bold"))
+    reading = f"read {first.prompt_tokens:,} tokens in {console.duration(first.prefill_seconds)}"
+    console.line(f"{reading} ({first.prefill_rate:,.0f} tok/s); wrote {sum(row.stats.new_tokens for row in rows):,}")
+    if rest:
+        mean = sum(row.seconds for row in rest) / len(rest)
+        console.line(f"every further question {console.duration(mean)} on average: the report is read once")
+    memory = max(row.stats.peak_memory_bytes for row in rows) / 2**30
+    console.line(f"memory {memory:.1f} GiB at most; attention {first.attention}")
+    console.line(f'\nNext: longverse ask {path} "{rows[-1].question}"')
+
+
+def record(report: Report, rows: list[Row], path: Path, length: int, model: str) -> dict[str, object]:
+    """The same for `--json`."""
+    return {
+        "title": report.title, "file": str(path), "tokens": length, "model": model,
+        "right": sum(row.right for row in rows), "questions": len(rows),
+        "answers": [
+            {"question": row.question, "answer": row.answer, "expected": row.expected, "right": row.right,
+             "seconds": round(row.seconds, 3), "stats": console.stats_record(row.stats)}
+            for row in rows
+        ],
+    }  # fmt: skip

@@ -1,0 +1,117 @@
+"""`longverse rope`: the plan of a model as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import console
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .models.network import NetworkConfig
+
+LENGTHS = tuple(2**power * 1024 for power in range(3, 11))  # 8K … 1M tokens
+
+
+def config_of(model: str) -> tuple[str, NetworkConfig]:
+    """Name and shape of a model out of its config alone: no weights are read, and of a hub model none downloaded."""
+    from .models import embedded, hub, releases
+    from .models.checkpoint import locate, read_config
+    from .models.gguf import read_gguf
+    from .models.network import NetworkConfig
+    from .models.tokenizer import read_json
+
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix.lower() == ".json":
+        name, config = path.resolve().parent.name, read_json(path)
+    elif not path.exists() and model not in embedded.EMBEDDED and hub.is_hub_id(model):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            name, config = model.split("/")[1], read_json(Path(hf_hub_download(model, "config.json")))
+        except (OSError, ValueError, RuntimeError) as error:  # what huggingface_hub and its HTTP client raise
+            reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"The config of {model} cannot be had from the hub ({reason}): give a folder instead."
+            ) from None
+    else:
+        name, place = locate(model)
+        config = read_gguf(place).config if place.is_file() else read_config(place)
+    return name, NetworkConfig.from_dict(releases.complete(config, name)[0])
+
+
+def record(name: str, config: NetworkConfig) -> dict[str, Any]:
+    """The plan's figures: bases and longest wavelengths (tokens) by planned length."""
+    plan = config.rope
+    lengths = [
+        {"tokens": length, "base": plan.base(length), "longest_wavelength": _longest(config, length)}
+        for length in LENGTHS
+    ]
+    return {
+        "model": name, "kind": plan.kind, "description": plan.describe(), "base": plan.theta, "factor": plan.factor,
+        "original_window": plan.original_window, "window": config.window, "head_dim": plan.head_dim, "lengths": lengths,
+    }  # fmt: skip
+
+
+def show(name: str, config: NetworkConfig) -> None:
+    """Print the plan."""
+    plan = config.rope
+    console.line(f"{name}: {plan.describe()}")
+    console.line(f"window {config.window:,} tokens, head size {plan.head_dim}, {plan.head_dim // 2} frequencies\n")
+    rows = [
+        [f"{length // 1024:,}K", f"{plan.base(length):,.0f}", f"{_longest(config, length):,.0f}",
+         "yes" if length <= config.window else "no"]
+        for length in LENGTHS
+    ]  # fmt: skip
+    heads = ("tokens", "effective base", "longest wavelength", "in the window")
+    console.out().print(console.table(heads, rows, right=(0, 1, 2)))
+
+
+def _longest(config: NetworkConfig, length: int) -> float:
+    """Tokens after which the slowest pair of a head has turned once."""
+    return 2 * math.pi / float(config.rope.inv_freq(length)[-1])
+
+
+def draw(name: str, config: NetworkConfig, target: Path) -> None:
+    """Draw the wavelength of every pair at three lengths to a picture file. Raises UserError without matplotlib."""
+    if target.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(
+            f"A plot is written as .png, .svg or .pdf, not {target.suffix or 'without a suffix'}: rename {target}."
+        )
+    if not target.parent.is_dir():
+        raise UserError(f"There is no folder {target.parent}: make it first or choose another for the plot.")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("A plot needs matplotlib: type `pip install matplotlib`.") from None
+    import os
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    lengths = [config.window, 32 * 1024, 256 * 1024] if config.rope.kind == "dynamic" else [config.window]
+    for length in sorted(set(lengths)):
+        waves = [2 * math.pi / float(value) for value in config.rope.inv_freq(length)]
+        axes.plot(
+            range(len(waves)), waves, marker=".", label=f"{length:,} tokens, base {config.rope.base(length):,.0f}"
+        )
+    axes.axhline(config.window, color="grey", linestyle="--", label=f"window, {config.window:,} tokens")
+    axes.set(
+        yscale="log",
+        xlabel="pair of dimensions",
+        ylabel="wavelength (tokens)",
+        title=f"{name}: {config.rope.describe()}",
+    )
+    axes.legend()
+    beside = target.with_name(f".{target.name}.part{target.suffix}")
+    try:
+        figure.savefig(beside, dpi=120, bbox_inches="tight")
+        os.replace(beside, target)
+    except OSError as error:
+        raise UserError(f"The plot cannot be written to {target} ({error.strerror}): choose another place.") from None
+    finally:
+        pyplot.close(figure)
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""An invented annual report with facts to ask about: the document of `longverse demo`.
+
+Written from a seed out of our own templates, in English or Chinese: a company that does not exist, its works, projects,
+laboratories, ships and schools. Every fact is stated in exactly one sentence, and the sections around it state facts of
+the same kinds about other names, so that an answer has to be found and cannot be guessed.
+"""
+
+import random
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+from ..errors import UserError
+from .report_grammar import Attribute, Draws, Topic, accepted_wordings, read_language
+
+LANGUAGES = ("en", "zh")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A question that one sentence of the report answers."""
+
+    question: str
+    answer: str
+    accepted: tuple[str, ...]  # wordings that count as right
+    position: int  # character offset of the sentence in the report
+    sentence: str
+    kind: str  # of value: person, town, number, date, money, or a list's name
+
+    def is_answered_by(self, text: str) -> bool:
+        """Whether an accepted wording occurs in `text`, letter case, punctuation and white space aside."""
+        found = _normalise(text)
+        return any(_occurs(_normalise(wording), found) for wording in self.accepted)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The text and what can be asked about it, in the order of the text."""
+
+    title: str
+    text: str
+    facts: tuple[Fact, ...]
+    language: str
+
+
+_language = cache(read_language)
+
+
+def generate_report(seed: int = 0, *, target_words: int = 3000, questions: int = 10, language: str = "en") -> Report:
+    """Write a report of at least `target_words` words (Chinese: characters) and choose facts over its whole depth.
+
+    The same arguments give the same report. Raises UserError for an unknown language, or a report too short for so
+    many questions.
+    """
+    if language not in LANGUAGES:
+        raise UserError(f"The language {language!r} is unknown: choose en or zh.")
+    if questions < 1:
+        raise UserError(f"{questions} questions are too few: ask for at least 1.")
+    words = _language(language)
+    rng = random.Random(f"report {seed} {language}")
+    draws = Draws(words, rng)
+    company = draws.draw("venture")
+    title = draws.fill(words.title, name=company)
+    blocks = [f"# {title}"]
+    facts: list[Fact] = []
+
+    def write(topic: Topic, name: str) -> None:
+        for block, stated in _section(topic, name, draws):
+            start = sum(len(written) + 2 for written in blocks)
+            blocks.append(block)
+            for place, attribute, value, sentence in stated:
+                accepted = accepted_wordings(attribute.value, value, language)
+                question = attribute.question.replace("{name}", name)
+                facts.append(Fact(question, value, accepted, start + place, sentence, attribute.value))
+
+    for topic in words.at("opening"):
+        write(topic, company)
+    deck: list[Topic] = []
+    reserve = 110 * len(words.at("closing"))  # about what the closing sections will add
+    while sum(_count_words(block, language) for block in blocks) + reserve < target_words:
+        if not deck:  # every kind of section once, in a new order, before any comes again
+            deck = words.at("topic")
+            rng.shuffle(deck)
+        topic = deck.pop()
+        write(topic, draws.draw(topic.kind))
+    for topic in words.at("closing"):
+        write(topic, company)
+    text = "\n\n".join(blocks) + "\n"
+    return Report(title, text, _spread(facts, questions, len(text), rng), language)
+
+
+_Stated = list[tuple[int, Attribute, str, str]]  # offset in the block, attribute, value, sentence
+
+
+def _section(topic: Topic, name: str, draws: Draws) -> list[tuple[str, _Stated]]:
+    """A heading and its paragraphs; with each block, what it states and where."""
+    rng = draws.rng
+    prose, attributes = list(topic.prose), list(topic.attributes)
+    rng.shuffle(prose)
+    rng.shuffle(attributes)
+    sentences: list[tuple[Attribute | None, str, str]] = []
+    for attribute in attributes:
+        for _ in range(rng.randint(1, 2)):
+            if prose:
+                sentences.append((None, "", draws.fill(prose.pop(), name=name)))
+        value = draws.draw(attribute.value)
+        sentences.append((attribute, value, draws.fill(attribute.sentence, name=name, value=value)))
+    sentences += [(None, "", draws.fill(template, name=name)) for template in prose]
+    blocks: list[tuple[str, _Stated]] = [(f"## {draws.fill(topic.heading, name=name)}", [])]
+    while sentences:
+        size = rng.randint(4, 6)
+        if len(sentences) - size < 3:
+            size = len(sentences)
+        paragraph = ""
+        stated: _Stated = []
+        for about, value, sentence in sentences[:size]:
+            if paragraph and draws.language.code != "zh":
+                paragraph += " "
+            if about is not None:
+                stated.append((len(paragraph), about, value, sentence))
+            paragraph += sentence
+        blocks.append((paragraph, stated))
+        sentences = sentences[size:]
+    return blocks
+
+
+def _spread(facts: list[Fact], questions: int, length: int, rng: random.Random) -> tuple[Fact, ...]:
+    """`questions` facts at even depths, their kinds of value as different as the report allows."""
+    if questions > len(facts):
+        raise UserError(
+            f"The report states {len(facts)} facts and {questions} questions are wanted:"
+            " ask for a longer report or fewer questions."
+        )
+    asked: Counter[str] = Counter()
+    chosen: list[Fact] = []
+    left = list(facts)
+    for number in range(questions):
+        depth = (number + 0.5) / questions * length
+        near = sorted(left, key=lambda fact: abs(fact.position - depth))[:5]
+        pick = min(near, key=lambda fact: (asked[fact.kind], rng.random()))
+        asked[pick.kind] += 1
+        chosen.append(pick)
+        left.remove(pick)
+    return tuple(sorted(chosen, key=lambda fact: fact.position))
+
+
+def _count_words(text: str, language: str) -> int:
+    return len(text) if language == "zh" else len(text.split())
+
+
+def _normalise(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)  # 1,240 is 1240
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]", " ", text)  # a point stays only between digits
+    return " ".join(text.split())
+
+
+def _occurs(wanted: str, text: str) -> bool:
+    # Whole words and numbers only: 41 is not in 412, nor 3.4 in 13.4. Chinese has no spaces, so only digits have edges.
+    edge = r"\d" if re.search(r"[\u4e00-\u9fff]", wanted) else r"\w"
+    return re.search(rf"(?<!{edge})(?<!\d\.){re.escape(wanted)}(?!{edge})(?!\.\d)", text) is not None
