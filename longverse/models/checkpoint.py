@@ -153,7 +153,7 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
         config, release, more = releases.complete(read_config(path), name)
         NetworkConfig.from_dict(config)  # a foreign architecture is said before anything else of the folder is read
         tensors, tokenizer = TensorFolder(path), Tokenizer.from_folder(path)
-    notes += more
+    notes += more + tokenizer.notes
     if release is not None:
         if not release.chat:
             notes.append(f"{release.name} is a base model: it continues text; for answers take its Chat release.")

@@ -54,32 +54,12 @@ def convert(
 
     model    what `load` takes: a folder (`.bin` or safetensors), a `.gguf` file, a name, a hub id
     dtype    keep, bfloat16, float16 or float32; quantised weights are dequantised
+    An XVERSE checkpoint comes out with our model files beside it, for `trust_remote_code=True` without longverse.
     Raises UserError when the target exists, the disk is too small, or the source is broken.
     """
     source = open_model(model)
-    if source.release is not None or source.config.get("model_type") == "xverse":
-        from .export import xverse_config
-
-        config = xverse_config(source.config)
-    else:
-        config = dict(source.config)
-    return rewrite(
-        source, target, config, dtype=dtype, shard_bytes=shard_bytes, on_progress=on_progress, cancelled=cancelled
-    )
-
-
-def rewrite(
-    source: Opened,
-    target: Path,
-    config: dict[str, Any],
-    *,
-    dtype: str = "keep",
-    shard_bytes: int = SHARD_BYTES,
-    on_progress: Progress | None = None,
-    cancelled: Cancelled | None = None,
-) -> Written:
-    """Write the (dequantised) tensors of `source` under another config. See `convert`."""
-    number = stored_dtype(source.tensors.infos) if dtype == "keep" else _dtype(dtype)
+    number = chosen_dtype(source, dtype)
+    config, extras = settled_config(source)
     shape = NetworkConfig.from_dict(source.config)
     shapes = shape.parameter_shapes()
     if source.form is None:
@@ -91,14 +71,27 @@ def rewrite(
     if number == torch.float16 and stored_dtype(source.tensors.infos) != torch.float16:
         notes.append("float16 cannot hold magnitudes above 65,504: values beyond that would become infinite.")
     return write_folder(
-        source, target, config, infos, dequantised(source, number), notes, shard_bytes, on_progress, cancelled
+        source, target, config, infos, dequantised(source, number), notes, shard_bytes, on_progress, cancelled, extras
     )
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UserError(f"Unknown dtype {name!r}: use keep, bfloat16, float16 or float32.")
-    return DTYPES[name]
+def settled_config(source: Opened) -> tuple[dict[str, Any], Callable[[Path], None] | None]:
+    """The config of a rewritten checkpoint, and what writes further files: for XVERSE the explicit config, and our
+    model files in place of those it named."""
+    if source.config["model_type"] != "xverse":
+        return dict(source.config), None
+    from .export import write_remote_code, xverse_config
+
+    return xverse_config(source.config), write_remote_code
+
+
+def chosen_dtype(source: Opened, dtype: str) -> torch.dtype:
+    """The type to write: the source's own for keep (for quantised weights that of their scales)."""
+    if dtype == "keep":
+        return stored_dtype(source.tensors.infos)
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown dtype {dtype!r}: use keep, bfloat16, float16 or float32.")
+    return DTYPES[dtype]
 
 
 def arrival(source: Opened, shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -246,7 +239,7 @@ def _copy_beside(source: Path, target: Path) -> None:
     """Licence, model card and generation settings go with the weights; another's Python files do not."""
     if not source.is_dir():
         return
-    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "README*", "generation_config.json"):
+    for pattern in ("*LICENSE*", "*LICENCE*", "NOTICE*", "README*", "generation_config.json"):
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)

@@ -11,6 +11,8 @@ default of the `llama` layout: base(262,144) = 7,829,416 for XVERSE-13B-256K.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ class Check:
     equal_ids: int
     tokens: int  # of the text whose logits were compared
     kl: float  # mean KL(source || export) over its positions, nats
+    largest: float  # largest difference of a log probability, nats
     limit: float  # the largest mean KL that the written type explains
     dtype: str  # what both ran in
 
@@ -259,11 +262,28 @@ def compare(source: Opened, folder: Path, layout: str, rope_length: int) -> Chec
             from .modeling_xverse import XverseForCausalLM
 
             loader = XverseForCausalLM
-        twin = loader.from_pretrained(folder, dtype=number).eval()
+        with silence():
+            twin = loader.from_pretrained(folder, dtype=number).eval()
         found = twin(tokens).logits.float().log_softmax(-1)
     stored = stored_dtype(source.tensors.infos) if source.form is None else None
     limit = kl_limit(written, stored, number)
-    return Check(len(HARD_TEXTS), equal, len(ids), kl_mean(expected, found), limit, str(number).removeprefix("torch."))
+    largest = float((expected - found).abs().max())
+    ran = str(number).removeprefix("torch.")
+    return Check(len(HARD_TEXTS), equal, len(ids), kl_mean(expected, found), largest, limit, ran)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """transformers draws progress bars of its own; not while a library call of ours runs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def kl_mean(expected: Tensor, found: Tensor) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .shards import Progress
+from .shards import Progress, first_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL = ["*.json", "*.json.update", "tokenizer.model", "*.jinja"]
@@ -73,7 +73,7 @@ def download(hub_id: str, on_progress: Progress | None = None) -> Path:
         ) from None
     except HfHubHTTPError as error:
         raise UserError(
-            f"The hub refused {hub_id} ({_first_line(error)}): try again later, or give a local folder."
+            f"The hub refused {hub_id} ({first_line(error)}): try again later, or give a local folder."
         ) from None
     except OSError as error:
         raise UserError(_unreachable(hub_id, error)) from None
@@ -86,13 +86,9 @@ def download(hub_id: str, on_progress: Progress | None = None) -> Path:
 
 def _unreachable(hub_id: str, error: BaseException) -> str:
     return (
-        f"{hub_id!r} is no folder here and the hub cannot be reached ({_first_line(error)}): "
+        f"{hub_id!r} is no folder here and the hub cannot be reached ({first_line(error)}): "
         f"on a machine with a network type `hf download {hub_id} --local-dir FOLDER`, then use --model FOLDER."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def _reporter(on_progress: Progress | None) -> Any:

@@ -168,12 +168,12 @@ def pack_bits(q: Tensor, bits: int) -> Tensor:
     """uint8 [N, K] with values below 2**bits to int32 [N, K * bits / 32], the first element in the lowest bits."""
     if bits == 4:
         q = q[:, 0::2] | (q[:, 1::2] << 4)
-    return q.contiguous().view(torch.int32)
+    return q.reshape(-1).view(torch.int32).view(q.shape[0], -1)
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_bits`: uint8 [N, K]."""
-    raw = packed.contiguous().view(torch.uint8)
+    raw = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], -1)
     if bits == 8:
         return raw
     return torch.stack((raw & 15, raw >> 4), dim=-1).view(raw.shape[0], -1)

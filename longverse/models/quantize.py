@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .checkpoint import IGNORED, check, open_model, stored_dtype
-from .convert import SHARD_BYTES, Cancelled, Written, write_folder
+from .convert import SHARD_BYTES, Cancelled, Written, settled_config, write_folder
 from .network import NetworkConfig
 from .quant_linear import GROUPS, QuantFormat, Workers, default_form, pack_bits, quantize_rows, write_form
 from .shards import Progress, TensorInfo
@@ -77,7 +77,8 @@ def quantize(
         types = {"weight_scale": scale_dtype, "weight_shape": torch.int64}
         for part, size in form.shapes(*shapes[name]).items():
             infos[f"{name.removesuffix('.weight')}.{part}"] = TensorInfo(size, types.get(part, torch.int32))
-    config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+    config, extras = settled_config(source)
+    config.pop("torch_dtype", None)
     config["dtype"] = str(kept_dtype).removeprefix("torch.")
     config["quantization_config"] = write_form(form, ["lm_head"])
 
@@ -91,7 +92,13 @@ def quantize(
                     yield name, tensor
                 source.tensors.forget(tensor)
 
-    return write_folder(source, target, config, infos, tensors(), source.notes, shard_bytes, on_progress, cancelled)
+    notes = list(source.notes)
+    if not form.symmetric:
+        notes.append(
+            "Written with zero points, which transformers 5.23 with compressed-tensors 0.20 does not read: write with"
+            " --symmetric for it."
+        )
+    return write_folder(source, target, config, infos, tensors(), notes, shard_bytes, on_progress, cancelled, extras)
 
 
 def is_linear(name: str) -> bool:

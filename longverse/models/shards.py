@@ -53,6 +53,11 @@ class TensorInfo:
         return numel(self.shape) * self.dtype.itemsize
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for one-sentence messages; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 def numel(shape: Iterable[int]) -> int:
     """Number of elements of a shape; 1 for a scalar."""
     product = 1
@@ -165,11 +170,11 @@ class BinFile:
                     " version from a source you trust."
                 ) from None
             raise UserError(
-                f"{path} is no PyTorch checkpoint ({reason.splitlines()[0]}): download or copy it again."
+                f"{path} is no PyTorch checkpoint ({first_line(error)}): download or copy it again."
             ) from None
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{path} is truncated or no PyTorch checkpoint ({str(error).splitlines()[0]}): download it again."
+                f"{path} is truncated or no PyTorch checkpoint ({first_line(error)}): download it again."
             ) from None
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
