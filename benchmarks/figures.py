@@ -1,0 +1,83 @@
+"""Write the figures of benchmarks/results/ into README.md, README.zh-CN.md and docs/: no number is typed by hand.
+
+A place for figures is a pair of comments, `<!-- figures: NAME -->` and `<!-- end -->`; what stands between them is
+replaced. `--check` changes nothing and fails where a file is not up to date (the tests run it).
+
+    python benchmarks/figures.py [--check]
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, table
+
+ROOT = Path(__file__).parent.parent
+PLACE = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def machine_line(results: dict[str, Any], chinese: bool) -> str:
+    machine = results["machine"]
+    if chinese:
+        return f"{machine['cpu']}，{machine['threads']} 线程，torch {machine['torch']}，{machine['date']}。"
+    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}."
+
+
+def first_light(chinese: bool) -> str:
+    """Time to the first word and to the second question, beside transformers."""
+    results = load("first_light")
+    labels = {
+        "first": ("the first word over a document", "读完文档、给出第一个词"),
+        "second": ("a second question about it", "再问同一文档"),
+        "decode": ("a further token", "每多写一个 token"),
+    }
+    rows = []
+    for size, document in results["documents"].items():
+        for key, label in labels.items():
+            ours, theirs = document["seconds"][f"ours {key}"], document["seconds"][f"theirs {key}"]
+            ratio = f"{document[f'{key} ratio']:.1f}x"
+            rows.append([f"{int(size):,}", label[chinese], f"{ours:.3f} s", f"{theirs:.3f} s", ratio])
+    english = ["tokens", "time to", "longverse", "transformers", "ratio"]
+    header = ["token 数", "所用时间", "longverse", "transformers", "倍数"] if chinese else english
+    return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+WRITERS: dict[str, Callable[[bool], str]] = {"first_light": first_light}
+
+
+def render(path: Path) -> str:
+    """The file's text with every place filled anew."""
+    chinese = path.name.endswith("zh-CN.md")
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}{WRITERS[match[2]](chinese)}{match[3]}"
+
+    return PLACE.sub(fill, path.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for path in (ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = render(path)
+        if text == path.read_text():
+            continue
+        stale.append(path.name)
+        if not check:
+            path.write_text(text)
+    print(f"{'out of date' if check else 'written'}: {', '.join(stale)}" if stale else "every figure is up to date")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()
