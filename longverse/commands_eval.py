@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from . import console
 
 if TYPE_CHECKING:
     from longverse.evaluation.backends import Backend
@@ -82,44 +81,11 @@ def _backend(
     from longverse.evaluation.backends import EngineBackend
     from longverse.inference.engine import Engine
 
-    with _progress("loading", "bytes") as report:
+    with console.Task(f"Loading {model}", unit="bytes", at_once=True) as report:
         engine = Engine.load(model, dtype=dtype, device=device, rope=rope, window=window, on_progress=report)
     for note in engine.notes:
-        typer.echo(note, err=True)
+        console.note(note)
     return EngineBackend(engine)
-
-
-@contextmanager
-def _progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on a terminal, a line every tenth elsewhere; on stderr, so stdout stays the result."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-        ) as bar:  # fmt: skip
-            task = bar.add_task(label, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    start, said = time.monotonic(), 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal said
-        tenth = 10 * done // max(1, total)
-        if tenth > said and time.monotonic() - start > 1:
-            said = tenth
-            typer.echo(f"{label}: {done:,} of {total:,} {unit}, {time.monotonic() - start:.0f} s", err=True)
-
-    yield report
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
@@ -138,7 +104,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 def _saved(paths: list[Path]) -> None:
     for path in paths:
-        typer.echo(f"written: {path}", err=True)
+        console.note(f"written: {path}")
 
 
 def _out(out: Path | None, kind: str, model: str) -> Path:
@@ -211,10 +177,10 @@ def needle(
         haystack_name="generated" if haystack is None else haystack.name,
     )
     folder = _out(out, "needle", asked.name)
-    with _progress("asking", "questions") as report:
+    with console.Task("Asking", unit="questions") as report:
         result = run_needle(asked, settings, journal=folder / "needle.jsonl", on_progress=report)
     paths = result.save(folder)
-    typer.echo(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result.markdown().rstrip())
+    console.line(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result.markdown().rstrip())
     _saved(paths)
 
 
@@ -301,7 +267,7 @@ def longbench(
         model, rope, window, dtype, device, backend, endpoint, tokenizer, key_env, concurrency, timeout, retries
     )
     place = _out(out, "longbench", asked_backend.name)
-    with _progress("LongBench", "rows") as report:
+    with console.Task("LongBench", unit="rows") as report:
         run = LongBenchRun(
             backend=asked_backend, data=folder, config=read, out=place, tasks=wanted, max_length=max_length,
             truncation=truncation, limit=limit, e=e, on_progress=report,
@@ -309,7 +275,7 @@ def longbench(
         try:
             scores = run.run()
         except KeyboardInterrupt:
-            typer.echo(f"stopped; every finished row is kept in {place}: the same command goes on.", err=True)
+            console.note(f"Stopped; every finished row is kept in {place}: the same command goes on.")
             raise
     settings = {
         "e": e, "max_length": max_length, "truncation": truncation, "limit": limit, "tasks": list(wanted),
@@ -328,9 +294,9 @@ def _show_longbench(
     tables: Any, scores: Any, model: dict[str, Any], settings: dict[str, Any], out: Path | None, as_json: bool
 ) -> None:
     if as_json:
-        typer.echo(json.dumps(tables.to_dict(scores, model=model, settings=settings), ensure_ascii=False))
+        console.line(json.dumps(tables.to_dict(scores, model=model, settings=settings), ensure_ascii=False))
     else:
-        typer.echo(tables.markdown(scores, model=str(model["model"]), settings=settings).rstrip())
+        console.line(tables.markdown(scores, model=str(model["model"]), settings=settings).rstrip())
     if out is not None:
         _saved(tables.save(out, scores, model=model, settings=settings))
 
@@ -352,7 +318,130 @@ def _longbench_v2(
     prompts = read_prompts(folder, reasoning=reasoning)
     backend = asked()
     place = _out(out, "longbench-v2", backend.name)
-    with _progress("LongBench v2", "items") as report:
+    with console.Task("LongBench v2", unit="items") as report:
         result = run_v2(backend, items, prompts, place, max_length=max_length, reasoning=reasoning, on_progress=report)
-    typer.echo(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result.markdown().rstrip())
+    console.line(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result.markdown().rstrip())
     _saved(result.save(place))
+
+
+@app.command()
+def ruler(
+    model: Model = "smol",
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Tokens of prompt and answer, like 4K,8K,16K.")
+    ] = "2K,4K,8K",
+    tasks: Annotated[str | None, typer.Option("--tasks", "-t", help="Only these tasks, like vt,cwe.")] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Rows a task and length.")] = 5,
+    qa: Annotated[
+        Path | None, typer.Option("--qa", help="Your SQuAD or HotpotQA file for the qa tasks; else generated.")
+    ] = None,
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: AsJson = False,
+    rope: Rope = None,
+    window: Window = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: BackendName = "engine",
+    endpoint: Endpoint = None,
+    tokenizer: TokenizerFolder = None,
+    key_env: KeyEnv = "OPENAI_API_KEY",
+    concurrency: Concurrency = 4,
+    timeout: Timeout = 600.0,
+    retries: Retries = 4,
+) -> None:
+    """RULER's thirteen tasks at rising lengths, and the length up to which the model really reads.
+
+    Example: longverse eval ruler --lengths 2K,4K --tasks niah_single_1,vt --samples 5
+    """
+    from longverse.evaluation.ruler import RulerSettings, run_ruler
+    from longverse.evaluation.ruler_tasks import TASKS, read_questions
+
+    settings = RulerSettings(
+        lengths=_numbers(lengths, "--lengths"),
+        tasks=tuple(tasks.split(",")) if tasks else TASKS,
+        samples=samples,
+        seed=seed,
+        qa_file=None if qa is None else qa.name,
+    )
+    questions = None if qa is None else read_questions(qa)
+    asked = _backend(
+        model, rope, window, dtype, device, backend, endpoint, tokenizer, key_env, concurrency, timeout, retries
+    )
+    folder = _out(out, "ruler", asked.name)
+    with console.Task("RULER", unit="rows") as report:
+        result = run_ruler(asked, settings, qa=questions, journal=folder / "ruler.jsonl", on_progress=report)
+    paths = result.save(folder)
+    console.line(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result.markdown().rstrip())
+    _saved(paths)
+
+
+@app.command()
+def loss(
+    text: Annotated[Path | None, typer.Argument(help="A text file; without one, generated prose is read.")] = None,
+    model: Model = "smol",
+    length: Annotated[int | None, typer.Option("--length", help="Tokens read at once; by default the window.")] = None,
+    texts: Annotated[int, typer.Option("--texts", help="Stretches of that length, spread over the text.")] = 1,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Slide over the whole text by this many tokens instead.")
+    ] = None,
+    blocks: Annotated[int, typer.Option("--blocks", help="Blocks of positions in the table.")] = 16,
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: AsJson = False,
+    rope: Rope = None,
+    window: Window = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Loss by position: up to where does more context still help?
+
+    Example: longverse eval loss book.txt --length 8192
+    """
+    from longverse.errors import UserError
+    from longverse.evaluation.backends import EngineBackend
+    from longverse.evaluation.haystack import generated_text, read_haystack
+    from longverse.evaluation.perplexity import loss_by_position, sliding_loss
+
+    words = None if text is None else read_haystack(text)
+    asked = _backend(model, rope, window, dtype, device, "engine", None, None, "", 1, 1.0, 0)
+    assert isinstance(asked, EngineBackend)
+    engine = asked.engine
+    reach = length if length is not None else engine.window
+    if reach < 2 or texts < 1:
+        raise UserError("--length must be at least 2 tokens and --texts at least 1.")
+    if words is None:
+        words = generated_text("en", seed, reach * texts * 8)
+    ids = engine.tokenizer.encode(words)
+    if length is None and text is not None:
+        reach = min(reach, len(ids))
+    folder = _out(out, "loss", engine.name)
+    with console.Task("Reading", unit="tokens") as report:
+        if stride is None:
+            result = loss_by_position(engine, ids, length=reach, texts=texts, blocks=blocks, on_progress=report)
+        else:
+            result = sliding_loss(engine, ids, context=reach, stride=stride, blocks=blocks, on_progress=report)
+    result.settings["text"] = "generated" if text is None else text.name
+    paths = result.save(folder)
+    console.line(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result.markdown().rstrip())
+    _saved(paths)
+
+
+@app.command("report")
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders with results of `longverse eval`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page: .html, or .md.")] = Path("report.html"),
+) -> None:
+    """Compare runs on one page: tables, heatmaps, curves.
+
+    Example: longverse eval report results/needle-smol results/longbench-smol -o report.html
+    """
+    from longverse.errors import UserError
+    from longverse.evaluation.files import write_text
+    from longverse.evaluation.report import markdown, page, read_runs
+
+    if out.suffix.lower() not in (".html", ".md"):
+        raise UserError(f"{out.name} is neither .html nor .md: choose one of the two for --out.")
+    runs = read_runs(folders)
+    write_text(out, page(runs) if out.suffix.lower() == ".html" else markdown(runs))
+    console.line(f"{out}: {len(runs)} results compared")

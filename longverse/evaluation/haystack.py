@@ -124,6 +124,18 @@ def generated(language: str, seed: int) -> Iterator[str]:
             yield sentence + ("\n\n" if last else " " if language == "en" else "")
 
 
+def generated_text(language: str, seed: int, characters: int) -> str:
+    """At least `characters` characters of `generated` prose, ended at a sentence."""
+    parts: list[str] = []
+    size = 0
+    for sentence in generated(language, seed):
+        parts.append(sentence)
+        size += len(sentence)
+        if size >= characters:
+            break
+    return "".join(parts)
+
+
 def _compose(rng: random.Random, form: str, words: dict[str, list[str]], language: str) -> str:
     used: dict[str, list[str]] = {}
 
