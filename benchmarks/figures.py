@@ -50,7 +50,27 @@ def first_light(chinese: bool) -> str:
     return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
 
 
-WRITERS: dict[str, Callable[[bool], str]] = {"first_light": first_light}
+def needle(chinese: bool) -> str:
+    """Facts found by depth and length, and at 16K under three RoPE plans without training; per cent."""
+    results = load("needle")
+    inside = results["within the window"]
+    header, columns = (
+        [f"{n // 1000}K" for n in inside["settings"]["lengths"]],
+        list(zip(*inside["grids"]["en"], strict=True)),
+    )
+    plans = {"plain base": "原基数", "ABF x5": "ABF ×5", "dynamic NTK": "动态 NTK"}
+    for plan, name in plans.items():
+        columns.append([row[0] for row in results[f"16,000 tokens, {plan}"]["grids"]["en"]])
+        header.append(f"16K {name if chinese else plan}")
+    rows = [
+        [f"{100 * depth:.0f} %", *("–" if column[n] is None else f"{100 * column[n]:.0f}" for column in columns)]
+        for n, depth in enumerate(inside["settings"]["depths"])
+    ]
+    first = "深度 \\ 长度（找到的 %）" if chinese else "depth \\ length (% found)"
+    return f"{table([first, *header], rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+WRITERS: dict[str, Callable[[bool], str]] = {"first_light": first_light, "needle": needle}
 
 
 def render(path: Path) -> str:
