@@ -50,7 +50,7 @@ def detect_language(text: str) -> str:
 def language_of_short(text: str) -> str:
     """`zh` when a sentence holds a fair share of Han characters, else `en`: for questions and answers."""
     han, latin = len(_HAN.findall(text)), len(_LATIN.findall(text))
-    return "zh" if han * 2 >= latin and han else "en"
+    return "zh" if han and han * 4 >= latin else "en"
 
 
 def squash(text: str) -> str:

@@ -85,6 +85,11 @@ class LinearEncoder:
         """The units of a text: the ids of the units, joined, are the ids of the text."""
         return self._splitter.split(text) if self._splitter else [text]
 
+    def next_cut(self, text: str, start: int) -> int:
+        """The first safe place to cut at or after `start`; `start` itself where the tokenizer has none."""
+        cut = self._splitter.search(text, start) if self._splitter else None
+        return cut.start() if cut else start
+
     def _encode_segment(self, text: str) -> bytes:
         units = self.split(text)
         known = self._known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,25 +76,37 @@ class ChatCounter:
         self.encoder = LinearEncoder(vocabulary.tokenizer.backend)
         tokenizer = vocabulary.tokenizer
         added = tokenizer.backend.get_added_tokens_decoder().values()
-        self._control = tokenizer.control_strings
-        # A special token that eats the space beside it is not a clean cut; then the plain path counts.
-        clean = not any(token.lstrip or token.rstrip or token.single_word for token in added)
-        self._special = (
-            re.compile("|".join(map(re.escape, tokenizer.special_strings)))
-            if clean and tokenizer.special_strings and self.chat.kind == "template"
-            else None
-        )
-        self._others = tuple(t.content for t in added if not t.special)
+        # The rendered text is counted between its control strings. A token that eats the space beside it makes no clean
+        # cut, and a document that spells a control string needs care: then the format's own `encode` counts.
+        self._clean = not any(token.lstrip or token.rstrip or token.single_word for token in added)
+        strings = sorted({*tokenizer.control_strings, *(token.content for token in added)}, key=len, reverse=True)
+        self._foreign = re.compile("|".join(map(re.escape, strings)))
+        self._special: re.Pattern[str] | None = None
+        self._begin = 0
+        if self.chat.kind == "template":
+            self._special = self._foreign if strings else None
+        else:
+            self._begin = len(tokenizer.encode(""))
+            if self.chat.kind == "xverse":
+                end = tokenizer.backend.id_to_token(min(tokenizer.eos_ids))
+                self._special = re.compile(re.escape(end))
 
-    def count(self, messages: Messages, *, add_generation_prompt: bool = False) -> int:
-        """Tokens of the conversation as the model sees it. Raises UserError when the template refuses it."""
-        contents = [message["content"] for message in messages]
-        foreign = any(string in content for content in contents for string in (*self._control, *self._others))
-        if self._special is None or foreign:
+    def count(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = False,
+        counter: Callable[[str], int] | None = None,
+    ) -> int:
+        """Tokens of the conversation as the model sees it. counter: another way to count plain text, such as one with
+        a memory. Raises UserError when the template refuses the conversation."""
+        foreign = self._foreign.pattern and any(self._foreign.search(message["content"]) for message in messages)
+        if not self._clean or foreign:
             return len(self.chat.encode(messages, add_generation_prompt=add_generation_prompt))
         text = self.chat.render(messages, add_generation_prompt=add_generation_prompt)
-        pieces = self._special.split(text)
-        return len(pieces) - 1 + sum(self.encoder.count(piece) for piece in pieces if piece)
+        pieces = self._special.split(text) if self._special is not None else [text]
+        plain = counter or self.encoder.count
+        return self._begin + len(pieces) - 1 + sum(plain(piece) for piece in pieces if piece)
 
 
 def require_eos(vocabulary: Vocabulary) -> int:

@@ -1,0 +1,154 @@
+"""What the tasks ask of the teacher: the generator sees chunks, the student sees everything."""
+
+from __future__ import annotations
+
+import random
+import threading
+from dataclasses import dataclass
+
+from longverse.data.long_sft.context import Spec
+from longverse.data.long_sft.draft import Reject
+from longverse.data.long_sft.found import Found
+from longverse.data.long_sft.pool import Opened
+from longverse.data.long_sft.prompts import fill, variants
+from longverse.data.teacher import Teacher, Unusable
+from longverse.data.text import language_of_short, squash
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question across documents: evidence spans in the source documents, in the order they were given."""
+
+    question: str
+    answer: str
+    evidence: list[tuple[int, int]]
+
+
+@dataclass
+class Asker:
+    """Turns the teacher's replies into finds, and checks them. lock: held by whoever builds; given up while waiting for
+    the endpoint, so that other items go on."""
+
+    teacher: Teacher
+    lock: threading.Lock
+
+    @property
+    def name(self) -> str:
+        return self.teacher.config.model
+
+    def ask_about(
+        self, spec: Spec, rng: random.Random, opened: Opened, start: int, end: int, depths: list[float]
+    ) -> list[Found]:
+        """One question for each depth, from the chunk that lies there."""
+        found = []
+        for depth in depths:
+            a, b = self._chunk(opened, start, end, depth)
+            found.append(self._question(spec, opened, a, b))
+        return found
+
+    def ask_across(self, spec: Spec, rng: random.Random, spans: list[tuple[Opened, int, int]]) -> Asked:
+        """One question on two documents."""
+        chunks = [self._chunk(opened, start, end, rng.random()) for opened, start, end in spans]
+        passages = [opened.text[a:b] for (opened, _, _), (a, b) in zip(spans, chunks, strict=True)]
+        reply = self._ask(
+            "teacher_two", spec, title=spans[0][0].about.title, other_title=spans[1][0].about.title, passage=passages[0],
+            other_passage=passages[1],
+        )  # fmt: skip
+        question, answer = _text(reply, "question"), _text(reply, "answer")
+        evidence = []
+        for field, (opened, _, _), (a, _), passage in zip(("evidence", "other_evidence"), spans, chunks, passages, strict=True):
+            place, stop = locate(passage, _text(reply, field))
+            evidence.append((a + place, a + stop))
+        self._check(spec, spans[0][0].about.title, question, answer)
+        return Asked(question, answer, evidence)
+
+    def summarise(self, spec: Spec, opened: Opened, start: int, end: int) -> str:
+        """A summary of summaries. Long texts take several levels: as many as it needs until one request holds all."""
+        size = self.teacher.config.chunk_tokens
+        texts, place = [], start
+        while place < end:
+            stop = min(opened.end_for(place, size), end)
+            stop = stop if stop > place else min(place + 4 * size, end)
+            texts.append(opened.text[place:stop])
+            place = stop
+        name, title = "teacher_summary_part", opened.about.title
+        while True:
+            sums = [_text(self._ask(name, spec, title=title, passage=text), "summary") for text in texts]
+            for text in sums:
+                if language_of_short(text) != spec.language:
+                    raise Reject("language does not match")
+            if len(sums) == 1:
+                return sums[0]
+            name = "teacher_summary_merge"
+            texts = ["\n\n".join(sums[i : i + 12]) for i in range(0, len(sums), 12)]
+
+    def _question(self, spec: Spec, opened: Opened, start: int, end: int) -> Found:
+        passage = opened.text[start:end]
+        reply = self._ask("teacher_question", spec, title=opened.about.title, passage=passage)
+        question, answer = _text(reply, "question"), _text(reply, "answer")
+        place, stop = locate(passage, _text(reply, "evidence"))
+        if squash(answer).casefold() not in squash(passage[place:stop]).casefold():
+            raise Reject("answer not in evidence")
+        self._check(spec, opened.about.title, question, answer)
+        return Found("asked", start + place, start + stop, question, (answer,), answer, once=passage[place:stop])
+
+    def _check(self, spec: Spec, title: str, question: str, answer: str) -> None:
+        if language_of_short(question) != spec.language:
+            raise Reject("language does not match")
+        if not self.teacher.config.closed_book:
+            return
+        known = _text(self._ask("teacher_closed_book", spec, title=title, question=question), "answer")
+        if squash(answer).casefold() in squash(known).casefold():
+            raise Reject("answerable without the document")
+
+    def _chunk(self, opened: Opened, start: int, end: int, depth: float) -> tuple[int, int]:
+        size = self.teacher.config.chunk_tokens
+        middle = start + round(depth * (end - start))
+        a = max(start, opened.start_for(middle, size // 2))
+        return a, min(end, opened.end_for(a, size))
+
+    def _ask(self, name: str, spec: Spec, **values: str) -> dict[str, object]:
+        messages = [
+            {"role": "system", "content": variants("teacher_system", spec.language)[0]},
+            {"role": "user", "content": fill(variants(name, spec.language)[0], **values)},
+        ]
+        self.lock.release()
+        try:
+            return self.teacher.ask(messages, attempt=spec.attempt)
+        except Unusable as error:
+            raise Reject(error.gate) from None
+        finally:
+            self.lock.acquire()
+
+
+def _text(reply: dict[str, object], field: str) -> str:
+    value = reply.get(field)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise Reject("endpoint reply lacks a field")
+    return value.strip()
+
+
+def locate(passage: str, quote: str) -> tuple[int, int]:
+    """Where a quotation stands in a passage, white space aside. Reject when it does not."""
+    wanted = "".join(quote.split())
+    places = [i for i, char in enumerate(passage) if not char.isspace()]
+    at = "".join(passage[i] for i in places).find(wanted) if wanted else -1
+    if at < 0:
+        raise Reject("evidence is not in the passage")
+    return places[at], places[at + len(wanted) - 1] + 1
+
+
+def estimate_requests(tasks: dict[str, int], mean_tokens: float, config_chunk: int, questions: float, closed_book: bool) -> int:
+    """Requests that a build will make, for the cost shown before it starts. tasks: items of each family."""
+    each = 2 if closed_book else 1
+    parts = max(1.0, mean_tokens / config_chunk)
+    return round(
+        tasks.get("single_doc_qa", 0) * each
+        + tasks.get("multi_doc_qa", 0) * each
+        + tasks.get("multi_turn", 0) * each * questions
+        + tasks.get("summary", 0) * (parts * 13 / 12 + 1)
+    )
+
+

@@ -1,0 +1,114 @@
+"""The gates every finished item passes, and the n-grams of files it must not overlap."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longverse.data.long_sft.draft import Reject
+from longverse.data.long_sft.item import Item, problem_of
+from longverse.data.text import hash64, language_of_short, shingle_hashes, squash
+from longverse.errors import UserError
+
+_WIDTH = {"zh": 24, "en": 60}  # letters: about 24 characters of Chinese, 13 words of English
+_BLOCK = 500_000
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Hashed n-grams of the files an item must not overlap, by script."""
+
+    grams: dict[str, np.ndarray]
+
+    @classmethod
+    def of_files(cls, paths: list[Path]) -> Contamination:
+        """From texts, or the strings of JSONL rows. UserError for a file that cannot be read or holds no text."""
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in _WIDTH}
+        for path in paths:
+            before = sum(map(len, parts.values()))
+            for text in _texts(path):
+                for name, width in _WIDTH.items():
+                    for start in range(0, len(text), _BLOCK):
+                        grams = shingle_hashes(text[start : start + _BLOCK], width)
+                        if grams.size:
+                            parts[name].append(np.unique(grams))
+            if sum(map(len, parts.values())) == before:
+                raise UserError(f"{path} holds no text long enough to decontaminate against; drop it from the list.")
+        empty = np.zeros(0, dtype=np.uint64)
+        return cls({name: np.unique(np.concatenate([empty, *found])) for name, found in parts.items()})
+
+    def hits(self, text: str, language: str) -> int:
+        """How many different n-grams of the text occur in the files."""
+        grams = self.grams["zh" if language == "zh" else "en"]
+        if not grams.size:
+            return 0
+        found: set[int] = set()
+        for start in range(0, len(text), _BLOCK):
+            own = np.unique(shingle_hashes(text[start : start + _BLOCK], _WIDTH["zh" if language == "zh" else "en"]))
+            place = np.minimum(np.searchsorted(grams, own), grams.size - 1)
+            found.update(own[grams[place] == own].tolist())
+        return len(found)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    try:
+        if path.name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
+            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        yield from _strings(json.loads(line))
+                    except ValueError:
+                        raise UserError(f"{path}, line {number} is no JSON; correct the decontamination file.") from None
+        else:
+            yield path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"the decontamination file {path} does not exist; correct its path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the decontamination file {path} cannot be read ({error}).") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def check(item: Item, questions: list[str], contamination: Contamination | None) -> None:
+    """Raise Reject with the first gate that an item fails. questions: the bare question of each turn."""
+    if (problem := problem_of(item)) is not None:
+        raise Reject("invalid item: " + problem[:80])
+    for evidence in item.evidence:
+        accepted = item.answers[evidence.question]
+        if evidence.complete and accepted:
+            text = squash(evidence.text).casefold()
+            if not any(squash(answer).casefold() in text for answer in accepted):
+                raise Reject("answer not in evidence")
+    for question, accepted in zip(questions, item.answers, strict=True):
+        if any(squash(answer).casefold() in squash(question).casefold() for answer in accepted) and len(accepted) == 1:
+            raise Reject("answerable without the document")
+        if item.task != "code_completion" and question and language_of_short(question) != item.language:
+            raise Reject("language does not match")
+        if contamination is not None and contamination.hits(" ".join((question, *accepted)), item.language):
+            raise Reject("overlaps a decontamination file")
+
+
+def keys_of(item: Item, questions: list[str]) -> list[str]:
+    """What must be new in every item: its questions (with the answer, where the question is one of few forms), or, for
+    summaries, few-shot and code, the text asked about."""
+    if item.task in ("summary", "few_shot", "code_completion"):
+        where = item.messages[0]["content"][-800:] if item.task != "summary" else item.messages[1]["content"]
+        return [f"{hash64(item.kind + squash(where)):016x}"]
+    if item.task == "stated_facts":  # invented facts may come again, the same set of them may not
+        return [f"{hash64(' '.join(questions)):016x}"]
+    return [f"{hash64(squash(question) + '|' + '|'.join(a)):016x}" for question, a in zip(questions, item.answers, strict=True)]

@@ -1,0 +1,189 @@
+"""Stated facts: invented facts of many kinds written into natural documents, and questions about them.
+
+The kinds, names and values stand in facts/en.json and facts/zh.json. Kinds marked "heldout", and every fourth entry of
+each list, belong to the held-out set: with split="train" an item never shows them, with split="heldout" it shows only
+them, so that a model can be tested on kinds, names and values it never saw.
+
+An item has plain facts, facts in two sentences that only together answer, questions that ask for several facts at once,
+and questions whose answer is *not* in the text (about a person or place that other facts do name).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from longverse.data.long_sft.prompts import variants
+from longverse.errors import UserError
+
+SPLITS = ("train", "heldout")
+HELD_OUT_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Fact:
+    """sentences: what is written into the text, apart from each other; answers: what a right reply contains (all of
+    them for sort "several", the first otherwise); reply: a full sentence. Sort "absent" has no sentence."""
+
+    sort: str  # plain, hop, several, absent
+    kind: str
+    sentences: tuple[str, ...]
+    question: str
+    answers: tuple[str, ...]
+    reply: str
+
+
+@lru_cache
+def _table(language: str) -> dict[str, Any]:
+    name = "zh" if language == "zh" else "en"
+    return json.loads((Path(__file__).parent / "facts" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+class FactMaker:
+    """Draws facts without contradiction: within one maker no kind gets the same bearer or the same value twice.
+
+    taken(text): whether the document already holds a string, so that an invented name never collides with it.
+    """
+
+    def __init__(self, language: str, split: str, rng: random.Random, document: str = "") -> None:
+        if split not in SPLITS:
+            raise UserError(f"split must be train or heldout, not {split!r}.")
+        self.language = "zh" if language == "zh" else "en"
+        self.split = split
+        self.rng = rng
+        self._document = document
+        self._table = _table(self.language)
+        self._used: set[tuple[str, str]] = set()
+        self._bearers: list[tuple[str, str, str]] = []  # (type, bearer, kind) of what was stated
+
+    def plain(self) -> Fact:
+        """A fact in one sentence."""
+        kind = self._kind("kinds")
+        bearer, value = self._bearer(kind), self._value(kind["kind"], kind["value"])
+        words = {"e": bearer, "v": value}
+        return Fact(
+            "plain", kind["kind"],
+            (self._say(self.rng.choice(kind["statements"]), words),),
+            self._say(self.rng.choice(kind["questions"]), words), (value,), self._say(kind["answer"], words),
+        )  # fmt: skip
+
+    def hop(self) -> Fact:
+        """A fact in two sentences: the bearer leads to something, and that to the value."""
+        kind = self._kind("hops")
+        middle = self._value(kind["kind"] + " middle", kind["middle"])
+        bearer, value = self._bearer(kind), self._value(kind["kind"], kind["value"])
+        words = {"e": bearer, "m": middle, "v": value}
+        return Fact(
+            "hop", kind["kind"],
+            tuple(self._say(self.rng.choice(kind[part]), words) for part in ("first", "second")),
+            self._say(self.rng.choice(kind["questions"]), words), (value,), self._say(kind["answer"], words),
+        )  # fmt: skip
+
+    def several(self, count: int) -> Fact:
+        """`count` facts of one kind about one bearer, and the question that asks for all."""
+        kind = self._kind("several")
+        bearer = self._bearer(kind)
+        values = [self._value(kind["kind"], kind["value"]) for _ in range(count)]
+        sentences = tuple(
+            self._say(self.rng.choice(kind["statements"]), {"e": bearer, "v": value}) for value in values
+        )
+        question = self._say(self.rng.choice(kind["questions"]), {"e": bearer, "n": _number(count, self.language)})
+        if self.language == "zh":
+            reply = "、".join(values) + "。"
+        else:
+            reply = ", ".join(values[:-1]) + f" and {values[-1]}."
+        return Fact("several", kind["kind"], sentences, question, tuple(values), _capital(reply))
+
+    def absent(self) -> Fact:
+        """A question that the text does not answer: of a kind whose bearers it names, about another bearer; where it can be, a
+        bearer of whom the text states something else."""
+        kind = self._kind("kinds")
+        stated = {b for t, b, k in self._bearers if k == kind["kind"]}
+        others = [b for t, b, k in self._bearers if t == kind["entity"] and b not in stated]
+        bearer = self.rng.choice(others) if others and self.rng.random() < 0.6 else self._bearer(kind, state=False)
+        self._used.add((kind["kind"], bearer))
+        question = self._say(self.rng.choice(kind["questions"]), {"e": bearer})
+        reply = self.rng.choice(variants("not_stated", self.language))
+        return Fact("absent", kind["kind"], (), question, (reply,), reply)
+
+    def _kind(self, group: str) -> dict[str, Any]:
+        held = self.split == "heldout"
+        return self.rng.choice([kind for kind in self._table[group] if kind["heldout"] == held])
+
+    def _bearer(self, kind: dict[str, Any], *, state: bool = True) -> str:
+        """One that this kind has not had. Two kinds that could answer each other's question share no bearer: a question
+        names its kind, so only the same kind matters."""
+        for _ in range(200):
+            bearer = self._draw(kind["entity"])
+            if (kind["kind"], bearer) not in self._used and bearer not in self._document:
+                self._used.add((kind["kind"], bearer))
+                if state:
+                    self._bearers.append((kind["entity"], bearer, kind["kind"]))
+                return bearer
+        raise UserError(f"the list of {kind['entity']} is too short for so many facts in one text; ask for fewer facts.")
+
+    def _value(self, kind: str, sort: str) -> str:
+        for _ in range(200):
+            value = self._draw(sort)
+            if (kind, value) not in self._used:
+                self._used.add((kind, value))
+                return value
+        raise UserError(f"the list of {sort} is too short for so many facts in one text; ask for fewer facts.")
+
+    def _draw(self, sort: str) -> str:
+        rng = self.rng
+        if sort == "person":
+            first, last = rng.choice(self._entries("first")), rng.choice(self._entries("last"))
+            return last + first if self.language == "zh" else f"{first} {last}"
+        if sort in ("n2", "n3", "n4"):
+            digits = int(sort[1])
+            # A held-out number is one the training never used as a value: split by its remainder.
+            while True:
+                number = rng.randint(10 ** (digits - 1) + 1, 10**digits - 1)
+                if (number % HELD_OUT_EVERY == 3) == (self.split == "heldout"):
+                    return str(number)
+        if sort == "year":
+            return str(rng.randint(1601, 1899))
+        if sort == "time":
+            return f"{rng.randint(7, 11)}:{rng.choice(('10', '20', '25', '35', '40', '50'))}"
+        return rng.choice(self._entries(sort))
+
+    def _entries(self, name: str) -> list[str]:
+        held = self.split == "heldout"
+        return [x for i, x in enumerate(self._table["lists"][name]) if (i % HELD_OUT_EVERY == 3) == held]
+
+    def _say(self, pattern: str, words: dict[str, str]) -> str:
+        text = re.sub(r"\{(\w)\}", lambda match: words.get(match[1], match[0]), pattern)
+        if self.language == "en":
+            text = _capital(re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text))
+        return text
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _number(count: int, language: str) -> str:
+    words = ("", "", "two", "three", "four", "five", "six")
+    return "零一两三四五六"[count] if language == "zh" else words[count]
+
+
+def draw_facts(maker: FactMaker, count: int) -> list[Fact]:
+    """`count` questions' worth of facts: about six in ten plain, the rest of the other sorts."""
+    facts = []
+    for i in range(count):
+        dice = maker.rng.random()
+        if i == 0 or dice < 0.6:
+            facts.append(maker.plain())
+        elif dice < 0.75:
+            facts.append(maker.hop())
+        elif dice < 0.85:
+            facts.append(maker.several(maker.rng.randint(2, 3)))
+        else:
+            facts.append(maker.absent())
+    return facts
