@@ -96,7 +96,7 @@ def export(
     model: Source,
     target: Annotated[Path, typer.Argument(help="The folder (or .gguf file) to write; it must not exist yet.")],
     to: Annotated[
-        str, typer.Option(help="llama (transformers, vLLM, SGLang) or xverse (our model files beside it).")
+        str, typer.Option(help="llama (transformers, vLLM, SGLang), xverse (with our model files) or gguf.")
     ] = "llama",
     rope: Annotated[str, typer.Option(help="For dynamic NTK: fixed (one base for --window) or dynamic.")] = "fixed",
     window: Annotated[
@@ -110,6 +110,9 @@ def export(
 
     Example: longverse export ./XVERSE-13B-256K ./xverse-llama --to llama --window 262144
     """
+    if to == "gguf":
+        _export_gguf(model, target, dtype, window)
+        return
     from .models import export as module
 
     with console.Task("Exporting", unit="bytes") as report:
@@ -127,6 +130,16 @@ def export(
     _tell(written, result)
     if result is not None and not result.passed:
         raise typer.Exit(1)
+
+
+def _export_gguf(model: str, target: Path, dtype: str, window: int | None) -> None:
+    from .models.export import export_gguf
+
+    with console.Task("Exporting", unit="tensors") as report:
+        notes = export_gguf(model, target, dtype=dtype, window=window, on_progress=report)
+    for note in notes:
+        console.note(note)
+    typer.echo(f"{target}: {target.stat().st_size / 1e9:.3f} GB, read back and compared with its source.")
 
 
 def doctor(

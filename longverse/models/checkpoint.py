@@ -19,7 +19,7 @@ from ..errors import UserError
 from . import embedded, hub, releases
 from .chat import ChatFormat
 from .converted import MemoryTensors, cache_folder, convert_once
-from .network import CausalLM, NetworkConfig
+from .network import CausalLM, NetworkConfig, skeleton
 from .quant_linear import SAVED_NAMES, QuantFormat, hollow, pack, read_form
 from .releases import Release
 from .rope import RopePlan
@@ -181,9 +181,9 @@ def build(
     and the pages of the file they came from let go, so memory peaks at the network and one tensor. Quantised weights
     stay quantised.
     """
-    with torch.device("meta"):
-        network = CausalLM(shape)
-        if form is not None:
+    network = skeleton(shape)
+    if form is not None:
+        with torch.device("meta"):
             hollow(network, form, tensors.infos)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if shape.tied:

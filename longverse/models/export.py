@@ -29,6 +29,7 @@ from .rope import RopePlan
 from .shards import Progress, TensorInfo, numel
 
 LAYOUTS = ("llama", "xverse")
+GGUF_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 REMOTE_ENTRY = ("configuration_xverse", "modeling_xverse")
 # What tokenizers most often disagree on: scripts, spaces, digits, emoji, code, bytes, the strings of special tokens.
 HARD_TEXTS = (
@@ -135,6 +136,40 @@ def export(
                 "Not compared with its source: this machine has too little free memory for both at once."
             )
     return written, result
+
+
+def export_gguf(
+    model: str,
+    target: Path,
+    *,
+    dtype: str = "keep",
+    window: int | None = None,
+    on_progress: Progress | None = None,
+) -> list[str]:
+    """Write a GGUF file for llama.cpp; the writer reads it back and compares ids and weights before it takes its name.
+
+    dtype   keep (float32 and bfloat16 stay, float16 and quantised weights become f16), f32, f16, bf16 or q8_0
+    window  tokens the file is for: dynamic NTK is written as the one base of that window
+    Returns what a reader of the file should know. Progress counts tensors. UserError as `convert`.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists already: give another name, or delete it first.")
+    source = open_model(model)
+    stored = stored_dtype(source.tensors.infos) if source.form is None else torch.float16
+    kind = (
+        {torch.float32: "f32", torch.bfloat16: "bf16"}.get(stored, "f16")
+        if dtype == "keep"
+        else GGUF_NAMES.get(dtype, dtype)
+    )
+    shapes = NetworkConfig.from_dict(source.config).parameter_shapes()
+    arrival(source, shapes)  # what is missing is said before anything is written
+    tensors = ((name, tensor) for name, tensor in dequantised(source, torch.float32) if name in shapes)
+    from .gguf_writer import write_gguf
+
+    notes = write_gguf(
+        tensors, source.config, source.tokenizer, target, kind, on_progress, window=window, name=source.name
+    )
+    return [*source.notes, *notes]
 
 
 # ---- configs -----------------------------------------------------------------------------------------------

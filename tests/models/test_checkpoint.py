@@ -431,7 +431,7 @@ def test_smol_loads_twice_without_transformers(tmp_path: Path) -> None:
         "from longverse.models.checkpoint import load\n"
         "first = load('smol', dtype='float32', device='cpu')\n"
         "second = load('smol', dtype='float32', device='cpu')\n"
-        "assert 'transformers' not in sys.modules\n"
+        "assert not {'transformers', 'torch._dynamo'} & set(sys.modules)\n"  # each costs seconds
         "ids = torch.tensor([first.tokenizer.encode('The capital of France is')])\n"
         "with torch.no_grad():\n"
         "    one, two = first.network(ids), second.network(ids)\n"
