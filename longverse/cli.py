@@ -142,7 +142,7 @@ def chat(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.1,
+    repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
     system: Annotated[
@@ -320,8 +320,9 @@ def demo(
 
     longverse demo --seed 7 --tokens 6000 --questions 20
     """
-    from .commands_demo import run
+    from .commands_demo import check, run
 
+    check(folder, language)
     engine = _load(model, dtype, device, rope, quiet)
     run(engine, seed, tokens, questions, language, folder, as_json=as_json, quiet=quiet)
 
@@ -358,6 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result: Any = app(args=arguments, prog_name="longverse", standalone_mode=False)
         sys.stdout.flush()
+        if result == 130:  # typer's way of passing on Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except UserError as error:
         console.error(str(error))

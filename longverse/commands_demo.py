@@ -15,7 +15,7 @@ from rich.text import Text
 from . import console
 from .documents.ask import prepare
 from .documents.reader import decode
-from .documents.report import Report, generate_report
+from .documents.report import LANGUAGES, Report, generate_report
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +36,14 @@ class Row:
     stats: Stats
 
 
+def check(folder: Path, language: str) -> None:
+    """Refuse, before a model is loaded, what cannot work."""
+    if language not in LANGUAGES:
+        raise UserError(f"The language {language!r} is unknown: choose en or zh.")
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: make it first or choose another with --folder.")
+
+
 def run(
     engine: Engine, seed: int, tokens: int, questions: int, language: str, folder: Path, *, as_json: bool, quiet: bool
 ) -> None:
@@ -52,7 +60,7 @@ def run(
     if not as_json:
         screen.print(Text(report.title, style="bold"))
         console.line(f"{document.words:,} words, {length:,} tokens, invented from seed {seed} and written to {path}")
-    sampling = Sampling(max_new_tokens=ANSWER_TOKENS, stop=("\n",))
+    sampling = Sampling(max_new_tokens=ANSWER_TOKENS, stop=("\n", ". ", "。"))
     rows: list[Row] = []
     for number, (fact, ids) in enumerate(zip(report.facts, prompts.ids, strict=True), start=1):
         title = "Reading the report" if number == 1 else f"Question {number} of {len(report.facts)}"
@@ -62,17 +70,21 @@ def run(
         seconds = time.perf_counter() - started
         rows.append(Row(fact.question, fact.answer, answer, fact.is_answered_by(answer), seconds, session.stats))
         if not as_json:
-            mark = Text("right", style="green") if rows[-1].right else Text("wrong", style="red")
-            screen.print(Text.assemble(f"\n{number:2d}  ", (fact.question, "bold")))
-            screen.print(
-                Text.assemble(f"    {answer or '(no answer)'}  ", mark, (f"  {console.duration(seconds)}", "dim"))
-            )
-            if not rows[-1].right:
-                screen.print(Text(f"    expected: {fact.answer}", style="dim"))
+            show(number, rows[-1])
     if as_json:
         console.line(json.dumps(record(report, rows, path, length, engine.name), ensure_ascii=False))
         return
     totals(rows, length, path)
+
+
+def show(number: int, row: Row) -> None:
+    """One question: verdict and time, what was asked, answered and expected."""
+    screen = console.out()
+    verdict = ("right", "green") if row.right else ("wrong", "red")
+    screen.print(Text.assemble(f"\n{number:2d}  ", (row.question, "bold")))
+    screen.print(Text.assemble("    answer    ", row.answer or "(none)"))
+    screen.print(Text.assemble("    expected  ", row.expected))
+    screen.print(Text.assemble("    ", verdict, (f"     {console.duration(row.seconds)}", "dim")))
 
 
 def sized_report(engine: Engine, seed: int, tokens: int, questions: int, language: str) -> Report:
@@ -89,8 +101,6 @@ def sized_report(engine: Engine, seed: int, tokens: int, questions: int, languag
 
 def write(report: Report, folder: Path, name: str) -> Path:
     """Write the report into `folder`, or into the temporary folder where that one is not writable."""
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}: make it first or choose another with --folder.")
     for place in (folder, Path(tempfile.gettempdir())):
         target, beside = place / name, place / f".{name}.part"
         try:

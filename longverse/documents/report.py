@@ -16,6 +16,7 @@ from ..errors import UserError
 from .report_grammar import Attribute, Draws, Topic, accepted_wordings, read_language
 
 LANGUAGES = ("en", "zh")
+_HAN = re.compile(r"[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,14 @@ def _section(topic: Topic, name: str, draws: Draws) -> list[tuple[str, _Stated]]
     prose, attributes = list(topic.prose), list(topic.attributes)
     rng.shuffle(prose)
     rng.shuffle(attributes)
+    # Two facts a section, strewn in prose, as in a real report; the first and last sections state all of theirs.
+    if topic.where == "topic":
+        del attributes[2:]
+        prose += [draws.next_general() for _ in range(3)]
+        rng.shuffle(prose)
     sentences: list[tuple[Attribute | None, str, str]] = []
     for attribute in attributes:
-        for _ in range(rng.randint(1, 2)):
+        for _ in range(rng.randint(1, 4)):
             if prose:
                 sentences.append((None, "", draws.fill(prose.pop(), name=name)))
         value = draws.draw(attribute.value)
@@ -127,19 +133,21 @@ def _section(topic: Topic, name: str, draws: Draws) -> list[tuple[str, _Stated]]
 
 
 def _spread(facts: list[Fact], questions: int, length: int, rng: random.Random) -> tuple[Fact, ...]:
-    """`questions` facts at even depths, their kinds of value as different as the report allows."""
+    """`questions` facts at even depths, their kinds of value as different as the report allows, and rare kinds first:
+    the only cargo of a report is a fairer question to a small model than one of its twenty people."""
     if questions > len(facts):
         raise UserError(
             f"The report states {len(facts)} facts and {questions} questions are wanted:"
             " ask for a longer report or fewer questions."
         )
+    stated = Counter(fact.kind for fact in facts)
     asked: Counter[str] = Counter()
     chosen: list[Fact] = []
     left = list(facts)
     for number in range(questions):
         depth = (number + 0.5) / questions * length
         near = sorted(left, key=lambda fact: abs(fact.position - depth))[:5]
-        pick = min(near, key=lambda fact: (asked[fact.kind], rng.random()))
+        pick = min(near, key=lambda fact: (asked[fact.kind], stated[fact.kind], rng.random()))
         asked[pick.kind] += 1
         chosen.append(pick)
         left.remove(pick)
@@ -158,6 +166,7 @@ def _normalise(text: str) -> str:
 
 
 def _occurs(wanted: str, text: str) -> bool:
-    # Whole words and numbers only: 41 is not in 412, nor 3.4 in 13.4. Chinese has no spaces, so only digits have edges.
-    edge = r"\d" if re.search(r"[\u4e00-\u9fff]", wanted) else r"\w"
-    return re.search(rf"(?<!{edge})(?<!\d\.){re.escape(wanted)}(?!{edge})(?!\.\d)", text) is not None
+    # Whole words and numbers only: 41 is not in 412, nor 3.4 in 13.4, nor Baker in bakery. Chinese has no word edges.
+    before = r"(?<!\d)(?<!\d\.)" if wanted[0].isdigit() else "" if _HAN.match(wanted[0]) else r"(?<!\w)"
+    after = r"(?!\d)(?!\.\d)" if wanted[-1].isdigit() else "" if _HAN.match(wanted[-1]) else r"(?!\w)"
+    return re.search(before + re.escape(wanted) + after, text) is not None

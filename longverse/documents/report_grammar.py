@@ -136,13 +136,17 @@ class Draws:
         if kind == "money":
             return self._money(rng.randint(12, 95 * reach))
         if kind == "date":
-            return self._date(rng.randint(2016, 2030), rng.randint(1, 12), rng.randint(1, 28))
+            return self._date(rng.randint(2016 - 4 * reach, 2030), rng.randint(1, 12))
         raise AssertionError(f"unknown kind of value {kind}")
 
     def _name(self, kind: str) -> str:
         """One syllable from each list, none again before its list is used up: names differ in every part."""
         parts = enumerate(self.language.syllables[kind])
-        return "".join(self._next(f"{kind} {place}", syllables) for place, syllables in parts)
+        return "".join(self._next(f"{kind} {place}", syllables) for place, syllables in parts).replace("_", " ")
+
+    def next_general(self) -> str:
+        """A template that fits any section."""
+        return self._next("general", self.language.at("general")[0].prose)
 
     def _next(self, deck: str, cards: tuple[str, ...]) -> str:
         if not self.decks.get(deck):
@@ -158,10 +162,10 @@ class Draws:
             return f"{tenths * 10}万元"
         return f"{tenths / 10:.1f} million crowns"
 
-    def _date(self, year: int, month: int, day: int) -> str:
-        if self.language.code == "zh":
-            return f"{year}年{month}月{day}日"
-        return f"{day} {self.language.things['month'][month - 1]} {year}"
+    def _date(self, year: int, month: int) -> str:
+        return (
+            f"{year}年{month}月" if self.language.code == "zh" else f"{self.language.things['month'][month - 1]} {year}"
+        )
 
     def fill(self, template: str, **slots: str) -> str:
         """The template with its wordings chosen and its slots filled."""
@@ -172,19 +176,9 @@ class Draws:
 
 
 def accepted_wordings(kind: str, value: str, language: str) -> tuple[str, ...]:
-    """What counts as right: the value itself, a surname alone, a date in either order, a sum without its currency."""
-    if language == "zh":
-        if kind == "date":
-            return (value, value.split("年")[1])
-        return (value, value.removesuffix("元")) if kind == "money" else (value,)
-    if kind == "person":
-        return (value, value.split()[-1])
-    if kind == "date":
-        day, month, year = value.split()
-        return (value, f"{month} {day}, {year}", f"{day} {month}", f"{month} {day}")
+    """What counts as right: the whole value; a sum may lack its currency and a thing its article."""
     if kind == "money":
-        return (value, value.removesuffix(" crowns"))
-    for article in ("a ", "an "):
-        if value.startswith(article):
-            return (value, value.removeprefix(article))
+        return (value, value.removesuffix("元" if language == "zh" else " crowns"))
+    if language == "en" and kind in ("gift", "relic", "instrument", "animal", "heat"):
+        return tuple(dict.fromkeys((value, value.removeprefix("an ").removeprefix("a "))))
     return (value,)

