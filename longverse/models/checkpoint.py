@@ -69,6 +69,10 @@ def known_models() -> list[ModelEntry]:
         entries.append(
             ModelEntry(model.name, model.summary, model.licence, model.window, where, "" if where else model.install)
         )
+    for release in releases.RELEASES:
+        summary = f"{release.name}, {'for answers' if release.chat else 'base model'}; its RoPE is filled in"
+        hint = f"--model {release.hub_id}"
+        entries.append(ModelEntry(release.hub_id, summary, "XVERSE model licence", release.window, None, hint))
     return entries
 
 
@@ -272,7 +276,8 @@ def locate(model: str, on_progress: Progress | None = None) -> tuple[str, Path]:
         raise UserError(f"There is no model at {model}: check the path.")
     if hub.is_hub_id(model):
         return model.split("/")[1], hub.download(model, on_progress)
-    near = difflib.get_close_matches(model.lower(), list(embedded.EMBEDDED), n=3, cutoff=0.5)
+    known = {name: name for name in embedded.EMBEDDED} | {r.name.lower(): r.hub_id for r in releases.RELEASES}
+    near = [known[name] for name in difflib.get_close_matches(model.lower(), list(known), n=2, cutoff=0.5)]
     guess = f"did you mean {' or '.join(near)}?" if near else f"known names are {', '.join(embedded.EMBEDDED)}."
     raise UserError(f"Unknown model {model!r}: {guess} A folder, a .gguf file or a hub id (owner/name) works too.")
 

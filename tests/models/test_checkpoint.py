@@ -196,6 +196,7 @@ def test_a_broken_folder_is_one_sentence(tmp_path: Path, how: str, says: str) ->
     [
         ("smoll", "did you mean smol"),
         ("zzzzzz", "known names are smol"),
+        ("xverse-13b-256k", r"did you mean xverse/XVERSE-13B-256K"),
         ("/nowhere/model", "no model at /nowhere/model"),
         ("./nowhere", "no model at"),
         ("nowhere.gguf", "no model at"),
