@@ -7,6 +7,8 @@ while cached keys keep the base they were rotated with. Here it follows the *pla
 (prompt + max_new_tokens, per row, padding not counted), pins it before the first chunk, and keeps it on the cache.
 """
 
+from collections.abc import Iterator
+from threading import Thread
 from typing import Any
 
 import torch
@@ -174,3 +176,107 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         padded = isinstance(mask, Tensor) and mask.ndim == 2
         model_kwargs["rope_length"] = total - (mask == 0).sum(-1, keepdim=True) if padded else total
         return result
+
+    # ---- chat and quantize, as on the original site -----------------------------------------------------
+
+    def chat(
+        self,
+        tokenizer: Any,
+        history: list[dict[str, str]],
+        stream: bool = False,
+        generation_config: Any = None,
+        **settings: Any,
+    ) -> str | Iterator[str]:
+        """Answer the last message of a conversation; needs longverse installed.
+
+        tokenizer           transformers' fast tokenizer of this checkpoint
+        history             messages with role (system, user, assistant, exec) and content; the model's chat template,
+                            or XVERSE's own `Human: ... Assistant: ` format
+        stream              yield the answer in pieces instead of returning it
+        generation_config   and further keywords go to `generate`; without a length, 2,048 new tokens at most
+        """
+        from transformers import TextIteratorStreamer
+
+        try:
+            from longverse.models.chat import ChatFormat
+            from longverse.models.tokenizer import Tokenizer
+        except ImportError:
+            raise UserError("chat() needs the longverse package: install it, or use generate().") from None
+
+        ends = self.generation_config.eos_token_id
+        ends = [tokenizer.eos_token_id] if ends is None else ends if isinstance(ends, list) else [ends]
+        backend = Tokenizer(
+            tokenizer.backend_tokenizer,
+            bos_id=tokenizer.bos_token_id,
+            eos_ids=ends,
+            chat_template=tokenizer.chat_template,
+        )
+        form = ChatFormat.for_model(backend, {"model_type": "xverse"}, "xverse")
+        ids = torch.tensor([form.encode(history)], device=self.device)  # [1, T]
+        if generation_config is None and not {"max_new_tokens", "max_length"} & settings.keys():
+            settings["max_new_tokens"] = 2048
+        if form.stop_strings:
+            settings |= {"stop_strings": list(form.stop_strings), "tokenizer": tokenizer}
+        settings.setdefault("eos_token_id", ends)
+        settings.setdefault("pad_token_id", ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        settings |= {"attention_mask": torch.ones_like(ids), "generation_config": generation_config}
+        if not stream:
+            answer = self.generate(ids, **settings)[0, ids.shape[1] :]  # type: ignore[misc]
+            return _cut(tokenizer.decode(answer, skip_special_tokens=True), form.stop_strings)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+        def pieces() -> Iterator[str]:
+            failures: list[BaseException] = []
+
+            def write() -> None:
+                try:
+                    self.generate(ids, streamer=streamer, **settings)  # type: ignore[misc]
+                except BaseException as error:  # carried to the reader, who waits on the other thread
+                    failures.append(error)
+                    streamer.end()
+
+            writer = Thread(target=write, daemon=True)
+            writer.start()
+            given, text = 0, ""
+            for piece in streamer:
+                text += piece
+                ready = len(_cut(text, form.stop_strings)) - _might_stop(text, form.stop_strings)
+                if ready > given:
+                    yield text[given:ready]
+                    given = ready
+            writer.join()
+            if rest := _cut(text, form.stop_strings)[given:]:
+                yield rest
+            if failures:
+                raise failures[0]
+
+        return pieces()
+
+    def quantize(self, bits: int) -> "XverseForCausalLM":
+        """Quantise the linear layers of the live model, the head left alone: 8 bits with one scale a row, or 4 bits in
+        groups of 64; needs longverse installed. Returns the model itself."""
+        try:
+            from longverse.models.quant_linear import quantize_network
+        except ImportError:
+            raise UserError("quantize() needs the longverse package: install it.") from None
+
+        if bits not in (4, 8):
+            raise UserError(f"{bits} bits are not among the quantised forms: use 8 or 4.")
+        left = quantize_network(self, bits)
+        if left:
+            raise UserError(
+                f"{len(left)} layers, {left[0]} among them, do not divide into groups of 64 and stay as they are:"
+                " use 8 bits."
+            )
+        return self
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> str:
+    """`text` up to the first stop text."""
+    return text[: min((at for end in stop if (at := text.find(end)) >= 0), default=len(text))]
+
+
+def _might_stop(text: str, stop: tuple[str, ...]) -> int:
+    """How many last characters of `text` may be the beginning of a stop text."""
+    sizes = (size for end in stop for size in range(1, len(end)) if text.endswith(end[:size]))
+    return max(sizes, default=0)

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from longverse import UserError, XverseConfig, XverseForCausalLM
 from longverse.models.cache import KVCache
 from longverse.models.rope import RopePlan
 from tests.helpers import TINY, random_network, tiny_config, transformers_twin
+from tests.models.folders import save_tokenizer
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
 WINDOW, LENGTH = 128, 400  # three times the window the base was made for
@@ -218,3 +219,56 @@ def test_gradient_checkpointing_through_transformers_switch() -> None:
     loss = model(token_ids(30), labels=token_ids(30), use_cache=False).loss
     loss.backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_chat_answers_whole_and_in_pieces_as_the_engine_does(tmp_path: Path) -> None:
+    from longverse.inference.engine import Engine
+    from longverse.inference.sampling import Sampling
+    from longverse.models.chat import ChatFormat
+    from longverse.models.tokenizer import Tokenizer
+
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model, network = xverse(max_position_embeddings=512), random_network(tiny_config(max_position_embeddings=512))
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the end"},
+        {"role": "assistant", "content": "of an era"},
+        {"role": "user", "content": "and then?"},
+    ]
+    own = Tokenizer.from_folder(tmp_path)
+    engine = Engine(network, own, ChatFormat("xverse", own))
+    model.generation_config.eos_token_id = list(own.eos_ids)
+    expected = engine.session(300).complete(engine.chat.encode(history), Sampling(max_new_tokens=40)).text
+    assert len(expected) > 3
+    assert model.chat(tokenizer, history, max_new_tokens=40, do_sample=False) == expected
+    pieces = list(model.chat(tokenizer, history, stream=True, max_new_tokens=40, do_sample=False))
+    assert "".join(pieces) == expected
+    assert all(pieces)
+    broken = model.chat(tokenizer, history, stream=True, max_new_tokens=-1)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        list(broken)
+
+
+def test_what_may_be_a_stop_text_is_held_back() -> None:
+    from longverse.models.modeling_xverse import _cut, _might_stop
+
+    stop = ("\n\nHuman:",)
+    assert _cut("one\n\nHuman: two", stop) == "one"
+    assert _cut("one\n\n", stop) == "one\n\n"
+    assert _might_stop("one\n\nHu", stop) == 4
+    assert _might_stop("one\n", stop) == 1
+    assert _might_stop("one", stop) == 0
+
+
+@pytest.mark.parametrize(("bits", "within"), [(8, 0.02), (4, 0.8)])
+def test_quantize_in_place(bits: int, within: float) -> None:
+    model = xverse(intermediate_size=128)
+    ids = token_ids(40)
+    with torch.no_grad():
+        before = model(ids).logits
+        assert model.quantize(bits) is model
+        change = kl(before, model(ids).logits).mean()
+    assert 0 < change < within
+    with pytest.raises(UserError, match="use 8 or 4"):
+        model.quantize(3)
