@@ -12,7 +12,6 @@ import http.client
 import json
 import os
 import random
-import socket
 import threading
 import time
 import urllib.error
@@ -157,11 +156,13 @@ class Teacher:
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {_reason(error)}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    raise UserError(f"the endpoint {url} refused the request ({problem}); correct url, model or key.") from None
+                    raise UserError(
+                        f"the endpoint {url} refused the request ({problem}); correct url, model or key."
+                    ) from None
                 named = error.headers.get("Retry-After", "") if error.headers else ""
                 if named.replace(".", "", 1).isdigit():
                     wait = min(float(named), 300.0)
-            except (TimeoutError, socket.timeout):
+            except TimeoutError:
                 problem = f"no answer within {self.config.timeout_seconds:g} s"
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
                 problem = str(getattr(error, "reason", error)) or type(error).__name__

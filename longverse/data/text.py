@@ -92,14 +92,16 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
+# Without blank lines a paragraph ends with a line that ends a sentence: lines may be hard-wrapped.
+_LINE_END = re.compile(r"(?<=[.!?。！？；：”」』\"])[ \t]*\n\s*")
 _BLANK = re.compile(r"\n[ \t\u3000\r]*\n\s*")
 
 
 def paragraphs(text: str) -> list[tuple[int, int]]:
-    """Character spans of the paragraphs: split at blank lines, or at every line where there are hardly any."""
+    """Character spans of the paragraphs: split at blank lines, or at line ends where there are hardly any."""
     breaks = list(_BLANK.finditer(text))
     if len(breaks) * 3_000 < len(text):
-        breaks = list(re.finditer(r"\n\s*", text))
+        breaks = list(_LINE_END.finditer(text))
     spans, start = [], 0
     for match in breaks:
         if match.start() > start:

@@ -56,7 +56,9 @@ class Asker:
         )  # fmt: skip
         question, answer = _text(reply, "question"), _text(reply, "answer")
         evidence = []
-        for field, (opened, _, _), (a, _), passage in zip(("evidence", "other_evidence"), spans, chunks, passages, strict=True):
+        for field, (opened, _, _), (a, _), passage in zip(
+            ("evidence", "other_evidence"), spans, chunks, passages, strict=True
+        ):
             place, stop = locate(passage, _text(reply, field))
             evidence.append((a + place, a + stop))
         self._check(spec, spans[0][0].about.title, question, answer)
@@ -140,7 +142,9 @@ def locate(passage: str, quote: str) -> tuple[int, int]:
     return places[at], places[at + len(wanted) - 1] + 1
 
 
-def estimate_requests(tasks: dict[str, int], mean_tokens: float, config_chunk: int, questions: float, closed_book: bool) -> int:
+def estimate_requests(
+    tasks: dict[str, int], mean_tokens: float, config_chunk: int, questions: float, closed_book: bool
+) -> int:
     """Requests that a build will make, for the cost shown before it starts. tasks: items of each family."""
     each = 2 if closed_book else 1
     parts = max(1.0, mean_tokens / config_chunk)
@@ -150,5 +154,3 @@ def estimate_requests(tasks: dict[str, int], mean_tokens: float, config_chunk: i
         + tasks.get("multi_turn", 0) * each * questions
         + tasks.get("summary", 0) * (parts * 13 / 12 + 1)
     )
-
-

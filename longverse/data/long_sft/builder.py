@@ -193,7 +193,9 @@ def build_sft(
                 teacher.close()
         if not state.summaries:
             why = state.rejected.most_common(1)
-            raise UserError(f"no item passed the gates (most often: {why[0][0] if why else 'nothing tried'}); see docs/data.md.")
+            raise UserError(
+                f"no item passed the gates (most often: {why[0][0] if why else 'nothing tried'}); see docs/data.md."
+            )
         report = sft_report(folder, config, vocabulary.name, state.summaries, state.rejected, state.given_up, skipped)
         report["seconds"] = round(time.monotonic() - began, 1)
         os.replace(folder / "items.jsonl.part", folder / "items.jsonl")
@@ -205,7 +207,9 @@ def _claim(folder: Path, config: SftConfig, vocabulary: Vocabulary) -> None:
     for free in ("processes", "out"):
         values.pop(free)
     if values["teacher"]:
-        values["teacher"] = {k: values["teacher"][k] for k in ("model", "temperature", "max_tokens", "chunk_tokens", "closed_book")}
+        values["teacher"] = {
+            k: values["teacher"][k] for k in ("model", "temperature", "max_tokens", "chunk_tokens", "closed_book")
+        }
     claim = folder / "config.json"
     if claim.exists():
         old = json.loads(claim.read_text(encoding="utf-8"))
@@ -300,7 +304,7 @@ def _grow(
     if teacher is not None:
         results = _threads(todo, context(), lock, config, contamination)
     else:
-        settings = ({"model_type": "xverse"} if vocabulary.chat.kind == "xverse" else {})
+        settings = {"model_type": "xverse"} if vocabulary.chat.kind == "xverse" else {}
         arguments = (folder, vocabulary.name, settings, config.attempts, contamination)
         results = ordered(todo, _work, min(config.processes, max(len(todo), 1)), _start, arguments, ahead=3)
     with (folder / "items.jsonl.part").open("ab") as items, (folder / "progress.jsonl").open("ab") as progress:

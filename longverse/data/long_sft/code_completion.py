@@ -94,7 +94,9 @@ def _uses(context: Context, user: int, module: int) -> tuple[_Use, ...]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1] == title.split(".")[-1]:
             aliases.update({a.asname or a.name: a.name for a in node.names if a.name in defined})
         elif isinstance(node, ast.Import):
-            aliases.update({f"{a.asname or a.name}.{name}": name for a in node.names if a.name == title for name in defined})
+            aliases.update(
+                {f"{a.asname or a.name}.{name}": name for a in node.names if a.name == title for name in defined}
+            )
     lines = Lines(text)
     uses, seen = [], set()
     statements = [n for n in ast.walk(tree) if isinstance(n, (ast.Assign, ast.Expr, ast.Return, ast.AugAssign))]
@@ -122,8 +124,8 @@ def _draft(context: Context, spec: Spec, rng: random.Random, user: int, use: _Us
     prefix = f"# {context.pool.documents[user].title}\n" + "\n".join(lines[: use.line]) + "\n"
     answer = "\n".join(lines[use.line : use.last + 1])
     count = use.last - use.line + 1
-    amount = f" {count} 行" if spec.language == "zh" else ("line" if count == 1 else f"{count} lines")
-    template = prompt("code_completion", spec.language, rng, prefix=prefix, lines=amount.strip() if spec.language == "zh" else amount)
+    amount = f"{count}行" if spec.language == "zh" else ("line" if count == 1 else f"{count} lines")
+    template = prompt("code_completion", spec.language, rng, prefix=prefix, lines=amount)
     room = spec.target - context.counter.count(template) - context.counter.count(answer) - 200
     opened = context.pool.open(use.index)
     if opened.end_for(0, room // 2) == len(opened.text):

@@ -74,7 +74,8 @@ class Context:
     def overhead(self, draft: Draft) -> int:
         """Tokens of the conversation without the texts of its parts (labels counted)."""
         lead = "".join(
-            (draft.separator if i else "") + (p.label + "\n" if p.label else "") + p.after for i, p in enumerate(draft.parts)
+            (draft.separator if i else "") + (p.label + "\n" if p.label else "") + p.after
+            for i, p in enumerate(draft.parts)
         )
         messages = [{"role": "user", "content": draft.turns[0].user.replace("{documents}", lead)}]
         messages.append({"role": "assistant", "content": draft.turns[0].reply})
@@ -136,13 +137,14 @@ def reply_to(found_reply: str, evidence: Sequence[str], recite: bool, language: 
     """The answer, after the evidence where it is to be recited first."""
     if not recite or not evidence:
         return found_reply
-    quoted = [squash(text) for text in evidence]
-    if len(quoted) == 1:
-        return prompt("recite", language, rng, evidence=quoted[0], answer=found_reply)
-    marks = ("“{}”", "；") if language == "zh" else ('"{}"', " ")
-    return prompt(
-        "recite_several", language, rng, evidence=marks[1].join(marks[0].format(q) for q in quoted), answer=found_reply
-    )
+    zh = language == "zh"
+    quoted = []
+    for text in map(squash, evidence):  # marks that the passage itself does not use
+        pairs = ("“”", "「」", "『』") if zh else ('""', "“”", "«»")
+        pair = next((pair for pair in pairs if not set(pair) & set(text)), pairs[-1])
+        quoted.append(f"{pair[0]}{text}{pair[1]}")
+    name = "recite" if len(quoted) == 1 else "recite_several"
+    return prompt(name, language, rng, evidence=("；" if zh else " ").join(quoted), answer=found_reply)
 
 
 Builder = Callable[[Context, Spec], Draft]

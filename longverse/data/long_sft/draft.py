@@ -122,15 +122,21 @@ def _lay_out(draft: Draft, ending: str) -> _Layout:
     return _Layout(messages, spans, content[spans[elastic][1] :])
 
 
-_MARKS = {"en": (" […]", " [...]", "\n[...]", "…", " ...", "\n\n[…]"), "zh": ("……", "……\n", "\n……", "…", "（略）", "（下略）")}
+_MARKS = {
+    "en": (" […]", " [...]", "\n[...]", "…", " ...", "\n\n[…]"),
+    "zh": ("……", "……\n", "\n……", "…", "（略）", "（下略）"),
+}
 
 
 def fit(draft: Draft, target: int, identity: str, seed: int, chat: ChatCounter, counter: UnitCounter) -> Item:
     """The item of a draft with exactly `target` tokens. Raises Reject("length") when the tail does not reach it, or
     no cut gives the exact number."""
+    need = target - chat.count(_lay_out(draft, "").messages, counter=counter.count)
+    if need < 0:  # many small parts, each counted by itself: the sum was off
+        _give_back(draft, -need, counter)
+        need = target - chat.count(_lay_out(draft, "").messages, counter=counter.count)
     part = draft.parts[draft.elastic_index()]
     layout = _lay_out(draft, "")
-    need = target - chat.count(layout.messages, counter=counter.count)
     marks = _MARKS["zh" if draft.language == "zh" else "en"]
     left, right = _around(part.text, layout.after, counter)
     still = counter.count(left + right)
@@ -156,6 +162,20 @@ def fit(draft: Draft, target: int, identity: str, seed: int, chat: ChatCounter, 
             break
         need += off  # units farther away changed too: aim beside it
     raise Reject("length")
+
+
+def _give_back(draft: Draft, tokens: int, counter: UnitCounter) -> None:
+    """Move the end of the elastic part's text, about `tokens` and a few more, to its tail. Reject when evidence stands there."""
+    index = draft.elastic_index()
+    part = draft.parts[index]
+    units, counts = counter.units(part.text)
+    end, freed = len(part.text), 0
+    while units and freed < tokens + 20:
+        end -= len(units.pop())
+        freed += counts.pop()
+    if not units or any(claim.part == index and claim.end > end for claim in draft.claims):
+        raise Reject("length")
+    part.tail, part.text, part.whole = part.text[end:] + part.tail, part.text[:end], False
 
 
 def _around(text: str, after: str, counter: UnitCounter) -> tuple[str, str]:
@@ -201,7 +221,9 @@ def _endings(
     return found
 
 
-def _item(draft: Draft, layout: _Layout, target: int, identity: str, seed: int, chat: ChatCounter, counter: UnitCounter) -> Item:
+def _item(
+    draft: Draft, layout: _Layout, target: int, identity: str, seed: int, chat: ChatCounter, counter: UnitCounter
+) -> Item:
     documents = tuple(
         ShownDocument(part.source, part.id, part.title, 0, start, end, part.origin, part.whole and not part.tail)
         for part, (start, end) in zip(draft.parts, layout.spans, strict=True)

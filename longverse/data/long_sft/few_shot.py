@@ -23,7 +23,11 @@ _NAMES = {"few_shot_source": ("Book: ", "出处："), "few_shot_law": ("", "出�
 def few_shot(context: Context, spec: Spec) -> Draft:
     """Examples of one kind, as many as fill the item; the last passage's label is the answer."""
     rng = spec.rng
-    kinds = ["few_shot_source", "few_shot_speaker"] if spec.language != "zh" else ["few_shot_source", "few_shot_law", "few_shot_person"]
+    kinds = (
+        ["few_shot_source", "few_shot_speaker"]
+        if spec.language != "zh"
+        else ["few_shot_source", "few_shot_law", "few_shot_person"]
+    )
     rng.shuffle(kinds)
     for kind in kinds:
         try:
@@ -53,7 +57,11 @@ def _draft(context: Context, spec: Spec, rng: random.Random, kind: str) -> Draft
     if left > 0 or len(examples) < 8:
         raise Reject("too few examples for the target")
     labels = [label for *_, label in examples]
-    learnable = [i for i, label in enumerate(labels) if kind in ("few_shot_speaker", "few_shot_person") or labels.count(label) > 1]
+    learnable = [
+        i
+        for i, label in enumerate(labels)
+        if kind in ("few_shot_speaker", "few_shot_person") or labels.count(label) > 1
+    ]
     if not learnable:
         raise Reject("too few examples for the target")
     asked = examples.pop(rng.choice(learnable))
@@ -166,6 +174,6 @@ def _before(starts: list[int], place: int) -> int:
 def _speakers(passage: str) -> int:
     """Speech verbs in a passage; one alone leaves no doubt who speaks."""
 
-    return len(re.findall(r"\b(?:said|cried|replied|asked|answered|exclaimed|whispered|murmured|remarked|observed)\b", passage))
-
-
+    return len(
+        re.findall(r"\b(?:said|cried|replied|asked|answered|exclaimed|whispered|murmured|remarked|observed)\b", passage)
+    )

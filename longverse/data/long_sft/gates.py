@@ -59,12 +59,18 @@ class Contamination:
 def _texts(path: Path) -> Iterator[str]:
     try:
         if path.name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
-            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            with (
+                gzip.open(path, "rt", encoding="utf-8")
+                if path.suffix == ".gz"
+                else path.open(encoding="utf-8") as lines
+            ):
                 for number, line in enumerate(lines, start=1):
                     try:
                         yield from _strings(json.loads(line))
                     except ValueError:
-                        raise UserError(f"{path}, line {number} is no JSON; correct the decontamination file.") from None
+                        raise UserError(
+                            f"{path}, line {number} is no JSON; correct the decontamination file."
+                        ) from None
         else:
             yield path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -111,4 +117,7 @@ def keys_of(item: Item, questions: list[str]) -> list[str]:
         return [f"{hash64(item.kind + squash(where)):016x}"]
     if item.task == "stated_facts":  # invented facts may come again, the same set of them may not
         return [f"{hash64(' '.join(questions)):016x}"]
-    return [f"{hash64(squash(question) + '|' + '|'.join(a)):016x}" for question, a in zip(questions, item.answers, strict=True)]
+    return [
+        f"{hash64(squash(question) + '|' + '|'.join(a)):016x}"
+        for question, a in zip(questions, item.answers, strict=True)
+    ]

@@ -69,7 +69,9 @@ class Question:
 def gather(context: Context, rng: random.Random, documents: list[PoolDocument], room: int) -> list[Stand]:
     """Documents with different titles that fill `room` tokens: whole ones where they are short, stretches of long ones
     (a twelfth to a quarter of the room each)."""
-    if documents and rng.random() < 0.5:  # half of the collections are of one source: the distractors then resemble the evidence
+    if (
+        documents and rng.random() < 0.5
+    ):  # half of the collections are of one source: the distractors then resemble the evidence
         source = rng.choice(documents).source
         documents = [d for d in documents if d.source == source]
     stands: list[Stand] = []
@@ -86,6 +88,8 @@ def gather(context: Context, rng: random.Random, documents: list[PoolDocument], 
             stand = Stand(opened, 0, end)
         else:
             start, end = context.segment(rng, opened, share)
+            last = opened.text.rfind("\n", start, end)
+            end = last if last > start + (end - start) // 2 else end
             stand = Stand(opened, start, end)
         tokens = opened.tokens_between(stand.start, stand.end)
         if tokens < 50:
@@ -179,9 +183,7 @@ def _two(context: Context, spec: Spec, rng: random.Random, stands: list[Stand]) 
     return Question("two_facts", text, reply, answers, evidence, complete=False, once=once)
 
 
-def _compare_dates(
-    one: str, two: str, days: tuple[str, str], evidence: list[tuple[int, int, int]]
-) -> Question:
+def _compare_dates(one: str, two: str, days: tuple[str, str], evidence: list[tuple[int, int, int]]) -> Question:
     def key(day: str) -> tuple[int, ...]:
         return tuple(int(n) for n in day.replace("年", " ").replace("月", " ").replace("日", " ").split())
 
@@ -199,7 +201,9 @@ def _which(context: Context, spec: Spec, rng: random.Random, stands: list[Stand]
     zh, everything = spec.language == "zh", _everything(stands)
     for number in rng.sample(range(len(stands)), len(stands)):
         name = stands[number].name
-        found = [f for f in _finds(context, spec, stands[number], everything) if f.kind in ("next_sentence", "article_text")]
+        found = [
+            f for f in _finds(context, spec, stands[number], everything) if f.kind in ("next_sentence", "article_text")
+        ]
         if not found:
             continue
         one = rng.choice(found)
@@ -258,12 +262,13 @@ def collection(
     parts = []
     for number, i in enumerate(order, start=1):
         stand = stands[i]
-        parts.append(
-            Part.of(stand.opened, stand.start, stand.end, label=context.label(label, number, stand.name))
-        )
+        part = Part.of(stand.opened, stand.start, stand.end, label=context.label(label, number, stand.name))
+        part.after = "" if stand.end == len(stand.opened.text) else "\n[…]"
+        parts.append(part)
     place_of = {i: place for place, i in enumerate(order)}
     claims = [
-        Claim(place_of[i], s - stands[i].start, e - stands[i].start, 0, question.complete) for i, s, e in question.evidence
+        Claim(place_of[i], s - stands[i].start, e - stands[i].start, 0, question.complete)
+        for i, s, e in question.evidence
     ]
     draft = Draft(
         spec.task, question.kind, spec.language, parts, [Turn(template, reply, question.answers, question.text)], claims,

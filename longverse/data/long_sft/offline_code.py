@@ -83,11 +83,22 @@ def find_code(text: str, title: str, language: str) -> list[Found]:
         if not definition.name.startswith("_") and len(definition.name) > 4:
             what = ("类" if zh else "class") if definition.is_class else ("函数" if zh else "function")
             question = (
-                f"哪个文件定义了{what} {definition.name}？" if zh else f"Which file defines the {what} `{definition.name}`?"
+                f"哪个文件定义了{what} {definition.name}？"
+                if zh
+                else f"Which file defines the {what} `{definition.name}`?"
             )
             reply = f"定义在 {title} 中。" if zh else f"It is defined in {title}."
             found.append(
-                Found("defined_in", definition.start, definition.end, question, (title,), reply, once=signature, title=title)
+                Found(
+                    "defined_in",
+                    definition.start,
+                    definition.end,
+                    question,
+                    (title,),
+                    reply,
+                    once=signature,
+                    title=title,
+                )
             )
     functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     names = Counter(node.name for node in functions)
@@ -125,20 +136,30 @@ def find_code(text: str, title: str, language: str) -> list[Found]:
                 )
                 found.append(Found("docstring", start, b, question, (first,), first, title=title))
     assigned = Counter(
-        target.id for n in ast.walk(tree) if isinstance(n, ast.Assign) for target in n.targets if isinstance(target, ast.Name)
+        target.id
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Assign)
+        for target in n.targets
+        if isinstance(target, ast.Name)
     )
     for statement in tree.body:
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
             continue
         target = statement.targets[0]
-        if not isinstance(target, ast.Name) or not isinstance(statement.value, ast.Constant) or assigned[target.id] != 1:
+        if (
+            not isinstance(target, ast.Name)
+            or not isinstance(statement.value, ast.Constant)
+            or assigned[target.id] != 1
+        ):
             continue
         a, b = lines.span(statement.value)
         value = text[a:b]
         if not re.fullmatch(r"_?[A-Z][A-Z0-9_]{3,}", target.id) or len(value) > 80 or "\n" in value or value == "None":
             continue
         question = (
-            f"{title} 把常量 {target.id} 设为什么值？" if zh else f"Which value does {title} give to the constant `{target.id}`?"
+            f"{title} 把常量 {target.id} 设为什么值？"
+            if zh
+            else f"Which value does {title} give to the constant `{target.id}`?"
         )
         start, end = lines.span(statement)
         reply = f"值是 `{value}`。" if zh else f"It is `{value}`."

@@ -15,15 +15,14 @@ _SAID = re.compile(
     rf"(?:said|cried|replied|asked|answered|exclaimed|whispered|murmured|remarked|observed)\s+"
     rf"(?P<who>{_TITLES}[A-Z][a-z]+(?: [A-Z][a-z]+)?)(?=[.,;:])",
 )
-_NOT_NAMES = frozenset("He She They It We You The His Her This That Then There Nobody One Somebody".split())
+_NOT_NAMES = frozenset(["He", "She", "They", "It", "We", "You", "The", "His", "Her", "This", "That", "Then", "There", "Nobody", "One", "Somebody"])
 _CHAPTER = re.compile(
     r"^[ \t]*(?P<word>CHAPTER|Chapter) (?P<number>[IVXLC]+|\d{1,3})(?:[.:]|\b)[ \t]*[-—]*[ \t]*(?P<title>[A-Z_][^\n]{3,80}?)?[ \t]*$",
     re.MULTILINE,
 )
 _NAME = re.compile(r"(?<=[a-z,] )([A-Z][a-z]{2,}(?: [A-Z][a-z]{2,})?)\b")
 _COMMON = frozenset(
-    "God Lord Heaven English French German Italian Christian Sunday Monday Christmas Sir Madam Mr Mrs Miss Lady Captain "
-    "Doctor England France London Paris Papa Mamma Mother Father Uncle Aunt And But The".split()
+    ["God", "Lord", "Heaven", "English", "French", "German", "Italian", "Christian", "Sunday", "Monday", "Christmas", "Sir", "Madam", "Mr", "Mrs", "Miss", "Lady", "Captain", "Doctor", "England", "France", "London", "Paris", "Papa", "Mamma", "Mother", "Father", "Uncle", "Aunt", "And", "But", "The"]
 )
 
 
@@ -149,7 +148,9 @@ def _tables(text: str) -> Iterator[Found]:
                     )  # fmt: skip
 
 
-_DEFINED = re.compile(r"(?:(?<=\n)|(?<=\. )|^)[“\"](?P<term>[A-Z][^“”\"\n]{2,50})[”\"] means (?P<what>[^.\n]{15,300})\.")
+_DEFINED = re.compile(
+    r"(?:(?<=\n)|(?<=\. )|^)[“\"](?P<term>[A-Z][^“”\"\n]{2,50})[”\"] means (?P<what>[^.\n]{15,300})\."
+)
 
 
 def _definitions(text: str) -> Iterator[Found]:

@@ -10,16 +10,27 @@ from longverse.data.long_sft.found import Found
 from longverse.data.text import paragraphs, sentences, squash
 
 _HAN = r"[\u4e00-\u9fff]"
-_SAID = re.compile(rf"(?<=[，。！？；\n\u3000」”])(?P<who>{_HAN}{{2,3}})[曰道]：[「“](?P<what>[^「」“”\n]{{12,90}})[」”]")
+_SAID = re.compile(
+    rf"(?<=[，。！？；\n\u3000」”])(?P<who>{_HAN}{{2,3}})[曰道]：[「“](?P<what>[^「」“”\n]{{12,90}})[」”]"
+)
 # A name that contains one of these is half a clause ("对曰", "帝乃曰").
-_VERBS = frozenset("谓问对答言告语笑叹又乃因而遂其之也者皆或诏敕令使众吾余有时故可以为不无何所是进前奏请怒泣惊喜悦既已将欲谏固")
-_COURTESY = re.compile(rf"(?:^|(?<=[。\n\u3000]))(?P<who>{_HAN}{{2,3}})，字(?P<zi>{_HAN}{{1,3}})，(?P<home>{_HAN}{{2,10}})人也?(?=[，。])")
-_VOLUME = re.compile(r"^[ \u3000]*(?:\S{1,4}[‧·・])?(?P<number>卷[一二三四五六七八九十百]+[上中下]?)[ \u3000]+(?P<title>\S[^\n，。：]{1,24})[ \u3000]*$", re.MULTILINE)
+_VERBS = frozenset(
+    "谓问对答言告语笑叹又乃因而遂其之也者皆或诏敕令使众吾余有时故可以为不无何所是进前奏请怒泣惊喜悦既已将欲谏固"
+)
+_COURTESY = re.compile(
+    rf"(?:^|(?<=[。\n\u3000]))(?P<who>{_HAN}{{2,3}})，字(?P<zi>{_HAN}{{1,3}})，(?P<home>{_HAN}{{2,10}})人也?(?=[，。])"
+)
+_VOLUME = re.compile(
+    r"^[ \u3000]*(?:\S{1,4}[‧·・])?(?P<number>卷[一二三四五六七八九十百]+[上中下]?)[ \u3000]+(?P<title>\S[^\n，。：]{1,24})[ \u3000]*$",
+    re.MULTILINE,
+)
 
 
 def find_chinese(text: str, title: str) -> list[Found]:
     """Everything the rules for Chinese find, by place."""
-    found = [*_laws(text, title)] if is_law(text) else [*_said(text), *_people(text), *_volumes(text), *_sentences(text)]
+    found = (
+        [*_laws(text, title)] if is_law(text) else [*_said(text), *_people(text), *_volumes(text), *_sentences(text)]
+    )
     return sorted(found, key=lambda f: (f.start, f.kind))
 
 
@@ -46,8 +57,17 @@ def _people(text: str) -> Iterator[Found]:
         if _VERBS.intersection(who):
             continue
         place = (match.start(), match.end())
-        yield Found("courtesy_name", *place, f"{who}的字是什么？", (match["zi"],), f"{who}字{match['zi']}。", once=f"{who}，字")
-        yield Found("birthplace", *place, f"文中介绍{who}是哪里人？", (match["home"],), f"{who}是{match['home']}人。", once=f"{who}，字")
+        yield Found(
+            "courtesy_name", *place, f"{who}的字是什么？", (match["zi"],), f"{who}字{match['zi']}。", once=f"{who}，字"
+        )
+        yield Found(
+            "birthplace",
+            *place,
+            f"文中介绍{who}是哪里人？",
+            (match["home"],),
+            f"{who}是{match['home']}人。",
+            once=f"{who}，字",
+        )
 
 
 def _volumes(text: str) -> Iterator[Found]:
@@ -88,9 +108,15 @@ def _plain(sentence: str) -> bool:
 _NUMBER = r"[零〇一二三四五六七八九十百千]+"
 _ARTICLE = re.compile(rf"^[ \u3000]*(第{_NUMBER}条)[ \u3000]+(?=\S)", re.MULTILINE)
 _STOP = re.compile(rf"^(?:#|[ \u3000]*第{_NUMBER}[章节编条])", re.MULTILINE)
-_EFFECT = re.compile(r"(?:本|该)(?:条例|办法|规定|决定|细则|法|规则|通知)自(?P<day>\d{4}年\d{1,2}月\d{1,2}日)起(?:施行|实施|执行|生效)")
-_DEFINED = re.compile(r"本(?:条例|办法|规定|法|细则)所称的?(?P<term>[^，。、；：是\n“”]{2,20})[，,]是指(?P<what>[^。；：\n]{8,150})[。]")
-_PASSED = re.compile(r"^(?P<day>\d{4}年\d{1,2}月\d{1,2}日)[ \u3000]+(?P<who>[^\n。，]{6,60}会议)通过[ \u3000]*$", re.MULTILINE)
+_EFFECT = re.compile(
+    r"(?:本|该)(?:条例|办法|规定|决定|细则|法|规则|通知)自(?P<day>\d{4}年\d{1,2}月\d{1,2}日)起(?:施行|实施|执行|生效)"
+)
+_DEFINED = re.compile(
+    r"本(?:条例|办法|规定|法|细则)所称的?(?P<term>[^，。、；：是\n“”]{2,20})[，,]是指(?P<what>[^。；：\n]{8,150})[。]"
+)
+_PASSED = re.compile(
+    r"^(?P<day>\d{4}年\d{1,2}月\d{1,2}日)[ \u3000]+(?P<who>[^\n。，]{6,60}会议)通过[ \u3000]*$", re.MULTILINE
+)
 _DATE_IN_TITLE = re.compile(r"[(（]\d{4}-\d{2}-\d{2}[)）]$")
 
 

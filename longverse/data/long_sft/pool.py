@@ -77,7 +77,9 @@ def write_pool(
                 why = "; ".join(skipped[source.name].examples[:2]) or "it is empty"
                 raise UserError(f"source {source.name!r} gave no document ({why}); correct it or drop it.")
     temporary.replace(data)
-    replace_file(summary, json.dumps({n: {"counts": s.counts, "examples": s.examples} for n, s in skipped.items()}).encode())
+    replace_file(
+        summary, json.dumps({n: {"counts": s.counts, "examples": s.examples} for n, s in skipped.items()}).encode()
+    )
     replace_file(listing, ("\n".join(lines) + "\n").encode())
     return skipped
 

@@ -33,7 +33,9 @@ def sft_report(
         "tokenizer": tokenizer,
         "seed": config.seed,
         "teacher": config.teacher.model if config.teacher else "offline",
-        "closed_book_check": "by the endpoint" if config.teacher and config.teacher.closed_book else "not made: no endpoint",
+        "closed_book_check": "by the endpoint"
+        if config.teacher and config.teacher.closed_book
+        else "not made: no endpoint",
         "items": len(summaries),
         "tokens": sum(s["tokens"] for s in summaries),
         "by_task": dict(sorted(Counter(s["task"] for s in summaries).items())),
@@ -45,7 +47,9 @@ def sft_report(
         "rejected": dict(sorted(rejected.items())),
         "given_up": given_up,
         "skipped": {
-            name: {"counts": dict(sorted(s.counts.items())), "examples": s.examples} for name, s in skipped.items() if s.counts
+            name: {"counts": dict(sorted(s.counts.items())), "examples": s.examples}
+            for name, s in skipped.items()
+            if s.counts
         },
     }
     replace_file(folder / "report.json", json.dumps(content, indent=2, ensure_ascii=False).encode())
@@ -60,9 +64,17 @@ def _markdown(content: dict[str, Any]) -> str:
         f"{content['items']:,} items, {content['tokens']:,} tokens under `{content['tokenizer']}`; teacher: "
         f"{content['teacher']}; closed-book check: {content['closed_book_check']}; {content['recite_first']:,} recite first.",
     ]
-    for title, key in (("Family", "by_task"), ("Language", "by_language"), ("Length in tokens", "by_length"), ("Kind", "by_kind")):
+    for title, key in (
+        ("Family", "by_task"),
+        ("Language", "by_language"),
+        ("Length in tokens", "by_length"),
+        ("Kind", "by_kind"),
+    ):
         lines += ["", f"| {title} | items |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in content[key].items())]
-    lines += ["", "Evidence by depth (tenths of the document text): " + ", ".join(map(str, content["evidence_by_depth"]))]
+    lines += [
+        "",
+        "Evidence by depth (tenths of the document text): " + ", ".join(map(str, content["evidence_by_depth"])),
+    ]
     lines += ["", "## Turned down by the gates", "", *(f"- {k}: {v:,}" for k, v in content["rejected"].items())]
     if content["given_up"]:
         lines.append(f"- {len(content['given_up'])} items given up after all attempts: {content['given_up'][:20]}")

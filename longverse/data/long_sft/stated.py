@@ -89,9 +89,7 @@ class FactMaker:
         kind = self._kind("several")
         bearer = self._bearer(kind)
         values = [self._value(kind["kind"], kind["value"]) for _ in range(count)]
-        sentences = tuple(
-            self._say(self.rng.choice(kind["statements"]), {"e": bearer, "v": value}) for value in values
-        )
+        sentences = tuple(self._say(self.rng.choice(kind["statements"]), {"e": bearer, "v": value}) for value in values)
         question = self._say(self.rng.choice(kind["questions"]), {"e": bearer, "n": _number(count, self.language)})
         if self.language == "zh":
             reply = "、".join(values) + "。"
@@ -125,7 +123,9 @@ class FactMaker:
                 if state:
                     self._bearers.append((kind["entity"], bearer, kind["kind"]))
                 return bearer
-        raise UserError(f"the list of {kind['entity']} is too short for so many facts in one text; ask for fewer facts.")
+        raise UserError(
+            f"the list of {kind['entity']} is too short for so many facts in one text; ask for fewer facts."
+        )
 
     def _value(self, kind: str, sort: str) -> str:
         for _ in range(200):

@@ -41,12 +41,19 @@ def stated_facts(context: Context, spec: Spec) -> Draft:
     start, _ = context.segment(rng, opened, tokens)
     end = opened.end_for(start, tokens)
     text, spans = write_in(opened.text[start:end], written, spec.language, spec.depth, rng)
-    draft.parts = [Part(opened.about.source, opened.about.id, opened.about.title, text, start, opened.text[end : end + TAIL])]
+    draft.parts = [
+        Part(opened.about.source, opened.about.id, opened.about.title, text, start, opened.text[end : end + TAIL])
+    ]
     for (fact, _), (a, b) in zip(written, spans, strict=True):
         if fact in asked:
             draft.claims.append(Claim(0, a, b, asked.index(fact), fact.sort == "plain"))
     draft.unique = [sentence for _, sentence in written]
     return draft
+
+
+def _within_speech(before: str) -> bool:
+    """Whether a quotation is open at the end of the beginning of a paragraph."""
+    return before.count('"') % 2 == 1 or any(before.count(a) > before.count(b) for a, b in ("“”", "「」", "『』"))
 
 
 def write_in(
@@ -57,7 +64,12 @@ def write_in(
     zh = language == "zh"
     places = [end for _, end in paragraphs(text) if re.search(r"[.!?。！？”」\"]$", text[max(0, end - 1) : end])]
     if len(places) < 4 * len(written):
-        places = [start + b for start, end in paragraphs(text) for _, b in sentences(text[start:end], language)]
+        places = [
+            start + b
+            for start, end in paragraphs(text)
+            for _, b in sentences(text[start:end], language)
+            if not _within_speech(text[start : start + b])
+        ]
     if len(places) < len(written):
         raise Reject("text has too few sentences for the facts")
     count = len(written)

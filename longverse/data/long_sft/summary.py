@@ -23,9 +23,13 @@ def summary(context: Context, spec: Spec) -> Draft:
     if context.asker is not None:
         return _asked(context, spec, rng)
     if spec.language == "zh" and rng.random() < 0.4:
-        laws = [d for d in context.documents("zh") if d.characters < 60_000 and is_law(context.pool.text(d.index)[:6_000])]
+        laws = [
+            d for d in context.documents("zh") if d.characters < 60_000 and is_law(context.pool.text(d.index)[:6_000])
+        ]
         if len(laws) >= 20:
-            return _laws(context, spec, rng, gather(context, rng, rng.sample(laws, min(len(laws), 300)), spec.target * 9 // 10))
+            return _laws(
+                context, spec, rng, gather(context, rng, rng.sample(laws, min(len(laws), 300)), spec.target * 9 // 10)
+            )
     opened, start, end = _stretch(context, spec, rng, spec.target * 9 // 10)
     headings = _headings(opened.text, start, end, spec.language)
     if len(headings) >= 4 and rng.random() < 0.5:
@@ -40,7 +44,14 @@ def _stretch(context: Context, spec: Spec, rng: random.Random, room: int) -> tup
 
 
 def _single(
-    context: Context, spec: Spec, kind: str, template: str, opened: Opened, start: int, reply: str, spans: list[tuple[int, int]]
+    context: Context,
+    spec: Spec,
+    kind: str,
+    template: str,
+    opened: Opened,
+    start: int,
+    reply: str,
+    spans: list[tuple[int, int]],
 ) -> Draft:
     draft = Draft(
         spec.task, kind, spec.language, [Part.of(opened, start, start)], [Turn(template, reply)],
@@ -54,7 +65,9 @@ def _single(
 
 _HEADING = {
     "en": re.compile(r"^[ \t]*((?:CHAPTER|Chapter|BOOK|PART) (?:[IVXLC]+|\d{1,3})\b[^\n]{0,60})$", re.MULTILINE),
-    "zh": re.compile(r"^[ \u3000]*(\S{0,4}[‧·・]?卷[一二三四五六七八九十百]+[上中下]?[^\n，。：]{0,24})$", re.MULTILINE),
+    "zh": re.compile(
+        r"^[ \u3000]*(\S{0,4}[‧·・]?卷[一二三四五六七八九十百]+[上中下]?[^\n，。：]{0,24})$", re.MULTILINE
+    ),
 }
 
 
@@ -73,7 +86,13 @@ def _headings(text: str, start: int, end: int, language: str) -> list[tuple[int,
 
 
 def _outline(
-    context: Context, spec: Spec, rng: random.Random, opened: Opened, start: int, end: int, headings: list[tuple[int, int]]
+    context: Context,
+    spec: Spec,
+    rng: random.Random,
+    opened: Opened,
+    start: int,
+    end: int,
+    headings: list[tuple[int, int]],
 ) -> Draft:
     text, zh = opened.text, spec.language == "zh"
     # The stretch must hold no heading that the outline leaves out: it ends before the first one beyond `end`.
@@ -93,7 +112,14 @@ def _outline(
         )
         spans.append((a, stop))
     draft = _single(
-        context, spec, "chapters", prompt("summary_chapters", spec.language, rng), opened, start, "\n".join(lines), spans
+        context,
+        spec,
+        "chapters",
+        prompt("summary_chapters", spec.language, rng),
+        opened,
+        start,
+        "\n".join(lines),
+        spans,
     )
     if start + len(draft.parts[0].text) + len(draft.parts[0].tail) > limit:
         raise Reject("evidence past the end")
@@ -123,7 +149,7 @@ def _key_sentences(context: Context, spec: Spec, rng: random.Random, opened: Ope
         mine = [(start + a, start + b) for a, b in places if number * size <= a < (number + 1) * size]
         if not mine:
             raise Reject("text has too few paragraphs to summarise")
-        words = squash(text[mine[0][0] : mine[0][0] + 300])
+        words = re.sub(r'["“”「」『』_*#]', "", squash(text[mine[0][0] : mine[0][0] + 300]))
         opening = words[:12] if zh else " ".join(words.split()[:6])
         span = weight.best(text, mine)
         if span is None:
@@ -161,10 +187,12 @@ class _Weights:
         for a, b in inner[:: max(1, len(inner) // 150)]:
             for c, d in sentences(text[a:b], self.language):
                 sentence = text[a + c : a + d]
-                if not low <= d - c <= high or re.search(r'["“”「」『』#|<>]', sentence):
+                if not low <= d - c <= high or re.search(
+                    r'["“”「」『』#|<>]|[^.!?。！？；]$|^(?:（|\(|第|\d)|^.{1,3}、', sentence
+                ):
                     continue
                 words = self.words(sentence)
-                if len(words) < 6:
+                if len(words) < 6 or (self.language != "zh" and not sentence[0].isupper()):
                     continue
                 score = sum(
                     math.log1p(own[w]) * math.log((1 + self.chunks) / (0.5 + self.spread[w])) for w in set(words)
@@ -174,7 +202,9 @@ class _Weights:
         return found
 
 
-_PURPOSE = re.compile(r"^[ \u3000]*第一条[ \u3000]+(为[^。\n]{6,160}?)，(?=根据|依据|依照|按照|制定|结合|遵照)", re.MULTILINE)
+_PURPOSE = re.compile(
+    r"^[ \u3000]*第一条[ \u3000]+(为[^。\n]{6,160}?)，(?=根据|依据|依照|按照|制定|结合|遵照)", re.MULTILINE
+)
 
 
 def _laws(context: Context, spec: Spec, rng: random.Random, stands: list[Stand]) -> Draft:
@@ -196,7 +226,13 @@ def _laws(context: Context, spec: Spec, rng: random.Random, stands: list[Stand])
         lines.append(f"{i + 1}. 《{name}》{line}")
         claims += [Claim(i, a - stand.start, b - stand.start, 0, False) for a, b in spans]
     draft = Draft(
-        spec.task, "laws", "zh", parts, [Turn(prompt("summary_laws", "zh", rng), "\n".join(lines))], claims, split=spec.split
+        spec.task,
+        "laws",
+        "zh",
+        parts,
+        [Turn(prompt("summary_laws", "zh", rng), "\n".join(lines))],
+        claims,
+        split=spec.split,
     )
     make_elastic(context, spec, draft, [cut], stands)
     elastic = draft.parts[cut]
