@@ -10,10 +10,10 @@ A weight is `(q - zero) * scale`, q unsigned in [0, 2**bits), scale and zero of 
     weight_zero_point  int32 [N * bits / 32, G]   packed along N; absent when symmetric (zero = 2 ** (bits - 1))
     weight_shape       int64 [2]                  (N, K)
 
-On a CPU `pack()` turns the saved form into what torch's kernels read: `_weight_int8pack_mm` (one scale a channel) and
-`_weight_int4pack_mm_for_cpu` (groups of 32 to 256). These read a quarter to a half of the bytes of bf16, which is what
-one-token decode waits for; with many tokens their arithmetic is slower than a bf16 product, so from `PACKED_TOKENS` on
-the weight is dequantised, a block of rows at a time, for an ordinary product.
+On a CPU `pack()` turns the saved form into what torch's kernels read: `_weight_int8pack_mm` (one scale a row; once for
+each group where there are groups) and `_weight_int4pack_mm_for_cpu` (groups of 32 to 256). These read a quarter to a half
+of the bytes of bf16, which is what one-token decode waits for; with many tokens their arithmetic is slower than a bf16
+product, so past `PACKED_TOKENS` the weight is dequantised, a block of rows at a time, for an ordinary product.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-PACKED_TOKENS = {4: 96, 8: 32}  # above these many tokens a dequantised product is faster (benchmarks/quant_quality.py)
+PACKED_TOKENS = {
+    "int4": 96,
+    "int8": 32,
+    "int8 groups": 8,
+}  # above these many tokens a dequantised product is faster (benchmarks/quant_quality.py)
 GROUPS = (32, 64, 128)
 SAVED_NAMES = ("weight_packed", "weight_scale", "weight_zero_point")
 
@@ -251,6 +255,7 @@ class QuantLinear(nn.Module):
     weight_zero_point: Tensor
     packed: Tensor
     scale: Tensor
+    shift: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, form: QuantFormat, bias: bool = False) -> None:
         super().__init__()
@@ -280,20 +285,24 @@ class QuantLinear(nn.Module):
         Does nothing where no kernel fits."""
         if self.kernel or self.weight_packed.device.type != "cpu":
             return
-        if self.form.bits == 8 and not self.form.group and self.form.symmetric:
+        shift: Tensor | None = None
+        if self.form.bits == 8:
             # Offset binary to two's complement: the top bit flips.
-            packed = self.weight_packed.view(torch.uint8).bitwise_xor(128).view(torch.int8)  # [N, K]
-            scale = self.weight_scale.flatten().clone()  # [N]
+            levels = self.weight_packed.view(torch.uint8).bitwise_xor(128).view(torch.int8)  # [N, K]
+            scale = self.weight_scale.t().contiguous()  # [G, N]
+            packed = levels.view(self.out_features, scale.shape[0], -1).transpose(0, 1).contiguous()  # [G, N, g]
+            if not self.form.symmetric:  # q - zero = level + (128 - zero)
+                zero = unpack_bits(self.weight_zero_point.t().contiguous(), 8)  # [G, N]
+                shift = ((128 - zero.float()) * scale.float()).to(dtype)
             self.kernel = "int8"
         elif self.form.bits == 4 and int4_block() and self.out_features % int4_block() == 0:
             packed = int4_layout(self.weight_packed, int4_block())
             scale = self.weight_scale  # [N, G]
-            if self.form.symmetric:
-                shift = torch.zeros_like(scale)
-            else:  # the kernel computes (q - 8) * scale + shift
+            offset = torch.zeros_like(scale)
+            if not self.form.symmetric:  # the kernel computes (q - 8) * scale + offset
                 zero = unpack_bits(self.weight_zero_point.t().contiguous(), 4).t()
-                shift = ((8 - zero.float()) * scale.float()).to(scale.dtype)
-            scale = torch.stack((scale, shift), dim=-1).transpose(0, 1).contiguous()  # [G, N, 2]
+                offset = ((8 - zero.float()) * scale.float()).to(scale.dtype)
+            scale = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous()  # [G, N, 2]
             self.kernel = "int4"
         else:
             return
@@ -302,12 +311,14 @@ class QuantLinear(nn.Module):
                 delattr(self, name)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale.to(dtype))
+        self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)  # [T, K]
-        few = flat.shape[0] <= PACKED_TOKENS[self.form.bits]
+        kind = "int8 groups" if self.kernel == "int8" and self.form.group else self.kernel
+        few = flat.shape[0] <= PACKED_TOKENS.get(kind, 0)
         if few and self.kernel == "int8":
-            y = torch._weight_int8pack_mm(flat.contiguous(), self.packed, self.scale.to(flat.dtype))
+            y = self._int8(flat)
         elif few and self.kernel == "int4":
             y = torch._weight_int4pack_mm_for_cpu(
                 flat.contiguous(), self.packed, self.form.group, self.scale.to(flat.dtype)
@@ -317,6 +328,19 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _int8(self, flat: Tensor) -> Tensor:
+        """[T, K] to [T, N] by torch's int8 kernel, once a group; the groups are added in float32."""
+        parts = flat.view(flat.shape[0], self.packed.shape[0], -1).transpose(0, 1).contiguous()  # [G, T, g]
+        scale = self.scale.to(flat.dtype)
+        y = torch._weight_int8pack_mm(parts[0], self.packed[0], scale[0])
+        if self.packed.shape[0] > 1:
+            y = y.float()
+            for part, packed, steps in zip(parts[1:], self.packed[1:], scale[1:], strict=True):
+                y += torch._weight_int8pack_mm(part, packed, steps)
+        if self.shift is not None:
+            y = y + parts.float().sum(-1).t() @ self.shift.float()  # [T, G] @ [G, N]
+        return y.to(flat.dtype)
 
     def _many(self, flat: Tensor) -> Tensor:
         """[T, K] to [T, N] by dequantising; a block of rows at a time, so that the float weight stays in the cache of
@@ -349,7 +373,10 @@ class QuantLinear(nn.Module):
         """Rows start .. stop of the weight [N, K] in `dtype`; both must be multiples of 64 or the end."""
         stop = self.out_features if stop is None else stop
         if self.kernel == "int8":
-            return self.packed[start:stop].to(dtype) * self.scale[start:stop, None].to(dtype)
+            weight = self.packed[:, start:stop].to(dtype) * self.scale[:, start:stop, None].to(dtype)  # [G, n, g]
+            if self.shift is not None:
+                weight += self.shift[:, start:stop, None].to(dtype)
+            return weight.transpose(0, 1).reshape(stop - start, -1)
         if self.kernel == "int4":
             return self._columns(dtype, start, stop).transpose(1, 2).reshape(stop - start, -1)
         zero = None
