@@ -1,0 +1,224 @@
+"""The commands that train: extend (a recipe, all its stages) and finetune (LoRA on one's own conversations).
+
+Plain functions for the command line's app to mount. Everything heavy is imported inside them. Both can be stopped with
+Ctrl-C or SIGTERM and go on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import console
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .train.config import Recipe, Stage
+    from .train.doctor import Finding
+    from .train.forecast import Forecast
+    from .train.run import Outcome, Watch
+    from .train.trainer import StepReport
+
+LINE_EVERY = 5.0  # seconds between step lines; the first and the last of a stage are always shown
+Model = Annotated[str, typer.Argument(help="A model name, a checkpoint folder, a .gguf file or a hub id (owner/name).")]
+Out = Annotated[Path, typer.Option(help="Folder of the run: log, checkpoints, result. The same one goes on.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def extend(
+    model: Model,
+    recipe: Annotated[Path, typer.Option(help="The recipe, a YAML file.")],
+    out: Out = Path("runs/extend"),
+    device: Device = "auto",
+    stages: Annotated[int | None, typer.Option(help="Stop after so many stages.", min=1)] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Only check and forecast the first stage.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Also write a whole checkpoint for a LoRA recipe.")] = False,
+) -> None:
+    """Extend a model's window by a recipe: RoPE change, continued pre-training, long instruction data.
+
+    Each stage is checked and forecast before it begins and probed when it ends. Several processes: start it with
+    torchrun.
+
+    Example: longverse extend smol --recipe recipes/smol_cpu.yaml --out runs/smol
+    """
+    from .train.config import Recipe
+
+    plan = Recipe.load(recipe, model)
+    _run(plan, out, device=device, stages=stages, dry=dry, write_merged=merge)
+
+
+def finetune(
+    model: Model,
+    data: Annotated[Path, typer.Option(help='JSON lines, each {"messages": [{"role": ..., "content": ...}, ...]}.')],
+    out: Out = Path("runs/finetune"),
+    epochs: Annotated[float, typer.Option(help="How often each conversation is seen.", min=0.01)] = 2.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Conversations a step.", min=1)] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 16,
+    max_tokens: Annotated[int | None, typer.Option(help="Longer conversations are left out. [the window]")] = None,
+    rope: Annotated[str | None, typer.Option(help="A RoPE change, such as abf:500000 or dynamic:2.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Also write a whole checkpoint, the adapter merged in.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Order of the data and first weights of the adapter.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a model on your own conversations. Only the answers are learned.
+
+    Writes an adapter that longverse and PEFT load, or with --merge a checkpoint as well.
+
+    Example: longverse finetune smol --data chats.jsonl --out runs/mine --merge
+    """
+    from .data.config import build
+    from .train.config import Recipe
+
+    lines = _count_lines(data)
+    window = max_tokens or _window(model)
+    total = steps or max(1, round(epochs * lines / batch))
+    stage = {
+        "name": "finetune", "data": [{"messages": str(data.expanduser().resolve())}], "steps": total, "batch": batch,
+        "learning_rate": learning_rate, "max_tokens": window, "rope": rope, "warmup": min(20, total // 10),
+        "micro_tokens": min(4096, window),
+    }  # fmt: skip
+    values: dict[str, Any] = {
+        "model": model, "name": out.name, "method": "full" if full else "lora", "lora": {"rank": rank}, "seed": seed,
+        "stages": [stage],
+    }  # fmt: skip
+    _run(build(Recipe, values, "the run"), out, device=device, write_merged=merge, shipped=True)
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        with path.expanduser().open("rb") as file:
+            lines = sum(1 for line in file if line.strip())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a JSON-lines file with messages.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+    if not lines:
+        raise UserError(f"{path} is empty: it must hold one conversation a line.")
+    return lines
+
+
+def _window(model: str) -> int:
+    from .models.checkpoint import open_model
+    from .models.network import NetworkConfig
+
+    return NetworkConfig.from_dict(open_model(model).config).window
+
+
+# ---- what is shown ------------------------------------------------------------------------------------
+
+
+def _run(recipe: Recipe, out: Path, **options: Any) -> None:
+    from .train.run import run_recipe
+    from .train.trainer import interruptible
+
+    with interruptible() as stop:
+        screen = _Screen()
+        try:
+            outcome = run_recipe(recipe, out, watch=screen.watch(stop), **options)
+        finally:
+            screen.close()
+    _tell(outcome, out, options.get("dry", False))
+
+
+def _tell(outcome: Outcome, out: Path, dry: bool) -> None:
+    if not outcome.finished:
+        if not dry:
+            console.note(f"Stopped after step {outcome.step} of stage {outcome.stage}; the same command goes on there.")
+            raise typer.Exit(130)
+        return
+    from .train.plot import plot_log
+
+    if (picture := plot_log(out)) is not None:
+        console.line(f"Loss curve: {picture}")
+    if outcome.adapter is not None:
+        console.line(f"Adapter: {outcome.adapter}")
+    if outcome.model is not None:
+        console.line(f"Checkpoint: {outcome.model}")
+
+
+class _Screen:
+    """Turns what a run tells into lines on standard error."""
+
+    def __init__(self) -> None:
+        self.task: console.Task | None = None
+        self.said = 0.0
+        self.title = ""
+
+    def watch(self, stop: Any) -> Watch:
+        from .train.run import Watch
+
+        return Watch(
+            note=console.note,
+            progress=self.progress,
+            findings=self.findings,
+            planned=self.planned,
+            step=self.step,
+            probed=self.probed,
+            stop=stop,
+        )
+
+    def progress(self, title: str, done: int, total: int) -> None:
+        if title != self.title:
+            self.close()
+            self.task, self.title = console.Task(title, unit="bytes"), title
+        assert self.task is not None
+        self.task(done, total)
+
+    def close(self) -> None:
+        if self.task is not None:
+            self.task.close()
+            self.task = None
+        self.title = ""
+
+    def findings(self, stage: Stage, findings: list[Finding]) -> None:
+        self.close()
+        for finding in findings:
+            self.say(f"{'ok' if finding.passed else 'FAILED':6} {finding.name}: {finding.detail}")
+
+    def planned(self, stage: Stage, forecast: Forecast) -> None:
+        parts = [
+            f"{forecast.steps:,} steps, {forecast.tokens:,} tokens, the longest example {forecast.longest:,}",
+            f"about {console.duration(forecast.seconds)}",
+            f"{forecast.total_bytes / 1e9:.1f} GB ({forecast.weight_bytes / 1e9:.1f} weights,"
+            f" {forecast.optimizer_bytes / 1e9:.1f} optimizer, {forecast.activation_bytes / 1e9:.1f} activations)"
+            f" of {forecast.available_bytes / 1e9:.1f} free",
+        ]
+        self.say(f"Stage {stage.name}: {'; '.join(parts)}.")
+
+    def step(self, report: StepReport) -> None:
+        now = time.monotonic()
+        if report.step not in (1, report.steps) and now - self.said < LINE_EVERY:
+            return
+        self.said = now
+        parts = (
+            f"{report.stage} {report.step}/{report.steps}",
+            f"loss {report.loss:.4f}",
+            f"{report.tokens_per_second:,.0f} tok/s",
+            f"{report.gflops:,.0f} GFLOP/s",
+            f"longest {report.longest:,}",
+            f"lr {report.learning_rate:.1e}",
+            f"norm {report.gradient_norm:.2f}",
+            f"{report.peak_memory_bytes / 1e9:.1f} GB",
+            f"{console.duration(report.seconds_left)} left",
+        )
+        self.say("  ".join(parts))
+
+    def probed(self, stage: Stage, figures: dict[str, Any]) -> None:
+        for language, row in figures.items():
+            cells = ", ".join(f"{int(n):,}: {_share(share)}" for n, share in row.items())
+            self.say(f"Facts found after {stage.name} ({language}): {cells}")
+
+    def say(self, text: str) -> None:
+        console.err().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _share(share: float | None) -> str:
+    return "no answer" if share is None else f"{100 * share:.0f} %"

@@ -1,0 +1,126 @@
+"""What a stage will take, before it begins: time from two dry rows, memory from what a dry row keeps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longverse.errors import UserError
+from longverse.train.config import Recipe, Stage
+from longverse.train.examples import Example, Mixture
+from longverse.train.forward import LossModel
+from longverse.train.parallel import Ranks
+from longverse.train.rows import Row, make_row
+from longverse.train.state import trained
+
+SHORT, LONG = 256, 1024  # tokens of the two dry rows
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of one stage on all ranks. Seconds are those of the steps alone; bytes are of one rank."""
+
+    steps: int
+    tokens: int
+    longest: int  # tokens of the longest example
+    seconds: float
+    weight_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    available_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, gradients and moments, and activations of the longest row."""
+        return self.weight_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def forecast(model: LossModel, mixture: Mixture, stage: Stage, recipe: Recipe, ranks: Ranks) -> Forecast:
+    """Measure two short rows and extend to the stage's lengths: a * tokens + b * sum of squares. Nothing is updated.
+
+    Raises UserError when the longest row cannot fit the memory at hand.
+    """
+    model.train()
+    times, kept = [], 0
+    for tokens in (SHORT, LONG):
+        row = _dry_row(tokens, model.network.config.vocab_size).to(ranks.device)
+        _pass(model, row)  # the first pass also pays for allocations
+        seconds, kept = _pass(model, row)
+        times.append(seconds)
+    # t = a T + b T^2 through both points; noise must not make either negative
+    b = max(0.0, (times[1] / LONG - times[0] / SHORT) / (LONG - SHORT))
+    a = max(times[1] / LONG - b * LONG, 0.1 * times[1] / LONG)
+    per_token = kept / LONG
+    total = squares = longest = 0
+    widest = 0
+    for lengths in mixture.lengths():
+        total += int(lengths.sum())
+        squares += int((lengths.astype(np.float64) ** 2).sum())
+        longest = max(longest, int(lengths.max()))
+        widest = max(widest, min(int(lengths.sum()), max(stage.micro_tokens, int(lengths.max()))))
+    shape = model.network.config
+    layer_inputs = 2 * shape.hidden_size * model.network.model.norm.weight.element_size() * shape.num_layers
+    part = widest / ranks.sequence
+    if widest > stage.recompute_above:
+        activations = part * ((0 if stage.offload else layer_inputs) + 2 * per_token / shape.num_layers)
+    else:
+        activations = part * per_token
+    parameters = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    moments = sum(p.numel() * 12 for p in trained(model.network).values())  # gradient and two moments in float32
+    result = Forecast(
+        stage.steps,
+        total,
+        longest,
+        (a * total + b * squares) / ranks.data / ranks.sequence,
+        parameters // ranks.world,
+        moments // ranks.world,
+        int(activations),
+        available_memory(ranks.device),
+    )
+    if result.optimizer_bytes + result.activation_bytes > result.available_bytes:
+        raise UserError(
+            f"Stage {stage.name} needs about {(result.optimizer_bytes + result.activation_bytes) / 1e9:.1f} GB for its"
+            f" longest row of {widest:,} tokens and {result.available_bytes / 1e9:.1f} GB are free: lower max_tokens or"
+            " micro_tokens, set recompute_above: 0, or spread it over more ranks."
+        )
+    return result
+
+
+def _dry_row(tokens: int, vocabulary: int) -> Row:
+    ids = np.random.default_rng(0).integers(0, vocabulary, tokens)
+    return make_row([Example(ids, ((tokens - tokens // 8, tokens, 1.0),), "dry")], "token")
+
+
+def _pass(model: LossModel, row: Row) -> tuple[float, int]:
+    """Seconds of a forward and backward pass, and bytes kept between the two beside the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    started = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(row)
+    loss.backward()
+    if row.ids.is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return seconds, sum(kept.values())
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a process may still take on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

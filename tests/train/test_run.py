@@ -1,0 +1,167 @@
+"""Whole runs: a recipe of several stages from a command to a finished result, killed twice on the way."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longverse.errors import UserError
+from longverse.models.adapters import merge_adapter
+from longverse.models.checkpoint import load
+from longverse.train.config import Recipe
+from longverse.train.run import Outcome, Watch, run_recipe
+from longverse.train.trainer import read_log
+from tests.train.common import recipe, tiny_folder, write_messages
+
+IDS = torch.randint(0, 90, (1, 60), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_folder(folder / "model", max_position_embeddings=64)
+    write_messages(folder / "m.jsonl", 40)
+    return folder
+
+
+def two_stages(base: Path, **changes: Any) -> Recipe:
+    """ABF, then dynamic NTK: the card's recipe in small."""
+    data = [{"messages": str(base / "m.jsonl")}]
+    common = {"data": data, "steps": 5, "batch": 3, "warmup": 1, "learning_rate": 5e-3}
+    stages = [
+        {**common, "name": "cpt", "rope": "abf:50000", "max_tokens": 100, "weighting": "sample"},
+        {**common, "name": "sft", "rope": "dynamic:2:64", "max_tokens": 400},
+    ]
+    return recipe(base / "model", base / "m.jsonl", stages=stages, **changes)
+
+
+def logits_of(outcome: Outcome, base: Path) -> torch.Tensor:
+    if outcome.model is not None:
+        return load(str(outcome.model), dtype="float32").network(IDS)
+    assert outcome.adapter is not None
+    network = load(str(base / "model"), dtype="float32").network
+    merge_adapter(network, outcome.adapter)
+    return network(IDS)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_kills_change_nothing(base: Path, tmp_path: Path, method: str) -> None:
+    plan = two_stages(base, method=method)
+    whole = run_recipe(plan, tmp_path / "whole")
+    for stage, step in (("cpt", 3), ("sft", 4)):
+
+        def kill(report: Any, at: tuple[str, int] = (stage, step)) -> None:
+            if (report.stage, report.step) == at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run_recipe(plan, tmp_path / "cut", watch=Watch(step=kill))
+    resumed = run_recipe(plan, tmp_path / "cut")
+    assert whole.finished
+    assert resumed.finished
+    logs = [
+        [(li["stage"], li["step"], li["loss"]) for li in read_log(tmp_path / n / "log.jsonl")] for n in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 10
+    assert torch.equal(logits_of(whole, base), logits_of(resumed, base))
+    again = run_recipe(plan, tmp_path / "whole")
+    assert again.finished
+    assert [li["loss"] for li in read_log(tmp_path / "whole" / "log.jsonl")] == [loss for *_, loss in logs[0]]
+
+
+def test_the_result_states_its_rope_and_window(base: Path, tmp_path: Path) -> None:
+    outcome = run_recipe(two_stages(base), tmp_path, write_merged=True)
+    assert outcome.adapter is not None
+    assert outcome.model is not None
+    loaded = load(str(outcome.model), dtype="float32")
+    rope = loaded.network.config.rope
+    assert (rope.kind, rope.theta, rope.original_window) == ("dynamic", 50_000, 64)
+    assert loaded.network.config.window == 400
+    network = load(str(base / "model"), dtype="float32").network
+    merge_adapter(network, outcome.adapter)
+    assert network.config == loaded.network.config
+    card = (outcome.model / "README.md").read_text()
+    assert "dynamic NTK" in card
+    assert "| cpt | abf:50000 |" in card
+    torch.testing.assert_close(network(IDS), loaded.network(IDS), rtol=0, atol=0.05)  # the adapter is kept in bf16
+
+
+def test_transformers_and_peft_load_the_results(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plan = recipe(base / "model", base / "m.jsonl", {"rope": "abf:50000"})
+    outcome = run_recipe(plan, tmp_path, write_merged=True)
+    ours = load(str(outcome.model), dtype="float32").network(IDS)
+    theirs = AutoModelForCausalLM.from_pretrained(str(outcome.model), dtype=torch.float32).eval()
+    assert theirs.config.rope_parameters["rope_theta"] == 50_000
+    torch.testing.assert_close(theirs(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stop_is_told_and_goes_on(base: Path, tmp_path: Path) -> None:
+    plan, seen = two_stages(base), []
+    outcome = run_recipe(plan, tmp_path, watch=Watch(step=seen.append, stop=lambda: len(seen) >= 3))
+    assert not outcome.finished
+    assert (outcome.stage, outcome.step) == ("cpt", 3)
+    assert run_recipe(plan, tmp_path).finished
+
+
+def test_dry_examines_and_forecasts(base: Path, tmp_path: Path) -> None:
+    plans, findings = [], []
+    watch = Watch(planned=lambda stage, plan: plans.append(plan), findings=lambda stage, found: findings.extend(found))
+    outcome = run_recipe(two_stages(base), tmp_path, dry=True, watch=watch)
+    assert not outcome.finished
+    assert not (tmp_path / "log.jsonl").exists()
+    [plan] = plans
+    assert plan.steps == 5
+    assert plan.tokens > 0
+    assert plan.seconds > 0
+    assert plan.activation_bytes > 0
+    assert len(findings) == 3
+    assert all(finding.passed for finding in findings)
+
+
+def test_a_folder_belongs_to_one_recipe(base: Path, tmp_path: Path) -> None:
+    run_recipe(two_stages(base), tmp_path, stages=1)
+    with pytest.raises(UserError, match=r"another recipe \(seed: 0 then, 5 now\)"):
+        run_recipe(two_stages(base, seed=5), tmp_path)
+    other = tiny_folder(tmp_path.parent / "other", hidden_size=32, head_dim=8)
+    with pytest.raises(UserError, match="another model"):
+        run_recipe(dataclasses.replace(two_stages(base), model=str(other)), tmp_path)
+    assert run_recipe(two_stages(base), tmp_path).finished
+
+
+def test_a_rope_change_that_changes_nothing_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="changes nothing"):
+        run_recipe(recipe(base / "model", base / "m.jsonl", {"rope": "abf:10000"}), tmp_path)
+
+
+def test_what_does_not_fit_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longverse.train.forecast.available_memory", lambda device: 1000)
+    with pytest.raises(UserError, match="lower max_tokens"):
+        run_recipe(two_stages(base), tmp_path)
+
+
+def test_a_store_of_another_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    info = {"format": 1, "tokenizer": {"fingerprint": "0", "name": "other"}}
+    (tmp_path / "store" / "store.json").write_text(json.dumps(info))
+    plan = recipe(base / "model", base / "m.jsonl", {"data": [{"store": str(tmp_path / "store")}]})
+    with pytest.raises(UserError, match="tokenised by 'other'"):
+        run_recipe(plan, tmp_path / "out")
+
+
+def test_probe(base: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    plan = recipe(base / "model", base / "m.jsonl", probe={"lengths": [400], "facts": 1})
+    outcome = run_recipe(plan, tmp_path)
+    assert outcome.probes["sft"]["en"].keys() == {"400"}
+    assert "Needle probe" in (tmp_path / "adapter" / "README.md").read_text()
