@@ -243,6 +243,8 @@ class EngineBackend:
 
     def _one_line(self, session: Session, ids: list[int], limit: int) -> tuple[str, int, str]:
         """Greedy answer that never begins with, and ends at, the line feed's token or an end token."""
+        import torch
+
         from longverse.inference.sampling import Sampling
 
         line_feed = self.engine.tokenizer.encode("\n", add_bos=False)[-1]
@@ -250,11 +252,16 @@ class EngineBackend:
         first = next(session.stream_ids(ids, Sampling(max_new_tokens=1)), None)
         stats = session.stats
         if first is None or first in ends:
-            session.cache.truncate(len(ids) - 1)
+            # The likeliest token but these: read the prompt's last token once more and leave them out.
+            cache, network = session.cache, self.engine.network
+            cache.truncate(len(ids) - 1)
             del session.tokens[len(ids) - 1 :]
-            logits = session._forward(ids[-1:])  # float32 [vocabulary]
-            logits[sorted(ends)] = float("-inf")
-            first = int(logits.argmax())
+            with torch.inference_mode():
+                last = torch.tensor([ids[-1:]], device=network.device)  # [1, 1]
+                position = torch.tensor([[len(ids) - 1]], device=network.device)
+                logits = network(last, position, cache.rope_length, cache.attend)[0, -1].float()  # [vocabulary]
+                logits[sorted(ends)] = float("-inf")
+                first = int(logits.argmax())
         out, reason = [first], "length"
         if limit > 1:
             for token in session.stream_ids([*ids, first], Sampling(max_new_tokens=limit - 1)):

@@ -116,6 +116,12 @@ class Picker:
         return (f"{day} {name} {year}", f"{name} {day}, {year}", f"{name} {day} {year}", f"{day} of {name} {year}")
 
 
+def _chinese_colour(colour: str) -> tuple[str, ...]:
+    # 靛蓝 is as good as 靛蓝色, but a lone 黄 or 青 stands in many other words.
+    bare = colour.removesuffix("色")
+    return (colour, bare) if len(bare) > 1 else (colour,)
+
+
 Maker = Callable[[Picker], Fact]
 
 
@@ -165,7 +171,7 @@ def _plain(kind: str, language: str) -> Maker:
                     f"What colour is the front door of the {place}?",
                     (colour,),
                 )
-            accepted = (colour, colour.removesuffix("色"))
+            accepted = _chinese_colour(colour)
             return Fact(kind, (f"{place}的大门漆成了{colour}。",), f"{place}的大门漆成了什么颜色？", accepted)
         if kind == "profession":
             name, job = p.person(), p.pick("job")
@@ -208,7 +214,7 @@ _PARAPHRASED = {
             "Which animal watches over our flour house after dark?",
             "animal",
         ),
-        ("home", "The young painter lives next to the {x}.", "Beside what is that artist's house found?", "building"),
+        ("home", "The young painter lives next to the {x}.", "Beside what does that artist dwell?", "building"),
     ),
     "zh": (
         ("safe", "地库的密码是{x}。", "打开保险箱要输入哪几个数字？", "code"),
@@ -234,7 +240,7 @@ def _value(p: Picker, sort: str) -> tuple[str, ...]:
         return p.date()
     value = p.pick(sort)
     if p.language == "zh" and sort == "colour":
-        return (value, value.removesuffix("色"))
+        return _chinese_colour(value)
     return (value,)
 
 

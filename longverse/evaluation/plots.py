@@ -62,8 +62,7 @@ def heatmaps(
     rows = max(len(p["rows"]) for p in panels)
     width = 2.6 + sum(0.78 * c for c in columns) + 0.75 * len(panels)
     figure, _ = _figure(max(7.2, width), 2.5 + 0.56 * rows)
-    scale = LinearSegmentedColormap.from_list("found", _SCALE)
-    scale.set_bad("#eceff0")
+    scale = LinearSegmentedColormap.from_list("found", _SCALE).with_extremes(bad="#eceff0")
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=columns)[0]
     image = None
     for axis, panel in zip(axes, panels, strict=True):

@@ -1,0 +1,267 @@
+"""Back ends: the engine, transformers, and an endpoint that serves the engine or misbehaves."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longverse.errors import UserError
+from longverse.evaluation.backends import (
+    EngineBackend,
+    Failure,
+    Reply,
+    Request,
+    TransformersBackend,
+    answer_all,
+    load_tokenizer,
+)
+from longverse.evaluation.endpoint import EndpointBackend
+from longverse.evaluation.needle import NeedleSettings, run_needle
+from longverse.inference.engine import Engine
+from longverse.inference.sampling import Sampling
+
+from .conftest import Echo
+
+Handle = Callable[[str, dict[str, Any]], tuple[int, bytes] | None]
+ASK = Request.user("Where?", max_new_tokens=4)
+
+
+@contextmanager
+def server(handle: Handle) -> Iterator[str]:
+    """A local endpoint; handle(path, body) gives status and raw reply, None breaks the connection off."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, body: dict[str, Any]) -> None:
+            made = handle(self.path, body)
+            if made is None:
+                self.connection.close()
+                return
+            status, raw = made
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def do_GET(self) -> None:
+            self.reply({})
+
+        def do_POST(self) -> None:
+            self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}/v1"
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+def said(text: str, **usage: int) -> tuple[int, bytes]:
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return 200, json.dumps({"choices": [choice], "usage": usage}).encode()
+
+
+def client(url: str, **more: Any) -> EndpointBackend:
+    return EndpointBackend(url, "tiny", sleep=lambda seconds: None, **{"retries": 2, "timeout": 5.0, **more})
+
+
+def serve_engine(engine: Engine) -> Handle:
+    """What an OpenAI-compatible server does, in a dozen lines, on the engine."""
+    lock = threading.Lock()
+
+    def handle(path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        if path == "/v1/models":
+            return 200, json.dumps({"data": [{"id": "tiny"}]}).encode()
+        with lock:
+            inner = EngineBackend(engine)
+            stop = tuple(body.get("stop", ()))
+            if path == "/v1/chat/completions":
+                request = Request(messages=tuple(body["messages"]), max_new_tokens=body["max_tokens"], stop=stop)
+            else:
+                request = Request(prompt=body["prompt"], max_new_tokens=body["max_tokens"], stop=stop)
+            reply = inner.answer(request)
+        message = {"text": reply.text} if "prompt" in body else {"message": {"content": reply.text}}
+        usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.new_tokens}
+        done = {"choices": [message | {"finish_reason": reply.finish_reason}], "usage": usage}
+        return 200, json.dumps(done).encode()
+
+    return handle
+
+
+def test_the_endpoint_gives_the_engines_answers(engine: Engine, model_folder: Path) -> None:
+    requests = [
+        Request.user("The miller walked slowly.", max_new_tokens=12),
+        Request(prompt="The river made people", max_new_tokens=12),
+        Request.user("清晨，花匠慢慢走过小小的码头。", max_new_tokens=12),
+    ]
+    direct = [EngineBackend(engine).answer(request) for request in requests]
+    assert any(reply.text for reply in direct)
+    tokenizer, chat = load_tokenizer(str(model_folder))
+    with server(serve_engine(engine)) as url:
+        remote = client(url, tokenizer=tokenizer, chat=chat)
+        remote.check()
+        for index, reply in answer_all(remote, requests):
+            assert isinstance(reply, Reply)
+            assert reply.text == direct[index].text
+            assert reply.prompt_tokens == direct[index].prompt_tokens == remote.count(requests[index])
+
+
+def test_needles_through_the_endpoint_equal_those_of_the_engine(engine: Engine, model_folder: Path) -> None:
+    settings = NeedleSettings(lengths=(400,), depths=(0.0, 1.0), repeats=1, max_new_tokens=4, one_per_document=True)
+    tokenizer, chat = load_tokenizer(str(model_folder))
+    with server(serve_engine(engine)) as url:
+        there = run_needle(client(url, tokenizer=tokenizer, chat=chat, window=4096), settings)
+    here = run_needle(EngineBackend(engine), settings)
+    assert [t.answer for t in there.trials] == [t.answer for t in here.trials]
+    assert {t.prompt_tokens for t in there.trials} == {400}
+
+
+def test_transformers_gives_the_engines_answers(engine: Engine, model_folder: Path) -> None:
+    other = TransformersBackend(str(model_folder), dtype="float32")
+    ours = EngineBackend(engine)
+    for request in (
+        Request.user("The miller walked slowly.", max_new_tokens=10),
+        Request(prompt="The river made people", max_new_tokens=10),
+        Request(prompt="Towards evening\n", max_new_tokens=10, end_line=True),
+    ):
+        assert ours.count(request) == other.count(request)
+        assert ours.answer(request).text == other.answer(request).text
+
+
+def test_a_model_transformers_cannot_load_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="transformers cannot load"):
+        TransformersBackend(str(tmp_path / "absent"))
+
+
+def test_an_answer_of_one_line_never_begins_with_its_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = EngineBackend(engine)
+    free = backend.answer(Request(prompt="The dust", max_new_tokens=6))
+    # Call the first token of the free answer a line feed: it may neither begin the answer nor pass without ending it.
+    first = next(engine.session(40).stream_ids(engine.tokenizer.encode("The dust"), Sampling(max_new_tokens=1)))
+    real = engine.tokenizer.encode
+    monkeypatch.setattr(
+        engine.tokenizer, "encode", lambda text, **more: [first] if text == "\n" else real(text, **more)
+    )
+    line = backend.answer(Request(prompt="The dust", max_new_tokens=6, end_line=True))
+    assert line.new_tokens
+    assert not line.text.startswith(engine.tokenizer.decode([first]))
+    assert free.text.startswith(engine.tokenizer.decode([first]))
+
+
+def test_the_window_is_kept(engine: Engine) -> None:
+    with pytest.raises(UserError, match="window of 4,096"):
+        EngineBackend(engine).answer(Request(prompt="a b c " * 3000, max_new_tokens=4))
+
+
+def test_what_may_pass_is_tried_again() -> None:
+    replies: list[tuple[int, bytes] | None] = [(503, b"busy"), None, (200, b"not json"), said("here", prompt_tokens=7)]
+    pauses: list[float] = []
+    with server(lambda path, body: replies.pop(0)) as url:
+        backend = EndpointBackend(url, "tiny", retries=3, pause=1.0, sleep=pauses.append)
+        assert backend.answer(ASK).text == "here"
+    assert len(pauses) == 3
+    assert pauses == sorted(pauses)
+    assert pauses[0] >= 1.0
+    assert pauses[2] >= 4.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ((500, b'{"error": {"message": "out of memory"}}'), "HTTP 500: out of memory, after 3 tries"),
+        ((200, b""), "the reply is empty, after 3 tries"),
+        ((200, b'{"choices": []}'), "the reply holds no choices, after 3 tries"),
+        ((200, b'{"choices": [{"message": {"content": null}}]}'), "the reply holds no text, after 3 tries"),
+        ((200, b"[1]"), "not a JSON object, after 3 tries"),
+        (None, "after 3 tries"),
+        ((400, b'{"error": "prompt too long"}'), "HTTP 400: prompt too long"),
+    ],
+)
+def test_what_stays_wrong_is_a_failure(reply: tuple[int, bytes] | None, reason: str) -> None:
+    with server(lambda path, body: reply) as url, pytest.raises(Failure, match=reason):
+        client(url).answer(ASK)
+
+
+def test_a_slow_endpoint_times_out() -> None:
+    def slow(path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        time.sleep(0.5)
+        return said("late")
+
+    with server(slow) as url, pytest.raises(Failure, match=r"no answer within 0\.1 seconds, after 2 tries"):
+        client(url, timeout=0.1, retries=1).answer(ASK)
+
+
+def test_an_empty_answer_is_an_answer() -> None:
+    with server(lambda path, body: said("")) as url:
+        assert client(url).answer(ASK).text == ""
+
+
+def test_what_no_retry_mends_ends_the_run() -> None:
+    with server(lambda path, body: (401, b'{"error": "bad key"}')) as url:
+        with pytest.raises(UserError, match="refuses the key"):
+            client(url).answer(ASK)
+        with pytest.raises(UserError, match="refuses the key"):
+            client(url).check()
+    with server(lambda path, body: (404, b"")) as url, pytest.raises(UserError, match="has no /completions"):
+        client(url).answer(Request(prompt="x"))
+    with pytest.raises(UserError, match="does not answer"):
+        client("http://127.0.0.1:9/v1").check()
+    with (
+        server(lambda path, body: (200, b'{"data": [{"id": "other"}]}')) as url,
+        pytest.raises(UserError, match="serves no model called 'tiny'; it serves other"),
+    ):
+        client(url).check()
+
+
+def test_bad_addresses_and_missing_tokenizers_are_said() -> None:
+    with pytest.raises(UserError, match="is no endpoint"):
+        EndpointBackend("localhost:8000", "tiny")
+    with pytest.raises(UserError, match="--tokenizer"):
+        client("http://127.0.0.1:9/v1").count(ASK)
+    with pytest.raises(UserError, match="--concurrency"):
+        client("http://127.0.0.1:9/v1", concurrency=0)
+
+
+def test_another_tokenizer_is_noticed(model_folder: Path) -> None:
+    tokenizer, chat = load_tokenizer(str(model_folder))
+    settings = NeedleSettings(lengths=(400,), depths=(0.5,), repeats=1, max_new_tokens=4)
+    with (
+        server(lambda path, body: said("x", prompt_tokens=391)) as url,
+        pytest.raises(UserError, match="counted 391 tokens where 400 were sent"),
+    ):
+        run_needle(client(url, tokenizer=tokenizer, chat=chat, window=4096), settings)
+
+
+def test_requests_run_side_by_side_and_failures_stay_with_their_row(echo: Echo) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def handle(path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        text = body["messages"][0]["content"]
+        return (400, b"") if text == "3" else said(f"re {text}")
+
+    with server(handle) as url:
+        backend = client(url, concurrency=3)
+        replies = dict(answer_all(backend, [Request.user(str(n)) for n in range(8)]))
+        stopped = dict(answer_all(backend, [Request.user(str(n)) for n in range(8)], cancelled=lambda: True))
+    assert most == 3
+    assert isinstance(replies.pop(3), Failure)
+    assert {n: r.text for n, r in replies.items() if isinstance(r, Reply)} == {n: f"re {n}" for n in range(8) if n != 3}
+    assert stopped == {}

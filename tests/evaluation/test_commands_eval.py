@@ -1,0 +1,162 @@
+"""The commands end to end on a tiny model, the page of results, and what a user may get wrong."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from longverse.commands_eval import app
+from longverse.errors import UserError
+from longverse.evaluation.report import markdown, page, read_runs
+
+from .conftest import write_jsonl
+
+pytest.importorskip("jieba", reason="the Chinese metrics need the extra `eval`")
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=True)
+
+
+def refused(*words: object) -> str:
+    result = call(*words)
+    assert isinstance(result.exception, UserError), result.exception
+    message = str(result.exception)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def model(model_folder: Path) -> tuple[str, ...]:
+    return ("--model", str(model_folder), "--dtype", "float32", "--device", "cpu")
+
+
+def test_everything_and_one_page(model: tuple[str, ...], bench: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    needle = call("needle", *model, "--lengths", "500,800", "--depths", 2, "--repeats", 1, "--max-new-tokens", 4,
+                  "-l", "en,zh", "-o", runs / "needle", "--json")  # fmt: skip
+    assert needle.exit_code == 0, needle.exception
+    assert len(json.loads(needle.stdout)["trials"]) == 8
+    longbench = (
+        "longbench",
+        *model,
+        "--data",
+        bench,
+        "--tasks",
+        "trec,hotpotqa",
+        "--max-length",
+        200,
+        "-o",
+        runs / "lb",
+    )
+    first = call(*longbench)
+    assert first.exit_code == 0, first.exception
+    assert "| few-shot | trec |" in first.stdout
+    scored = call("longbench", "--score", runs / "lb", "--data", bench, "--json")
+    assert scored.exit_code == 0, scored.exception
+    here = json.loads((runs / "lb" / "longbench.json").read_text())["scores"]
+    there = json.loads(scored.stdout)["scores"]
+    assert {t: s["score"] for t, s in there.items()} == {t: s["score"] for t, s in here.items()}
+    ruler = call("ruler", *model, "--lengths", "400", "--tasks", "vt", "--samples", 1, "-o", runs / "ruler")
+    assert ruler.exit_code == 0, ruler.exception
+    loss = call("loss", *model, "--length", 300, "-o", runs / "loss")
+    assert loss.exit_code == 0, loss.exception
+    assert "nats a token" in loss.stdout
+    slide = call("loss", *model, "--length", 100, "--stride", 50, "-o", runs / "slide")
+    assert slide.exit_code == 0, slide.exception
+    target = tmp_path / "page.html"
+    report = call("report", runs, "-o", target)
+    assert report.exit_code == 0, report.exception
+    assert "5 results compared" in report.stdout
+    check_page(target.read_text())
+    assert call("report", runs, "-o", tmp_path / "page.md").exit_code == 0
+    assert "## LongBench" in (tmp_path / "page.md").read_text()
+
+
+def check_page(text: str) -> None:
+    """Well-formed enough to close what it opens, and nothing is loaded from elsewhere."""
+    opened: list[str] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "line", "rect", "polyline"):
+                opened.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: object) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert opened.pop() == tag
+
+    Parser().feed(text)
+    assert not opened
+    for word in ("http:", "https:", "src=", "<script", "@import"):
+        assert word not in text
+    assert "<svg" in text
+    assert 'class="heat"' in text
+
+
+def test_transformers_and_a_users_haystack(model: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("清晨，花匠慢慢走过小小的码头。" * 50, encoding="gb18030")
+    small = ("--lengths", 500, "--depths", 1, "--repeats", 1, "-l", "zh", "--max-new-tokens", 4)
+    book = ("--haystack", tmp_path / "book.txt", "-o", tmp_path / "n")
+    done = call("needle", *model, "--backend", "transformers", *small, *book)
+    assert done.exit_code == 0, done.exception
+    assert json.loads((tmp_path / "n" / "needle.json").read_text())["settings"]["haystack_name"] == "book.txt"
+
+
+def test_names_that_do_not_exist(bench: Path, tmp_path: Path, model: tuple[str, ...]) -> None:
+    assert "--data" in refused("longbench")
+    assert "did you mean trec" in refused("longbench", "--data", bench, "--tasks", "trek")
+    assert "does not exist" in refused("longbench", "--data", tmp_path / "absent")
+    assert "no prompt for musique" in refused("longbench", "--data", bench, "--tasks", "musique")
+    assert "not a folder" in refused("longbench", "--score", tmp_path / "absent")
+    assert "choose one" in refused("longbench", "--e", "--v2")
+    assert "--data" in refused("longbench", "--v2")
+    assert "no list of numbers" in refused("needle", "--lengths", "1k,many")
+    assert "not 'fr'" in refused("needle", "-l", "fr")
+    assert "No mode" in refused("needle", "--mode", "magic")
+    assert "cannot be read" in refused("needle", "--haystack", tmp_path / "absent.txt")
+    assert "--depths" in refused("needle", "--depths", 0)
+    assert "engine or transformers" in refused("needle", "--backend", "llama.cpp")
+    assert "is no endpoint" in refused("needle", "--endpoint", "localhost:1")
+    assert "does not answer" in refused("needle", "--endpoint", "http://127.0.0.1:9/v1")
+    assert "--rope and --backend" in refused("needle", "--endpoint", "http://127.0.0.1:9/v1", "--rope", "abf:5")
+    assert "belongs to --endpoint" in refused("needle", "--tokenizer", "smol")
+    assert "'vtt'" in refused("ruler", "--tasks", "vtt")
+    assert "cannot be read" in refused("loss", tmp_path / "absent.txt")
+    assert "exceed" in refused("loss", *model, "--length", 9000)
+    assert "does not exist" in refused("report", tmp_path / "absent")
+    assert "neither .html nor .md" in refused("report", tmp_path, "-o", "x.pdf")
+    (tmp_path / "empty").mkdir()
+    assert "No results" in refused("report", tmp_path / "empty")
+
+
+def test_predictions_of_other_data_are_refused(bench: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "trec.jsonl", [{"pred": "x", "answers": ["Sport"], "all_classes": ["Sport"], "length": 1}])
+    assert "do not belong together" in refused("longbench", "--score", tmp_path, "--data", bench)
+    assert call("longbench", "--score", tmp_path).exit_code == 0
+
+
+def test_a_file_that_cannot_be_written_is_said(model: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = refused("needle", *model, "--lengths", 400, "--depths", 1, "--repeats", 1, "-o", tmp_path / "file")
+    assert "cannot write" in message
+
+
+def test_runs_of_one_model_are_told_apart(tmp_path: Path) -> None:
+    for name, loss in (("before", 3.0), ("after", 2.0)):
+        value = {"kind": "loss", "way": "whole", "model": {"model": "m<i>"}, "settings": {"length": 9}, "mean": loss,
+                 "tokens": 8, "blocks": [[1, 5, loss, 1], [5, 9, loss, 1]]}  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "loss.json").write_text(json.dumps(value))
+    (tmp_path / "other.json").write_text("[1]")
+    runs = read_runs([tmp_path])
+    assert [r.name for r in runs] == ["m<i> (after)", "m<i> (before)"]
+    assert "m&lt;i&gt; (after)" in page(runs)
+    assert "| m<i> (after) | whole |" in markdown(runs)
+    (tmp_path / "broken.json").write_text('{"kind": "loss"}')
+    with pytest.raises(UserError, match=r"broken\.json is a damaged result"):
+        read_runs([tmp_path])
