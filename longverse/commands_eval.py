@@ -352,7 +352,7 @@ def ruler(
 ) -> None:
     """RULER's thirteen tasks at rising lengths, and the length up to which the model really reads.
 
-    Example: longverse eval ruler --lengths 2K,4K --tasks niah_single_1,vt --samples 5
+    Example: longverse eval ruler --lengths 4K,8K --tasks niah_single_1,vt --samples 5
     """
     from longverse.evaluation.ruler import RulerSettings, run_ruler
     from longverse.evaluation.ruler_tasks import TASKS, read_questions
