@@ -11,9 +11,9 @@ A weight is `(q - zero) * scale`, q unsigned in [0, 2**bits), scale and zero of 
     weight_shape       int64 [2]                  (N, K)
 
 On a CPU `pack()` turns the saved form into what torch's kernels read: `_weight_int8pack_mm` (one scale a row; once for
-each group where there are groups) and `_weight_int4pack_mm_for_cpu` (groups of 32 to 256). These read a quarter to a half
-of the bytes of bf16, which is what one-token decode waits for; with many tokens their arithmetic is slower than a bf16
-product, so past `PACKED_TOKENS` the weight is dequantised, a block of rows at a time, for an ordinary product.
+each group where there are groups) and `_weight_int4pack_mm_for_cpu` (groups of 32 to 256). These read a quarter to a
+half of the bytes of bf16, which is what one-token decode waits for; with many tokens their arithmetic is slower than a
+bf16 product, so past `PACKED_TOKENS` the weight is dequantised, a block of rows at a time, for an ordinary product.
 """
 
 from __future__ import annotations
@@ -132,31 +132,34 @@ def write_form(form: QuantFormat, ignored: list[str]) -> dict[str, Any]:
 # ---- arithmetic --------------------------------------------------------------------------------------------
 
 
-def quantize_rows(weight: Tensor, form: QuantFormat, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round a weight [N, K] to nearest: q uint8 [N, K], scale [N, G], zero uint8 [N, G] (None when symmetric).
+def group_grid(grouped: Tensor, form: QuantFormat, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero level [..., G] of float32 groups [..., G, g]; the zero level as float.
 
     Asymmetric: the range [min(w, 0), max(w, 0)] of a group is spread over all levels. Symmetric: the largest magnitude
-    over half of them. The scale is rounded to its saved type first, so q is nearest for the scale that will be used.
+    over half of them. The scale is rounded to its saved type first, so levels are nearest for the scale that is used.
     """
-    outputs, inputs = weight.shape
-    grouped = weight.float().view(outputs, form.groups(inputs), -1)  # [N, G, g]
     top = 2**form.bits - 1
     if form.symmetric:
-        half = 2 ** (form.bits - 1)
         scale = (grouped.abs().amax(-1) / (top / 2)).to(scale_dtype)
-        zero = None
-        offset: Tensor = torch.tensor(float(half))
-    else:
-        low, high = grouped.aminmax(dim=-1)
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = ((high - low) / top).to(scale_dtype)
-        safe = torch.where(scale > 0, scale, 1).float()
-        offset = (-low / safe).round_().clamp_(0, top)  # [N, G]
-        zero = offset.to(torch.uint8)
-        offset = offset[..., None]
-    step = torch.where(scale > 0, scale, 1).float()[..., None]
-    q = (grouped / step).add_(offset).round_().clamp_(0, top).to(torch.uint8)
-    return q.view(outputs, inputs), scale, zero
+        return scale, torch.full_like(scale, 2 ** (form.bits - 1), dtype=torch.float32)
+    low, high = grouped.aminmax(dim=-1)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / top).to(scale_dtype)
+    return scale, (-low / step_of(scale)).round_().clamp_(0, top)
+
+
+def step_of(scale: Tensor) -> Tensor:
+    """A scale as a float32 divisor: 1 where a group is all zeros."""
+    return torch.where(scale > 0, scale, 1).float()
+
+
+def quantize_rows(weight: Tensor, form: QuantFormat, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round a weight [N, K] to nearest: q uint8 [N, K], scale [N, G], zero uint8 [N, G] (None when symmetric)."""
+    outputs, inputs = weight.shape
+    grouped = weight.float().view(outputs, form.groups(inputs), -1)  # [N, G, g]
+    scale, zero = group_grid(grouped, form, scale_dtype)
+    q = (grouped / step_of(scale)[..., None]).add_(zero[..., None]).round_().clamp_(0, 2**form.bits - 1)
+    return q.to(torch.uint8).view(outputs, inputs), scale, None if form.symmetric else zero.to(torch.uint8)
 
 
 def dequantize_rows(q: Tensor, scale: Tensor, zero: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
@@ -184,13 +187,16 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
 
 
 def save_form(weight: Tensor, form: QuantFormat, scale_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The saved tensors of a weight, by the ending of their names."""
-    outputs, inputs = weight.shape
-    q, scale, zero = quantize_rows(weight, form, scale_dtype)
+    """The saved tensors of a weight rounded to nearest, by the ending of their names."""
+    return save_levels(*quantize_rows(weight, form, scale_dtype), form)
+
+
+def save_levels(q: Tensor, scale: Tensor, zero: Tensor | None, form: QuantFormat) -> dict[str, Tensor]:
+    """The saved tensors of levels [N, K], scale [N, G] and zero [N, G], by the ending of their names."""
     saved = {"weight_packed": pack_bits(q, form.bits), "weight_scale": scale}
     if zero is not None:
         saved["weight_zero_point"] = pack_bits(zero.t().contiguous(), form.bits).t().contiguous()
-    return {**saved, "weight_shape": torch.tensor([outputs, inputs])}
+    return {**saved, "weight_shape": torch.tensor(q.shape)}
 
 
 def load_form(saved: dict[str, Tensor], form: QuantFormat, dtype: torch.dtype) -> Tensor:

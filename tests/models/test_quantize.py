@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longverse.errors import UserError
-from longverse.models import quant_linear
+from longverse.models import calibrate, quant_linear
+from longverse.models.calibrate import gptq_rows
 from longverse.models.checkpoint import load
-from longverse.models.export import export
+from longverse.models.export import export, kl_mean
 from longverse.models.quant_linear import (
     QuantFormat,
     QuantLinear,
@@ -247,6 +248,47 @@ def test_a_missing_part_of_a_quantised_weight_is_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "q" / "model.safetensors")
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight_scale"):
         load(str(tmp_path / "q"), device="cpu")
+
+
+# ---- calibration -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_gptq_serves_the_output_better_than_rounding(form: QuantFormat) -> None:
+    matrix = weight(64, 256)
+    mixing = weight(256, 256, 1) + 2 * torch.eye(256)
+    x = weight(2000, 256, 2) @ mixing  # correlated inputs: what GPTQ makes use of
+    x[:, 7] = 0  # an input that is never on
+    levels = gptq_rows(matrix, x.T @ x, form, torch.float32)
+    nearest = quantize_rows(matrix, form, torch.float32)
+    assert [t.shape for t in levels if t is not None] == [t.shape for t in nearest if t is not None]
+    errors = [
+        (x @ (dequantize_rows(*found, form.bits, torch.float32) - matrix).T).square().mean()
+        for found in (levels, nearest)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_gptq_on_white_inputs_is_rounding() -> None:
+    matrix, form = weight(16, 128), QuantFormat(4, 32, False)
+    levels = gptq_rows(matrix, torch.eye(128), form, torch.float32)
+    assert torch.equal(levels[0], quantize_rows(matrix, form, torch.float32)[0])
+
+
+def test_a_calibrated_folder_is_nearer_on_its_kind_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "SAMPLE", 64)
+    save_folder(tmp_path / "m", tiny_config(**SIZES))
+    text = "the thin thane in an inn " * 60
+    for name, chosen in (("near", None), ("gptq", text)):
+        quantize(str(tmp_path / "m"), tmp_path / name, bits=4, group=32, calibration=chosen)
+    models = [load(str(tmp_path / name), dtype="float32", device="cpu") for name in ("m", "near", "gptq")]
+    ids = torch.tensor([models[0].tokenizer.encode(text)[:100]])
+    with torch.no_grad():
+        full, near, gptq = (model.network(ids).log_softmax(-1) for model in models)
+    assert kl_mean(full, gptq) < kl_mean(full, near)
+    with pytest.raises(UserError, match="calibration text has 1 tokens"):
+        quantize(str(tmp_path / "m"), tmp_path / "x", bits=4, group=32, calibration="the")
+    assert not (tmp_path / "x").exists()
 
 
 # ---- others read what we write -----------------------------------------------------------------------------
