@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__, commands_eval, commands_models, console
+from . import __version__, commands_data, commands_eval, commands_models, commands_train, console
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -347,7 +347,10 @@ def _load(model: str, dtype: str, device: str, rope: str | None, quiet: bool) ->
 
 
 app.add_typer(commands_eval.app, name="eval")
+app.add_typer(commands_data.app, name="data")
 for command in (commands_models.convert, commands_models.quantize, commands_models.export, commands_models.doctor):
+    app.command()(command)
+for command in (commands_train.extend, commands_train.finetune):
     app.command()(command)
 
 

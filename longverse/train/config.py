@@ -80,6 +80,7 @@ class Source:
     messages  a JSON-lines file with a `messages` list a line: instruction data, trained on the answers
     store     a token store (`longverse data corpus`): text, trained on every token
     made      a synthetic task of longverse.train.made (`copy` or `facts`), new examples for ever: for tiny models
+    build     the configuration (`longverse data sft` or `corpus`) that makes `messages` or `store` when it is absent
     weight    its share of the examples, relative to the stage's other sources
     keep      text only: whether documents packed into a sequence stay invisible to each other
     """
@@ -87,12 +88,15 @@ class Source:
     messages: str | None = None
     store: str | None = None
     made: str | None = None
+    build: str | None = None
     weight: float = 1.0
     keep: bool = True
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.messages, self.store, self.made)) != 1:
             raise UserError("A data source needs exactly one of messages, store and made.")
+        if self.build is not None and self.made is not None:
+            raise UserError("A made source is not built: leave 'build' out.")
         if not self.weight > 0:
             raise UserError(f"The weight of a data source is {self.weight:g} and must be above 0.")
 
@@ -241,7 +245,9 @@ class Recipe:
 
         def place(source: Source) -> Source:
             changes: dict[str, Any] = {
-                key: str(resolve(value, base)) for key in ("messages", "store") if (value := getattr(source, key))
+                key: str(resolve(value, base))
+                for key in ("messages", "store", "build")
+                if (value := getattr(source, key))
             }
             return dataclasses.replace(source, **changes)
 

@@ -40,7 +40,7 @@ from longverse.models.rope import RopePlan
 from longverse.models.shards import read_json, write_json
 from longverse.train import parallel
 from longverse.train.card import write_card
-from longverse.train.config import Recipe, Stage
+from longverse.train.config import Recipe, Source, Stage
 from longverse.train.doctor import Finding, examine
 from longverse.train.examples import Conversations, Examples, Mixture, Texts
 from longverse.train.forecast import Forecast, forecast
@@ -281,6 +281,7 @@ def open_mixture(recipe: Recipe, stage: Stage, loaded: Loaded, out: Path, watch:
     """The stage's sources, tokenised (conversations once; the result is kept in OUT/tokens)."""
     sources: list[Examples] = []
     for source in stage.data:
+        build_data(source, watch)
         if source.messages is not None:
             title = f"Tokenising {Path(source.messages).name}"
 
@@ -312,6 +313,37 @@ def open_mixture(recipe: Recipe, stage: Stage, loaded: Loaded, out: Path, watch:
     # Each stage draws its own order: two stages over one file do not see it alike.
     seed = recipe.seed * 1000 + [s.name for s in recipe.stages].index(stage.name)
     return Mixture(sources, [source.weight for source in stage.data], stage.steps, stage.batch, seed)
+
+
+def build_data(source: Source, watch: Watch) -> None:
+    """Make a source that is absent and says what makes it; a build that was stopped goes on."""
+    place = Path(source.messages) if source.messages else Path(source.store or "") / "store.json"
+    if source.build is None or place.exists():
+        return
+    config = Path(source.build)
+    watch.note(f"{place} is not there: it is built by {config.name}.")
+    if source.messages is not None:
+        from longverse.data.long_sft.builder import build_sft
+        from longverse.data.long_sft.plan import load_sft_config
+
+        settings = load_sft_config(config)
+        if settings.teacher is not None:
+            raise UserError(
+                f"{config} asks an endpoint, which may cost money: run `longverse data sft {config}` first."
+            )
+
+        def count(done: int, total: int) -> None:
+            watch.progress("Building items", done, total)
+
+        build_sft(settings, config.parent, on_progress=count, cancelled=watch.stop)
+    else:
+        from longverse.data.corpus import build_corpus, load_corpus_config
+
+        build_corpus(load_corpus_config(config), config.parent, cancelled=watch.stop)
+    if watch.stop():
+        raise KeyboardInterrupt
+    if not place.exists():
+        raise UserError(f"{config} does not make {place}: the recipe and the configuration's 'out' must agree.")
 
 
 def _examine(
