@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "inference": {"errors", "models"},
     "documents": {"errors", "models", "inference"},
     "data": {"errors", "models"},
-    "train": {"errors", "models", "data"},
+    "train": {"errors", "models", "data", "inference", "evaluation"},  # extend measures what it trained
     "evaluation": {"errors", "models", "inference"},
     "server": {"errors", "models", "inference", "documents"},
 }

@@ -1,4 +1,4 @@
-"""The READMEs: their commands run, their targets exist, their figures are the benchmarks', their links lead somewhere."""
+"""The READMEs: their commands run, their targets exist, their figures are the benchmarks', their links lead on."""
 
 import os
 import re
