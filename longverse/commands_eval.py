@@ -327,9 +327,7 @@ def _longbench_v2(
 @app.command()
 def ruler(
     model: Model = "smol",
-    lengths: Annotated[
-        str, typer.Option("--lengths", help="Tokens of prompt and answer, like 4K,8K,16K.")
-    ] = "2K,4K,8K",
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens of prompt and answer, like 4K,8K,16K.")] = "4K,8K",
     tasks: Annotated[str | None, typer.Option("--tasks", "-t", help="Only these tasks, like vt,cwe.")] = None,
     samples: Annotated[int, typer.Option("--samples", help="Rows a task and length.")] = 5,
     qa: Annotated[
@@ -385,6 +383,9 @@ def loss(
     stride: Annotated[
         int | None, typer.Option("--stride", help="Slide over the whole text by this many tokens instead.")
     ] = None,
+    by_length: Annotated[
+        bool, typer.Option("--by-length", help="The same tokens with contexts of 512, 1,024 … up to --length instead.")
+    ] = False,
     blocks: Annotated[int, typer.Option("--blocks", help="Blocks of positions in the table.")] = 16,
     seed: Seed = 0,
     out: Out = None,
@@ -394,20 +395,22 @@ def loss(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Loss by position: up to where does more context still help?
+    """Loss by position or by length: up to where does more context still help?
 
-    Example: longverse eval loss book.txt --length 8192
+    Example: longverse eval loss book.txt --length 8192 --by-length
     """
     from longverse.errors import UserError
     from longverse.evaluation.backends import EngineBackend
     from longverse.evaluation.haystack import generated_text, read_haystack
-    from longverse.evaluation.perplexity import loss_by_position, sliding_loss
+    from longverse.evaluation.perplexity import loss_by_length, loss_by_position, sliding_loss
 
     words = None if text is None else read_haystack(text)
     asked = _backend(model, rope, window, dtype, device, "engine", None, None, "", 1, 1.0, 0)
     assert isinstance(asked, EngineBackend)
     engine = asked.engine
     reach = length if length is not None else engine.window
+    if by_length and stride is not None:
+        raise UserError("--by-length and --stride are different ways to read: choose one.")
     if reach < 2 or texts < 1:
         raise UserError("--length must be at least 2 tokens and --texts at least 1.")
     if words is None:
@@ -417,7 +420,10 @@ def loss(
         reach = min(reach, len(ids))
     folder = _out(out, "loss", engine.name)
     with console.Task("Reading", unit="tokens") as report:
-        if stride is None:
+        if by_length:
+            steps = [reach, *(512 * 2**i for i in range(20) if 512 * 2**i < reach)]
+            result = loss_by_length(engine, ids, lengths=steps, texts=texts, on_progress=report)
+        elif stride is None:
             result = loss_by_position(engine, ids, length=reach, texts=texts, blocks=blocks, on_progress=report)
         else:
             result = sliding_loss(engine, ids, context=reach, stride=stride, blocks=blocks, on_progress=report)

@@ -289,7 +289,9 @@ class TransformersBackend:
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"transformers cannot load {path!r} ({reason}); give a model folder.") from error
+            raise UserError(
+                f"The model {path!r} cannot be loaded by transformers ({reason}): give a model folder."
+            ) from error
         self.model: Any = model.to(device).eval()
         self.name = Path(path).name or path
         self.window: int | None = getattr(model.config, "max_position_embeddings", None)

@@ -81,7 +81,7 @@ class EndpointBackend:
     def _needs_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise UserError(
-                "lengths are counted in the model's own tokens; give the served model's folder with --tokenizer."
+                "Lengths are counted in the model's own tokens; give the served model's folder with --tokenizer."
             )
         return self.tokenizer
 

@@ -295,7 +295,7 @@ KINDS = {"facts": PLAIN_KINDS, "paraphrase": PARAPHRASE_KINDS, "hop": HOP_KINDS,
 def make_fact(mode: str, kind: str, picker: Picker) -> Fact:
     """One fact of the given mode ("facts", "paraphrase", "hop") and kind, from the picker's lists."""
     if kind not in KINDS[mode]:
-        raise UserError(f"no kind of fact is called {kind!r}; choose among {', '.join(KINDS[mode])}.")
+        raise UserError(f"No kind of fact is called {kind!r}; choose among {', '.join(KINDS[mode])}.")
     makers = {"facts": _plain, "paraphrase": _paraphrased, "hop": _two_hop}
     return makers[mode](kind, picker.language)(picker)
 

@@ -27,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
+        raise UserError(f"Cannot write {path}: {error.strerror}; choose another folder.") from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -116,7 +116,7 @@ class Journal:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(header + "\n", encoding="utf-8")
             except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
+                raise UserError(f"Cannot write {path}: {error.strerror}; choose another folder.") from error
 
     def _drop_torn_line(self) -> None:
         # A kill can leave the last line half written: it has no line feed, and its row is simply done again.

@@ -128,7 +128,7 @@ def fit(
     """
     if overhead > target:
         raise UserError(
-            f"a prompt of {target:,} tokens was asked for, but question and template alone take {overhead:,}; "
+            f"A prompt of {target:,} tokens was asked for, but question and template alone take {overhead:,}; "
             "ask for a longer one."
         )
     guess, total = 0, overhead
@@ -140,4 +140,4 @@ def fit(
         padding = padding_for(lambda text, n=sentences: count(n, text), target, pad)  # type: ignore[misc]
         if padding is not None:
             return sentences, padding
-    raise UserError(f"no text of exactly {target:,} tokens could be built with this tokenizer; ask for another length.")
+    raise UserError(f"No text of exactly {target:,} tokens could be built with this tokenizer; ask for another length.")

@@ -108,7 +108,7 @@ def generated(language: str, seed: int) -> Iterator[str]:
     so a longer document of one seed begins with the shorter one.
     """
     if language not in LANGUAGES:
-        raise UserError(f"no haystack is written in {language!r}; choose one of {', '.join(LANGUAGES)}.")
+        raise UserError(f"No haystack is written in {language!r}; choose one of {', '.join(LANGUAGES)}.")
     rng = random.Random(f"haystack {language} {seed}")
     forms, words = (_EN_FORMS, _WORDS["en"]) if language == "en" else (_ZH_FORMS, _WORDS["zh"])
     seen: set[str] = set()

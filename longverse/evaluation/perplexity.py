@@ -1,11 +1,13 @@
 """Loss by position and by length: how much does a model still gain from text further back?
 
-    curve = loss_by_position(engine, ids, length=8192)          # one text read whole
+    curve = loss_by_position(engine, ids, length=8192, texts=4)   # stretches of a text, each read whole
+    gain = loss_by_length(engine, ids, lengths=(1024, 2048, 4096)) # the same tokens with more and more before them
     result = sliding_loss(engine, ids, context=2048, stride=512)  # every token with at least context - stride before it
 
 Losses are natural-logarithm cross-entropies in nats a token, in float32, through the engine's own network, cache
-and chunks. The effective window is the longest length up to which the loss, averaged over blocks of positions,
-does not rise by more than a tolerance above its lowest block so far.
+and chunks. The effective window is the longest length up to which the loss does not rise by more than a tolerance above
+its lowest value so far. By position that needs several stretches, since one text's passages differ more than a
+model's positions do; by length the tokens scored are the same throughout, and only their context grows.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from longverse.evaluation.files import write_json, write_text
 if TYPE_CHECKING:
     from longverse.inference.engine import Engine
 
+TEXTS = 4  # stretches that a window by position is averaged over at least
 CHUNK = 512  # tokens a forward; logits of a chunk are [CHUNK, vocabulary] in float32
 
 
@@ -32,7 +35,8 @@ class LossResult:
 
     blocks: (first position, last position + 1, mean loss, texts) in rising order; mean over all tokens scored.
     kind "whole": a block's positions are the tokens before a token plus one. kind "sliding": every token is read
-    with at least context - stride tokens before it, and `blocks` follow the place in the text.
+    with at least context - stride tokens before it, and `blocks` follow the place in the text. kind "length": the same
+    last tokens with contexts of several lengths; a block is (0, length, loss, texts).
     """
 
     kind: str
@@ -48,8 +52,8 @@ class LossResult:
 
     def effective_window(self, tolerance: float = 0.05) -> int | None:
         """Tokens up to the end of the last block before the loss rises by more than `tolerance` nats above the
-        lowest earlier block and stays there; None for kind "sliding"."""
-        if self.kind != "whole":
+        lowest earlier block and stays there; None for kind "sliding" and, by position, below TEXTS stretches."""
+        if self.kind == "sliding" or (self.kind == "whole" and min(b[3] for b in self.blocks) < TEXTS):
             return None
         lowest = math.inf
         for index, (_, _, loss, _) in enumerate(self.blocks):
@@ -75,7 +79,7 @@ class LossResult:
         return cls(value["way"], value["model"], value["settings"], blocks, value["mean"], value["tokens"])
 
     def markdown(self) -> str:
-        title = "by position" if self.kind == "whole" else "sliding"
+        title = {"whole": "by position", "length": "by length of the context", "sliding": "sliding"}[self.kind]
         lines = [f"## Loss {title}: {self.model['model']}", ""]
         lines.append(
             f"Mean {self.mean:.4f} nats a token (perplexity {self.perplexity:.2f}) over {self.tokens:,} tokens."
@@ -84,12 +88,17 @@ class LossResult:
         if window is not None:
             reached = " (the end of what was read)" if self.blocks and window == self.blocks[-1][1] else ""
             lines.append(f"Effective window: {window:,} tokens{reached}.")
-        lines += ["", "| positions | nats a token | perplexity |", "|---|---|---|"]
-        lines += [f"| {a:,}–{b - 1:,} | {loss:.4f} | {math.exp(loss):.2f} |" for a, b, loss, _ in self.blocks]
+        elif self.kind == "whole":
+            lines.append(f"No effective window: fewer than {TEXTS} stretches say more about the text than the model.")
+        lines += ["", f"| {'length' if self.kind == 'length' else 'positions'} | nats a token | perplexity |"]
+        lines += ["|---|---|---|"]
+        for a, b, loss, _ in self.blocks:
+            place = f"{b:,}" if self.kind == "length" else f"{a:,}–{b - 1:,}"
+            lines.append(f"| {place} | {loss:.4f} | {math.exp(loss):.2f} |")
         return "\n".join(lines) + "\n"
 
     def points(self) -> list[tuple[float, float]]:
-        return [((a + b) / 2, loss) for a, b, loss, _ in self.blocks]
+        return [(b if self.kind == "length" else (a + b) / 2, loss) for a, b, loss, _ in self.blocks]
 
     def save(self, folder: Path) -> list[Path]:
         """Writes loss.json, loss.md and, where matplotlib is there, loss.png."""
@@ -108,8 +117,9 @@ class LossResult:
             marks = {}
         if window is not None and self.blocks and window < self.blocks[-1][1]:
             marks["effective window"] = float(window)
-        curves({self.model["model"]: self.points()}, folder / "loss.png", x="position in tokens", y="nats a token",
-               title=f"{self.model['model']}: loss by position",
+        what = "length of the context" if self.kind == "length" else "position"
+        curves({self.model["model"]: self.points()}, folder / "loss.png", x=f"{what} in tokens", y="nats a token",
+               title=f"{self.model['model']}: loss by {what}", log_x=self.kind == "length",
                subtitle=f"{self.tokens:,} tokens, mean {self.mean:.3f}", marks=marks)  # fmt: skip
         return [*paths, folder / "loss.png"]
 
@@ -192,6 +202,37 @@ def loss_by_position(
     count = (length - 1) * len(starts)
     settings = {"length": length, "texts": len(starts), "text_tokens": len(ids)}
     return LossResult("whole", _describe(engine), settings, table, sum(sums) / count, count)
+
+
+def loss_by_length(
+    engine: Engine,
+    ids: Sequence[int],
+    *,
+    lengths: Sequence[int],
+    scored: int = 256,
+    texts: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LossResult:
+    """The same `scored` tokens, the last of each of `texts` stretches, with contexts of rising length: length L means
+    that L tokens are read, the scored ones included. `mean` is that of the longest."""
+    lengths = sorted(set(lengths))
+    if scored < 1 or texts < 1 or not lengths or lengths[0] <= scored:
+        raise UserError(f"--texts must be at least 1, and every length more than the {scored} tokens that are scored.")
+    _check(engine, lengths[-1], len(ids))
+    room = len(ids) - lengths[-1]
+    ends = sorted({lengths[-1] + round(room * i / max(1, texts - 1)) for i in range(texts)})
+    whole, done = sum(lengths) * len(ends), 0
+    table = []
+    for length in lengths:
+        total = 0.0
+        for end in ends:
+            total += sum(token_losses(engine, ids[end - length : end], skip=length - scored - 1))
+            done += length
+            if on_progress is not None:
+                on_progress(done, whole)
+        table.append((0, length, total / scored / len(ends), len(ends)))
+    settings = {"length": lengths[-1], "scored": scored, "texts": len(ends), "text_tokens": len(ids)}
+    return LossResult("length", _describe(engine), settings, table, table[-1][2], scored * len(ends))
 
 
 def sliding_loss(

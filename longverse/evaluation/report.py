@@ -184,16 +184,21 @@ def _loss_blocks(runs: Sequence[Run]) -> list[_Block]:
     rows = []
     for run, result in results:
         window = result.effective_window()
-        way = "whole" if result.kind == "whole" else f"sliding by {result.settings['stride']:,}"
+        ways = {"whole": "by position", "length": "by length"}
+        way = ways.get(result.kind) or f"sliding by {result.settings['stride']:,}"
         reach = "–" if window is None else f"{window:,}"
         length = f"{result.settings['length']:,}"
         rows.append((run.name, way, length, _cell(result.mean, 4), _cell(result.perplexity, 2), reach))
     columns = ("run", "read", "tokens", "nats a token", "perplexity", "effective window")
-    lines = tuple((run.name, tuple(result.points())) for run, result in results)
-    return [
-        _Block("Loss", "", columns, tuple(rows)),
-        _Block("Loss by position", curves=lines, axes=("position in tokens", "nats a token")),
-    ]
+    blocks = [_Block("Loss", "", columns, tuple(rows))]
+    for title, kinds, axis in (
+        ("Loss by position", ("whole", "sliding"), "position in tokens"),
+        ("Loss by length", ("length",), "length of the context in tokens"),
+    ):
+        lines = tuple((run.name, tuple(result.points())) for run, result in results if result.kind in kinds)
+        if lines:
+            blocks.append(_Block(title, curves=lines, axes=(axis, "nats a token")))
+    return blocks
 
 
 _MAKERS: tuple[tuple[tuple[str, ...], Callable[[Sequence[Run]], list[_Block]]], ...] = (

@@ -140,7 +140,7 @@ def test_transformers_gives_the_engines_answers(engine: Engine, model_folder: Pa
 
 
 def test_a_model_transformers_cannot_load_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="transformers cannot load"):
+    with pytest.raises(UserError, match="cannot be loaded by transformers"):
         TransformersBackend(str(tmp_path / "absent"))
 
 

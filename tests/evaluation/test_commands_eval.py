@@ -66,10 +66,12 @@ def test_everything_and_one_page(model: tuple[str, ...], bench: Path, tmp_path: 
     assert "nats a token" in loss.stdout
     slide = call("loss", *model, "--length", 100, "--stride", 50, "-o", runs / "slide")
     assert slide.exit_code == 0, slide.exception
+    by_length = call("loss", *model, "--length", 600, "--by-length", "-o", runs / "by_length")
+    assert by_length.exit_code == 0, by_length.exception
     target = tmp_path / "page.html"
     report = call("report", runs, "-o", target)
     assert report.exit_code == 0, report.exception
-    assert "5 results compared" in report.stdout
+    assert "6 results compared" in report.stdout
     check_page(target.read_text())
     assert call("report", runs, "-o", tmp_path / "page.md").exit_code == 0
     assert "## LongBench" in (tmp_path / "page.md").read_text()
@@ -143,7 +145,7 @@ def test_predictions_of_other_data_are_refused(bench: Path, tmp_path: Path) -> N
 def test_a_file_that_cannot_be_written_is_said(model: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = refused("needle", *model, "--lengths", 400, "--depths", 1, "--repeats", 1, "-o", tmp_path / "file")
-    assert "cannot write" in message
+    assert "Cannot write" in message
 
 
 def test_runs_of_one_model_are_told_apart(tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_runs_of_one_model_are_told_apart(tmp_path: Path) -> None:
     runs = read_runs([tmp_path])
     assert [r.name for r in runs] == ["m<i> (after)", "m<i> (before)"]
     assert "m&lt;i&gt; (after)" in page(runs)
-    assert "| m<i> (after) | whole |" in markdown(runs)
+    assert "| m<i> (after) | by position |" in markdown(runs)
     (tmp_path / "broken.json").write_text('{"kind": "loss"}')
     with pytest.raises(UserError, match=r"broken\.json is a damaged result"):
         read_runs([tmp_path])

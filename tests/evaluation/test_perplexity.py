@@ -9,7 +9,7 @@ import torch
 
 from longverse.errors import UserError
 from longverse.evaluation.haystack import generated_text
-from longverse.evaluation.perplexity import LossResult, loss_by_position, sliding_loss, token_losses
+from longverse.evaluation.perplexity import LossResult, loss_by_length, loss_by_position, sliding_loss, token_losses
 from longverse.inference.engine import Engine
 
 
@@ -56,8 +56,24 @@ def test_sliding_scores_every_token_once_with_enough_context(engine: Engine, ids
     assert result.effective_window() is None
 
 
+def test_by_length_the_same_tokens_are_scored(engine: Engine, ids: list[int]) -> None:
+    result = loss_by_length(engine, ids, lengths=(150, 400, 900), scored=100, texts=2)
+    assert [block[1] for block in result.blocks] == [150, 400, 900]
+    for _, length, loss, texts in result.blocks:
+        expected = [plain_losses(engine, ids[end - length : end])[-100:].mean() for end in (900, 1400)]
+        assert texts == 2
+        assert loss == pytest.approx(float(sum(expected)) / 2, abs=2e-4)
+    with pytest.raises(UserError, match="more than the 256"):
+        loss_by_length(engine, ids, lengths=(256,))
+
+
+def test_one_text_names_no_window(engine: Engine, ids: list[int]) -> None:
+    assert loss_by_position(engine, ids, length=200).effective_window() is None
+    assert "No effective window" in loss_by_position(engine, ids, length=200).markdown()
+
+
 def result_of(losses: list[float]) -> LossResult:
-    blocks = [(100 * i, 100 * (i + 1), loss, 1) for i, loss in enumerate(losses)]
+    blocks = [(100 * i, 100 * (i + 1), loss, 4) for i, loss in enumerate(losses)]
     return LossResult("whole", {"model": "m", "window": 300}, {"length": 500}, blocks, 1.0, 500)
 
 
