@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .chat import XVERSE_TEMPLATE
 from .checkpoint import DTYPES, IGNORED, Opened, check, open_model, stored_dtype
 from .network import NetworkConfig
 from .quant_linear import SAVED_NAMES, load_form
@@ -162,7 +163,7 @@ def write_folder(
         aside.mkdir()
         shards = _write_shards(aside, infos, tensors, shard_bytes, on_progress, cancelled)
         _copy_beside(source.path, aside)
-        source.tokenizer.save(aside)
+        _save_tokenizer(source, aside)
         write_json(aside / "config.json", config)
         if extras is not None:
             extras(aside)
@@ -233,6 +234,18 @@ def _write_shards(
         metadata = {"total_size": total, "total_parameters": parameters}
         write_json(folder / SAFETENSORS_INDEX, {"metadata": metadata, "weight_map": index})
     return count
+
+
+def _save_tokenizer(source: Opened, folder: Path) -> None:
+    """Its files, and for an XVERSE chat model the template that its own files lack and other tools ask for."""
+    tokenizer = source.tokenizer
+    own = tokenizer.chat_template
+    if own is None and source.chat().kind == "xverse":
+        tokenizer.chat_template = XVERSE_TEMPLATE
+    try:
+        tokenizer.save(folder)
+    finally:
+        tokenizer.chat_template = own
 
 
 def _copy_beside(source: Path, target: Path) -> None:

@@ -176,7 +176,7 @@ def export_gguf(
 
 SHARED_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "rms_norm_eps", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+    "rms_norm_eps", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path",
 )  # fmt: skip
 
 

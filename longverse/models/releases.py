@@ -98,7 +98,7 @@ def complete(config: dict[str, Any], name: str) -> tuple[dict[str, Any], Release
     if release is None:
         return config, None, []
     notes: list[str] = []
-    filled = dict(config)
+    filled = {**config, "_name_or_path": release.hub_id}  # a converted folder has another name
     if not states_rope(config):
         filled["rope_parameters"] = release.rope_parameters()
         if release.original_window is not None:

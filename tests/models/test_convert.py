@@ -84,6 +84,22 @@ def test_a_base_release_continues_plain_text(tmp_path: Path) -> None:
     loaded = load(str(folder), device="cpu")
     assert loaded.chat.kind == "plain"
     assert any("base model" in note for note in loaded.notes)
+    convert(str(folder), tmp_path / "out")
+    assert load(str(tmp_path / "out"), device="cpu").chat.kind == "plain"
+
+
+def test_a_converted_chat_model_answers_transformers_template(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder, _ = make_official(tmp_path)
+    convert(str(folder), tmp_path / "out")
+    loaded = load(str(tmp_path / "out"), device="cpu")
+    assert loaded.chat.kind == "xverse"
+    turns = [{"role": "user", "content": "你好"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True).apply_chat_template(
+        turns, add_generation_prompt=True
+    )
+    assert list(theirs["input_ids"]) == loaded.chat.encode(turns)
 
 
 def test_special_ids_left_out_come_from_the_tokenizer(tmp_path: Path) -> None:
