@@ -158,6 +158,12 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
         NetworkConfig.from_dict(config)  # a foreign architecture is said before anything else of the folder is read
         tensors, tokenizer = TensorFolder(path), Tokenizer.from_folder(path)
     notes += more + tokenizer.notes
+    highest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if highest >= config["vocab_size"]:
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {highest:,} and the model {config['vocab_size']:,} embeddings: they"
+            " belong to different models."
+        )
     if release is not None:
         if not release.chat:
             notes.append(f"{release.name} is a base model: it continues text; for answers take its Chat release.")

@@ -151,6 +151,11 @@ def broken(folder: Path, how: str) -> None:
     elif how == "no weights":
         for file in folder.glob("model*"):
             file.unlink()
+    elif how == "foreign tokenizer":
+        save_tokenizer(folder, 151)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"]["zzz"] = 5000
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     elif how == "packed weights":
         tensors = load_file(shard)
         name = next(name for name in tensors if name.endswith("proj.weight"))
@@ -178,6 +183,7 @@ def broken(folder: Path, how: str) -> None:
         ("a layer too many", r"tensor model\.layers\.2\S+ that its config\.json does not account for"),
         ("no weights", "holds no weights"),
         ("packed weights", "torch.int8, a quantised form"),
+        ("foreign tokenizer", "ids up to 5,000 and the model 151 embeddings"),
     ],
 )
 def test_a_broken_folder_is_one_sentence(tmp_path: Path, how: str, says: str) -> None:
