@@ -97,7 +97,9 @@ def _dry_row(tokens: int, vocabulary: int) -> Row:
 
 def _pass(model: LossModel, row: Row) -> tuple[float, int]:
     """Seconds of a forward and backward pass, and bytes kept between the two beside the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    # Gathered copies of sharded weights are counted: they are held while their layer works.
+    whole = [parameter for parameter in model.parameters() if not hasattr(parameter, "device_mesh")]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in whole}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ Started by torchrun; without it, one rank and no communication.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,20 @@ class Ranks:
     def sequence_rank(self) -> int:
         """Which part of its sequence this rank holds."""
         return self.rank % self.sequence
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Rank 0 goes through the block before the others: it writes what they then find."""
+        if self.world == 1:
+            yield
+            return
+        import torch.distributed as dist
+
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.rank == 0:
+            dist.barrier()
 
     def sum(self, *values: float) -> list[float]:
         """The sum of numbers over all ranks, in float64."""

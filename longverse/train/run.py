@@ -127,7 +127,8 @@ def _run(
 ) -> Outcome:
     network = loaded.network
     original = network.config
-    check_run(recipe, out, loaded, ranks)
+    with ranks.leader_first():
+        check_run(recipe, out, loaded, ranks)
     prepare(network, recipe)
     # Frozen bfloat16 weights under LoRA need no autocast; float32 weights that are trained in bfloat16 do.
     whole = recipe.method == "full" or bool(recipe.lora.also)
@@ -148,7 +149,8 @@ def _run(
         elif number == 0 or number > at_stage:
             optimizer = make_optimizer(model, recipe)
         if first < stage.steps:
-            mixture = open_mixture(recipe, stage, loaded, out, watch)
+            with ranks.leader_first():
+                mixture = open_mixture(recipe, stage, loaded, out, watch)
             _examine(model, mixture, stage, original.rope, loaded, ranks, watch)
             watch.planned(stage, forecast(model, mixture, stage, recipe, ranks))
             if dry:
