@@ -54,8 +54,8 @@ def sft(
     if settings.teacher is not None:
         cost = estimate(settings)
         console.note(
-            f"{settings.teacher.model}: about {cost['requests']:,.0f} requests, {cost['prompt_tokens']:,.0f} tokens in and "
-            f"{cost['reply_tokens']:,.0f} out, {cost['money']:.2f} in money by the given prices, at least "
+            f"{settings.teacher.model}: about {cost['requests']:,.0f} requests, {cost['prompt_tokens']:,.0f} tokens in "
+            f"and {cost['reply_tokens']:,.0f} out, {cost['money']:.2f} in money by the given prices, at least "
             f"{cost['seconds'] / 60:.0f} minutes (replies of an earlier run are not asked for again)."
         )
         if cost["money"] > 0 and not yes and not typer.confirm("Go on?"):

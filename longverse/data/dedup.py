@@ -7,8 +7,8 @@ top bits and each slot keeps its smallest; slots left empty borrow from the righ
 and Li 2014). The share of equal slots estimates the Jaccard similarity of two documents' shingle sets. Candidates come
 from locality-sensitive hashing (16 bands of 8 slots) and are then compared by whole signatures.
 
-The index is sorted numpy arrays merged as they grow, 768 bytes a document; beyond `memory_mb` the oldest documents leave
-it, which the report states, since near-duplicates farther apart than that are then not found.
+The index is sorted numpy arrays merged as they grow, 768 bytes a document; beyond `memory_mb` the oldest documents
+leave it, which the report states, since near-duplicates farther apart than that are then not found.
 """
 
 from __future__ import annotations

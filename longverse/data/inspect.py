@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -44,12 +45,12 @@ def inspect_items(
     seen: set[str] = set()
     for number, item, problem in read_items(path):
         if item is not None and item.id in seen:
-            item, problem = None, f"the id {item.id!r} occurs twice."
+            problem = f"the id {item.id!r} occurs twice."
         if item is not None and counter is not None:
             tokens = counter.count(item.messages)
             if tokens != item.tokens:
-                item, problem = None, f"it states {item.tokens} tokens and has {tokens} under this tokenizer."
-        if item is None:
+                problem = f"it states {item.tokens} tokens and has {tokens} under this tokenizer."
+        if item is None or problem:
             found.wrong += 1
             if len(found.problems) < most_problems:
                 found.problems.append((number, problem))
@@ -99,7 +100,7 @@ def pieces_of(item: Item, message: int, context: int = 160) -> list[Piece]:
         if start > place:
             out.append(Piece("", left_out=start - place))
         edges = sorted({start, end, *(min(max(x, start), end) for mark in marks for x in mark)})
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in itertools.pairwise(edges):
             out.append(Piece(content[a:b], any(m <= a and b <= n for m, n in marks)))
         place = end
     return out

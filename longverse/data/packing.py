@@ -13,6 +13,7 @@ Nothing here keeps state: a run killed at step n resumes by asking for step n.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -141,7 +142,7 @@ class Packing:
         first = np.concatenate([[0], np.cumsum(np.bincount(where))])
         # Best-fit leaves the longest piece first in every sequence; shuffle within, so that position says nothing.
         rng = np.random.default_rng([seed, 1])
-        for start, end in zip(first[:-1], first[1:], strict=True):
+        for start, end in itertools.pairwise(first.tolist()):
             rng.shuffle(order[start:end])
         return cls(shuffled[order], first, sequence, batch, ranks, seed)
 
@@ -254,7 +255,8 @@ class Sequence:
 def assemble(
     packing: Packing, index: int, tokens: Tokens, *, pad_id: int = 0, keep_boundaries: bool = True
 ) -> Sequence:
-    """Sequence `index` of a packing. keep_boundaries=False lets documents see each other, as plain concatenation does."""
+    """Sequence `index` of a packing. keep_boundaries=False lets documents see each other, as plain concatenation
+    does."""
     size = packing.sequence
     ids = np.full(size, pad_id, dtype=np.int64)
     positions = np.zeros(size, dtype=np.int64)

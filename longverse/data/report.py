@@ -96,8 +96,9 @@ def _markdown(content: dict[str, Any]) -> str:
     lines = [
         "# Corpus report",
         "",
-        f"{content['documents']:,} documents, {content['tokens']:,} tokens under `{content['tokenizer']}`; the mixture shows "
-        f"{content['mixture_tokens']:,} tokens an epoch (fraction {content['fraction']:g}, seed {content['seed']}).",
+        f"{content['documents']:,} documents, {content['tokens']:,} tokens under `{content['tokenizer']}`; "
+        f"the mixture shows {content['mixture_tokens']:,} tokens an epoch "
+        f"(fraction {content['fraction']:g}, seed {content['seed']}).",
     ]
     total, mixed = max(content["tokens"], 1), max(content["mixture_tokens"], 1)
     for title, key in (("Source", "by_source"), ("Language", "by_language"), ("Length in tokens", "by_length")):

@@ -125,7 +125,7 @@ class ShardWriter:
 
 def finished_shards(folder: Path) -> list[Path]:
     """The .npz files 00000, 00001 ... without a gap; whatever else lies in the folder is a remnant."""
-    done = []
+    done: list[Path] = []
     while (index := folder / f"{len(done):05d}.npz").exists() and index.with_suffix(".bin").exists():
         done.append(index)
     return done

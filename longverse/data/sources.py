@@ -113,7 +113,8 @@ def read_source(config: SourceConfig, base: Path, skipped: Skipped) -> Iterator[
 
 
 def _clean(text: str) -> str:
-    """One newline convention, no byte-order mark, NUL or form feed; lone surrogates (damaged JSON escapes) are replaced."""
+    """One newline convention, no byte-order mark, NUL or form feed; lone surrogates (damaged JSON escapes) are
+    replaced."""
     text = (
         text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "").replace("\x0c", "\n")
     )

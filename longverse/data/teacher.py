@@ -172,8 +172,8 @@ class Teacher:
             if turn < self.config.retries:
                 self.sleep(wait)
         raise UserError(
-            f"the endpoint {url} failed {self.config.retries + 1} times ({problem}); mend it and run the same command again: "
-            f"what was paid for is kept."
+            f"the endpoint {url} failed {self.config.retries + 1} times ({problem}); mend it and run the same "
+            f"command again: what was paid for is kept."
         )
 
     def _wait_turn(self) -> None:

@@ -3,7 +3,8 @@
 A tokenizer first splits a text into pieces (its pre-tokenizer), then merges bytes or characters within each piece.
 So a text may be cut at any place where a piece always ends, and the ids of the parts, joined, are the ids of the
 whole. Which places those are depends on the tokenizer: `LinearEncoder` knows five kinds of cut, and *probes* each
-on the tokenizer before using it, over every pair of the character classes that may stand on its two sides: a piece must end
+on the tokenizer before using it, over every pair of the character classes that may stand on its two sides: a piece
+must end
 exactly there (or, for tokenizers without pieces, no vocabulary entry may span it), and the ids must add up. A kind
 that fails once is never used; a tokenizer that passes none is run on whole texts.
 
@@ -40,6 +41,7 @@ _CUTS: dict[str, tuple[str, str, str]] = {
     "clause": (r"(?<=[\u4e00-\u9fff])(?=[，。；：、！？])", _HAN, _HAN_MARKS),
     "stop": (r"(?<=[。！？；，])(?=[\u4e00-\u9fff])", "。！？；，", _HAN),
 }
+_PROBED: dict[str, tuple[str, ...]] = {}  # tokenizer JSON to its cuts: a probe takes half a second
 _CACHED_CHARS = 24  # a longer unit hardly ever comes twice
 _CACHE_ENTRIES = 200_000  # about 40 MB; the dictionary starts afresh beyond it
 _BATCH_UNITS = 4_096
@@ -65,7 +67,9 @@ class LinearEncoder:
         highest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=0)
         self.vocab_size = max(size, highest + 1)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self.cuts = self._probe(json.loads(text))
+        if text not in _PROBED:
+            _PROBED[text] = self._probe(json.loads(text))
+        self.cuts = _PROBED[text]
         self._splitter = re.compile("|".join(_CUTS[name][0] for name in self.cuts)) if self.cuts else None
         self._known: dict[str, bytes] = {}
 
@@ -129,7 +133,7 @@ class LinearEncoder:
         # Merges never cross the end of a piece; where there are no pieces (or too few), the vocabulary decides:
         # no entry holds a space after another character, so no merge can join the two sides of a space.
         spanning = None
-        good = []
+        good: list[str] = []
         for name, (_, lefts, rights) in _CUTS.items():
             if name == "gap" and "space" in good:
                 continue

@@ -88,7 +88,7 @@ class ChatCounter:
         else:
             self._begin = len(tokenizer.encode(""))
             if self.chat.kind == "xverse":
-                end = tokenizer.backend.id_to_token(min(tokenizer.eos_ids))
+                end = tokenizer.backend.id_to_token(min(tokenizer.eos_ids)) or ""
                 self._special = re.compile(re.escape(end))
 
     def count(

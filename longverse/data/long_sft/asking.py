@@ -51,14 +51,13 @@ class Asker:
         chunks = [self._chunk(opened, start, end, rng.random()) for opened, start, end in spans]
         passages = [opened.text[a:b] for (opened, _, _), (a, b) in zip(spans, chunks, strict=True)]
         reply = self._ask(
-            "teacher_two", spec, title=spans[0][0].about.title, other_title=spans[1][0].about.title, passage=passages[0],
+            "teacher_two", spec, title=spans[0][0].about.title,
+            other_title=spans[1][0].about.title, passage=passages[0],
             other_passage=passages[1],
         )  # fmt: skip
         question, answer = _text(reply, "question"), _text(reply, "answer")
         evidence = []
-        for field, (opened, _, _), (a, _), passage in zip(
-            ("evidence", "other_evidence"), spans, chunks, passages, strict=True
-        ):
+        for field, (a, _), passage in zip(("evidence", "other_evidence"), chunks, passages, strict=True):
             place, stop = locate(passage, _text(reply, field))
             evidence.append((a + place, a + stop))
         self._check(spec, spans[0][0].about.title, question, answer)

@@ -1,6 +1,7 @@
 """`longverse data sft`: the plan, built item by item, in order, restartable at any point.
 
-Every item is a function of (configuration, index, attempt), so a build that is killed and resumed writes the same file as
+Every item is a function of (configuration, index, attempt), so a build that is killed and resumed writes the same
+file as
 one that is not. Two files grow together: `items.jsonl.part` and `progress.jsonl` (for each index: how far the items'
 file then reached, what was rejected, the keys of its questions). A resumed build cuts both back to the last index that
 stands in both, and goes on. Replies of an endpoint are kept by `Teacher`.
@@ -269,13 +270,14 @@ def _feasible(folder: Path, config: SftConfig, vocabulary: Vocabulary, specs: li
             has = context.pool.estimate(longest.index)
             if has < max(targets) * 1.1:
                 raise UserError(
-                    f"{task} in {language} is to reach {max(targets):,} tokens and the longest document ({longest.id}) has about {has:,}; "
+                    f"{task} in {language} is to reach {max(targets):,} tokens and the longest document ({longest.id}) "
+                    f"has about {has:,}; "
                     f"lower the lengths, add longer documents, or leave the long ones to multi_doc_qa."
                 )
         elif sum(map(context.pool.estimate, (d.index for d in documents))) < max(targets):
             raise UserError(
-                f"{task} in {language} is to reach {max(targets):,} tokens and all its documents together have fewer; lower "
-                f"the lengths or add documents."
+                f"{task} in {language} is to reach {max(targets):,} tokens and all its documents together have "
+                f"fewer; lower the lengths or add documents."
             )
 
 
@@ -332,7 +334,8 @@ def _grow(
                     on_spent(dataclasses.replace(teacher.spent))
                 if cancelled is not None and cancelled() and state.done < len(specs):
                     raise UserError(
-                        f"stopped after {state.done} of {len(specs)} items; run the same command again to go on from there."
+                        f"stopped after {state.done} of {len(specs)} items; "
+                        f"run the same command again to go on from there."
                     )
         finally:
             results.close()  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Code completion across a repository: the next lines use a definition that stands in another file.
 
-The file with the definition (a much imported one is more likely) stands among the others at the wanted depth; the file to
-be continued breaks off before the first line that uses the definition.
+The file with the definition (a much imported one is more likely) stands among the others at the wanted depth; the
+file to be continued breaks off before the first line that uses the definition.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import|import\s+([\w.]+))", re.M
 
 @dataclass(frozen=True)
 class _Use:
-    """Line `line` (0-based) of a file is the first to use `definition` of the file `index`; the statement ends at `last`."""
+    """Line `line` (0-based) of a file is the first to use `definition` of the file `index`; the statement ends at
+    `last`."""
 
     line: int
     last: int
@@ -126,7 +127,7 @@ def _draft(context: Context, spec: Spec, rng: random.Random, user: int, use: _Us
     count = use.last - use.line + 1
     amount = f"{count}行" if spec.language == "zh" else ("line" if count == 1 else f"{count} lines")
     template = prompt("code_completion", spec.language, rng, prefix=prefix, lines=amount)
-    room = spec.target - context.counter.count(template) - context.counter.count(answer) - 200
+    room = spec.target - context.counter.count(template) - context.counter.count(answer) - 30
     opened = context.pool.open(use.index)
     if opened.end_for(0, room // 2) == len(opened.text):
         holder = Stand(opened, 0, len(opened.text))

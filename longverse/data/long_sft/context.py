@@ -84,7 +84,8 @@ class Context:
         return self.chat.count(messages, counter=self.counter.count)
 
     def long_document(self, rng: random.Random, language: str, tokens: int) -> Opened:
-        """A random document with at least `tokens` tokens; longer ones are as likely as others. Reject when none has."""
+        """A random document with at least `tokens` tokens; longer ones are as likely as others. Reject when none
+        has."""
         able = [d for d in self.documents(language) if self.pool.estimate(d.index) >= tokens * 1.1]
         if not able:
             raise Reject("document too short")

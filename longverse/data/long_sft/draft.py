@@ -165,7 +165,8 @@ def fit(draft: Draft, target: int, identity: str, seed: int, chat: ChatCounter, 
 
 
 def _give_back(draft: Draft, tokens: int, counter: UnitCounter) -> None:
-    """Move the end of the elastic part's text, about `tokens` and a few more, to its tail. Reject when evidence stands there."""
+    """Move the end of the elastic part's text, about `tokens` and a few more, to its tail. Reject when evidence
+    stands there."""
     index = draft.elastic_index()
     part = draft.parts[index]
     units, counts = counter.units(part.text)

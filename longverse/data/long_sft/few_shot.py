@@ -17,7 +17,13 @@ from longverse.data.text import paragraphs
 
 Example = tuple[Opened, int, int, str]  # document, characters of the passage, label
 
-_NAMES = {"few_shot_source": ("Book: ", "出处："), "few_shot_law": ("", "出处："), "few_shot_speaker": ("Speaker: ", ""), "few_shot_person": ("", "")}  # fmt: skip
+# What stands before a label, in English and Chinese.
+_NAMES = {
+    "few_shot_source": ("Book: ", "出处："),
+    "few_shot_law": ("", "出处："),
+    "few_shot_speaker": ("Speaker: ", ""),
+    "few_shot_person": ("", ""),
+}
 
 
 def few_shot(context: Context, spec: Spec) -> Draft:
@@ -75,8 +81,8 @@ def _draft(context: Context, spec: Spec, rng: random.Random, kind: str) -> Draft
         part.after = f"\n{before}{label}"
     claim = Claim(shown, 0, len(parts[shown].text), 0, False)
     draft = Draft(
-        spec.task, kind.removeprefix("few_shot_"), spec.language, parts, [Turn(template, asked[3], (asked[3],))], [claim],
-        split=spec.split, notes={"examples": len(examples), "labels": len(set(labels))},
+        spec.task, kind.removeprefix("few_shot_"), spec.language, parts, [Turn(template, asked[3], (asked[3],))],
+        [claim], split=spec.split, notes={"examples": len(examples), "labels": len(set(labels))},
     )  # fmt: skip
     _trim(context, spec, draft, examples, shown)
     return draft
@@ -98,7 +104,7 @@ def _trim(context: Context, spec: Spec, draft: Draft, examples: list[Example], k
         draft.parts.pop(index)
         examples.pop(index)
     for index in range(len(draft.parts) - 1, -1, -1):
-        opened, start, end, _ = examples[index]
+        opened, start, _, _ = examples[index]
         if index != keep and opened.end_for(start, max(sizes[index] - excess, 0) + SLACK) < len(opened.text):
             stop = opened.end_for(start, max(sizes[index] - excess - SLACK, 1))
             after_text = draft.parts[index].after
@@ -125,12 +131,16 @@ def _examples(context: Context, rng: random.Random, kind: str, language: str, ro
                 if 30 <= b - a <= 500 and shown_title(document) not in opened.text[a:b]
             ]
             pool += mine[:40]
-            if sum(b - a for _, a, b, _ in pool) * 0.5 > room:
+            if sum(b - a for _, a, b, _ in pool) * context.pool.tokens_per_character("zh") > 2 * room:
                 break
         yield from rng.sample(pool, len(pool))
         return
     if kind == "few_shot_source":
-        able = [d for d in documents if d.characters >= 60_000 and not is_law(context.pool.text(d.index)[:6_000])]
+        able = [
+            d
+            for d in documents
+            if context.pool.estimate(d.index) >= room // 3 and not is_law(context.pool.text(d.index)[:6_000])
+        ]
         if len(able) < 3:
             raise Reject("too few examples for the target")
         works = [context.pool.open(d.index) for d in rng.sample(able, min(len(able), rng.randint(3, 6)))]

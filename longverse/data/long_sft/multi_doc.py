@@ -39,7 +39,7 @@ def multi_doc_qa(context: Context, spec: Spec) -> Draft:
     code = context.documents("code")
     # One collection in six is of code, where there is some: its questions are about symbols.
     language = "code" if len(code) >= 20 and rng.random() < 1 / 6 and context.asker is None else spec.language
-    stands = gather(context, rng, context.documents(language), spec.target - 500)
+    stands = gather(context, rng, context.documents(language), spec.target - 150)
     if context.asker is not None:
         return _asked(context, spec, rng, stands)
     shapes: list[Callable[[Context, Spec, random.Random, list[Stand]], Question]] = [_one, _two, _which]
@@ -78,12 +78,14 @@ def gather(context: Context, rng: random.Random, documents: list[PoolDocument], 
     titles: set[str] = set()
     left = room
     for document in rng.sample(documents, min(len(documents), 400)):
-        if left <= 3 * SLACK:
+        if left <= 0:
             break
         if shown_title(document) in titles:
             continue
         opened = context.pool.open(document.index)
-        share = min(left, max(rng.randint(room // 12, room // 4), 600))
+        # The last one goes a little beyond: a part is easily shortened, and lengthened only where its document goes on.
+        few = room // max(1, len(documents) - 1)
+        share = min(left + 3 * SLACK, max(rng.randint(room // 12, room // 4), few, 600))
         if (end := opened.end_for(0, share)) == len(opened.text):
             stand = Stand(opened, 0, end)
         else:
@@ -97,7 +99,7 @@ def gather(context: Context, rng: random.Random, documents: list[PoolDocument], 
         titles.add(shown_title(document))
         stands.append(stand)
         left -= tokens + 20
-    if len(stands) < 2 or left > 3 * SLACK:
+    if len(stands) < 2 or left > 0:
         raise Reject("too few documents for a collection")
     return stands
 
@@ -271,8 +273,8 @@ def collection(
         for i, s, e in question.evidence
     ]
     draft = Draft(
-        spec.task, question.kind, spec.language, parts, [Turn(template, reply, question.answers, question.text)], claims,
-        recite=spec.recite, split=spec.split, unique=list(question.once),
+        spec.task, question.kind, spec.language, parts, [Turn(template, reply, question.answers, question.text)],
+        claims, recite=spec.recite, split=spec.split, unique=list(question.once),
     )  # fmt: skip
     make_elastic(context, spec, draft, [place_of[i] for i in others], [stands[i] for i in order])
     return draft

@@ -120,7 +120,7 @@ def find_code(text: str, title: str, language: str) -> list[Found]:
             question = (
                 f"在 {title} 中，函数 {node.name} 的参数 {argument.arg} 的默认值是什么？"
                 if zh
-                else f"In {title}, what is the default value of the parameter `{argument.arg}` of the function `{node.name}`?"
+                else f"In {title}, what is the default of the parameter `{argument.arg}` of the function `{node.name}`?"
             )
             reply = f"默认值是 `{value}`。" if zh else f"The default is `{value}`."
             found.append(Found("default_value", start, signature_end, question, (value,), reply, title=title))

@@ -15,15 +15,19 @@ _SAID = re.compile(
     rf"(?:said|cried|replied|asked|answered|exclaimed|whispered|murmured|remarked|observed)\s+"
     rf"(?P<who>{_TITLES}[A-Z][a-z]+(?: [A-Z][a-z]+)?)(?=[.,;:])",
 )
-_NOT_NAMES = frozenset(["He", "She", "They", "It", "We", "You", "The", "His", "Her", "This", "That", "Then", "There", "Nobody", "One", "Somebody"])
+_NOT_NAMES_WORDS = "He She They It We You The His Her This That Then There Nobody One Somebody"
+_NOT_NAMES = frozenset(_NOT_NAMES_WORDS.split())
 _CHAPTER = re.compile(
-    r"^[ \t]*(?P<word>CHAPTER|Chapter) (?P<number>[IVXLC]+|\d{1,3})(?:[.:]|\b)[ \t]*[-—]*[ \t]*(?P<title>[A-Z_][^\n]{3,80}?)?[ \t]*$",
+    r"^[ \t]*(?P<word>CHAPTER|Chapter) (?P<number>[IVXLC]+|\d{1,3})(?:[.:]|\b)[ \t]*[-—]*[ \t]*"
+    r"(?P<title>[A-Z_][^\n]{3,80}?)?[ \t]*$",
     re.MULTILINE,
 )
 _NAME = re.compile(r"(?<=[a-z,] )([A-Z][a-z]{2,}(?: [A-Z][a-z]{2,})?)\b")
-_COMMON = frozenset(
-    ["God", "Lord", "Heaven", "English", "French", "German", "Italian", "Christian", "Sunday", "Monday", "Christmas", "Sir", "Madam", "Mr", "Mrs", "Miss", "Lady", "Captain", "Doctor", "England", "France", "London", "Paris", "Papa", "Mamma", "Mother", "Father", "Uncle", "Aunt", "And", "But", "The"]
+_COMMON_WORDS = (
+    "God Lord Heaven English French German Italian Christian Sunday Monday Christmas Sir Madam Mr Mrs "
+    "Miss Lady Captain Doctor England France London Paris Papa Mamma Mother Father Uncle Aunt And But The"
 )
+_COMMON = frozenset(_COMMON_WORDS.split())
 
 
 def find_english(text: str, title: str) -> list[Found]:
@@ -142,8 +146,8 @@ def _tables(text: str) -> Iterator[Found]:
                 if cells[column] and header[column]:
                     yield Found(
                         "table_cell", start, start + len(line),
-                        f"In the table with the columns {', '.join(h for h in header if h)}: what is the {header[column]} "
-                        f"where {header[0]} is {cells[0]}?",
+                        f"In the table with the columns {', '.join(filter(None, header))}: what is the "
+                        f"{header[column]} where {header[0]} is {cells[0]}?",
                         (cells[column],), f"{cells[column]}", once=line,
                     )  # fmt: skip
 

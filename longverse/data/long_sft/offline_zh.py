@@ -21,7 +21,8 @@ _COURTESY = re.compile(
     rf"(?:^|(?<=[。\n\u3000]))(?P<who>{_HAN}{{2,3}})，字(?P<zi>{_HAN}{{1,3}})，(?P<home>{_HAN}{{2,10}})人也?(?=[，。])"
 )
 _VOLUME = re.compile(
-    r"^[ \u3000]*(?:\S{1,4}[‧·・])?(?P<number>卷[一二三四五六七八九十百]+[上中下]?)[ \u3000]+(?P<title>\S[^\n，。：]{1,24})[ \u3000]*$",
+    r"^[ \u3000]*(?:\S{1,4}[‧·・])?(?P<number>卷[一二三四五六七八九十百]+[上中下]?)[ \u3000]+"
+    r"(?P<title>\S[^\n，。：]{1,24})[ \u3000]*$",
     re.MULTILINE,
 )
 
@@ -166,7 +167,8 @@ def _laws(text: str, title: str) -> Iterator[Found]:
     for match in defined:
         if sum(other["term"] == match["term"] for other in defined) == 1:
             yield Found(
-                "definition", match.start(), match.end(), f"《{name}》所称的“{match['term']}”是指什么？", (match["what"],),
+                "definition", match.start(), match.end(), f"《{name}》所称的“{match['term']}”是指什么？",
+                (match["what"],),
                 f"“{match['term']}”是指{match['what']}。", title=name,
             )  # fmt: skip
     passed = list(_PASSED.finditer(text[:3_000]))

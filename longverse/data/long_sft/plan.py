@@ -33,8 +33,8 @@ class LengthBucket:
 
 
 _TASKS = {
-    "single_doc_qa": 0.2, "multi_doc_qa": 0.2, "summary": 0.15, "code_completion": 0.1, "few_shot": 0.1, "multi_turn": 0.1,
-    "stated_facts": 0.15,
+    "single_doc_qa": 0.2, "multi_doc_qa": 0.2, "summary": 0.15, "code_completion": 0.1, "few_shot": 0.1,
+    "multi_turn": 0.1, "stated_facts": 0.15,
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ class SftConfig:
     questions_high: int = 8
     split: str = "train"  # of stated facts: which kinds, names and values may appear
     decontaminate: tuple[str, ...] = ()  # files (text or JSONL) whose n-grams must not occur
-    decontaminate_hits: int = 8  # documents with at least so many of their n-grams are dropped
+    decontaminate_hits: int = 64  # documents with at least so many of their n-grams are dropped (about two sentences)
     teacher: TeacherConfig | None = None  # an OpenAI-compatible endpoint; without one the rules alone ask
     attempts: int = 40  # an item that fails a gate is drawn anew at most so often
     processes: int = 2
@@ -109,7 +109,8 @@ def quotas(shares: dict[str, float], count: int) -> list[str]:
 
 
 def plan_items(config: SftConfig) -> list[Spec]:
-    """The specs of all items. Tasks, languages and lengths meet their shares exactly; which goes with which is chance."""
+    """The specs of all items. Tasks, languages and lengths meet their shares exactly; which goes with which is
+    chance."""
     rng = random.Random(f"plan {config.seed}")
     tasks = quotas(config.tasks, config.items)
     # Languages within each task, so that no family is of one language by chance.

@@ -1,8 +1,8 @@
 """The documents a builder draws from: written once into one file, then mapped by every worker.
 
 Two million characters of novel in every process would set the peak memory, so the pool keeps UTF-8 on the disk and
-gives a worker one document at a time, with counts for every unit of the linear encoder: a slice that begins and ends at units
-is counted without encoding it again.
+gives a worker one document at a time, with counts for every unit of the linear encoder: a slice that begins and ends
+at units is counted without encoding it again.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class UnitCounter:
 class Opened:
     """A document with its text, and token counts that are made where they are asked for.
 
-    The text is divided at safe cuts into blocks of about 30,000 characters; a block's units are counted when it is first
-    touched, so that a short item out of a long document pays for what it shows only.
+    The text is divided at safe cuts into blocks of about 30,000 characters; a block's units are counted when it is
+    first touched, so that a short item out of a long document pays for what it shows only.
     """
 
     _BLOCK = 30_000
@@ -189,7 +189,8 @@ class Opened:
         return block
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(int64[units + 1] ends in characters, the first being the block's beginning; int64[units + 1] tokens before)."""
+        """(int64[units + 1] ends in characters, the first being the block's beginning; int64[units + 1] tokens
+        before)."""
         if block not in self._blocks:
             start, stop = self._bound(block), self._bound(block + 1)
             units, tokens = self._counter.units(self.text[start:stop])

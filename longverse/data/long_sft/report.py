@@ -1,4 +1,5 @@
-"""The report of a build: items by family, language and length, depth of the evidence, and what each gate turned down."""
+"""The report of a build: items by family, language and length, depth of the evidence, and what each gate turned
+down."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def _markdown(content: dict[str, Any]) -> str:
         "# Instruction data report",
         "",
         f"{content['items']:,} items, {content['tokens']:,} tokens under `{content['tokenizer']}`; teacher: "
-        f"{content['teacher']}; closed-book check: {content['closed_book_check']}; {content['recite_first']:,} recite first.",
+        f"{content['teacher']}; closed-book check: {content['closed_book_check']}; "
+        f"{content['recite_first']:,} recite first.",
     ]
     for title, key in (
         ("Family", "by_task"),

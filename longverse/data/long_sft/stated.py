@@ -98,8 +98,8 @@ class FactMaker:
         return Fact("several", kind["kind"], sentences, question, tuple(values), _capital(reply))
 
     def absent(self) -> Fact:
-        """A question that the text does not answer: of a kind whose bearers it names, about another bearer; where it can be, a
-        bearer of whom the text states something else."""
+        """A question that the text does not answer: of a kind whose bearers it names, about another bearer; where it
+        can be, a bearer of whom the text states something else."""
         kind = self._kind("kinds")
         stated = {b for t, b, k in self._bearers if k == kind["kind"]}
         others = [b for t, b, k in self._bearers if t == kind["entity"] and b not in stated]
@@ -123,9 +123,7 @@ class FactMaker:
                 if state:
                     self._bearers.append((kind["entity"], bearer, kind["kind"]))
                 return bearer
-        raise UserError(
-            f"the list of {kind['entity']} is too short for so many facts in one text; ask for fewer facts."
-        )
+        raise _UsedUp(kind["entity"])
 
     def _value(self, kind: str, sort: str) -> str:
         for _ in range(200):
@@ -133,7 +131,7 @@ class FactMaker:
             if (kind, value) not in self._used:
                 self._used.add((kind, value))
                 return value
-        raise UserError(f"the list of {sort} is too short for so many facts in one text; ask for fewer facts.")
+        raise _UsedUp(sort)
 
     def _draw(self, sort: str) -> str:
         rng = self.rng
@@ -173,17 +171,41 @@ def _number(count: int, language: str) -> str:
     return "零一两三四五六"[count] if language == "zh" else words[count]
 
 
+class _UsedUp(Exception):
+    """A list has no name or value left that this text has not used; another kind may have."""
+
+
 def draw_facts(maker: FactMaker, count: int) -> list[Fact]:
-    """`count` questions' worth of facts: about six in ten plain, the rest of the other sorts."""
-    facts = []
-    for i in range(count):
+    """`count` questions' worth of facts: about six in ten plain, the rest of the other sorts. UserError when the lists
+    do not hold so many different ones."""
+    facts: list[Fact] = []
+    refused = 0
+    while len(facts) < count:
         dice = maker.rng.random()
-        if i == 0 or dice < 0.6:
+        try:
+            if not facts or dice < 0.6 or refused > 20:
+                facts.append(maker.plain())
+            elif dice < 0.75:
+                facts.append(maker.hop())
+            elif dice < 0.85:
+                facts.append(maker.several(maker.rng.randint(2, 3)))
+            else:
+                facts.append(maker.absent())
+        except _UsedUp as error:
+            refused += 1
+            if refused > 200:
+                raise UserError(
+                    f"the list of {error} is too short for {count} facts in one text; ask for fewer questions."
+                ) from None
+    return facts
+
+
+def plain_facts(maker: FactMaker, count: int) -> list[Fact]:
+    """Up to `count` plain facts that nothing asks about."""
+    facts = []
+    for _ in range(count):
+        try:
             facts.append(maker.plain())
-        elif dice < 0.75:
-            facts.append(maker.hop())
-        elif dice < 0.85:
-            facts.append(maker.several(maker.rng.randint(2, 3)))
-        else:
-            facts.append(maker.absent())
+        except _UsedUp:
+            continue
     return facts

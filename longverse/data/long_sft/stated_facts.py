@@ -8,7 +8,7 @@ import re
 from longverse.data.long_sft.context import TAIL, Context, Spec, reply_to
 from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn
 from longverse.data.long_sft.prompts import prompt
-from longverse.data.long_sft.stated import Fact, FactMaker, draw_facts
+from longverse.data.long_sft.stated import Fact, FactMaker, draw_facts, plain_facts
 from longverse.data.text import paragraphs, sentences
 
 
@@ -16,12 +16,15 @@ def stated_facts(context: Context, spec: Spec) -> Draft:
     """`spec.questions` questions on facts strewn uniformly over one document. The first fact that is asked stands at
     the wanted depth."""
     rng = spec.rng
-    room = max(spec.target - 120 * spec.questions, spec.target // 2)
+    # A short item holds fewer questions: a question, its reply and its fact take 100 tokens or so, in bytes 170.
+    each = round(520 * context.pool.tokens_per_character(spec.language)) if spec.language == "en" else 200
+    count = min(spec.questions, max(1, (spec.target - 250) // (2 * each if spec.recite else each)))
+    room = max(spec.target - each * count, spec.target // 2)
     opened = context.long_document(rng, spec.language, min(room + 400, spec.target))
     maker = FactMaker(spec.language, spec.split, rng, opened.text)
-    facts = draw_facts(maker, spec.questions)
+    facts = draw_facts(maker, count)
     asked = facts[:1] + rng.sample(facts[1:], len(facts) - 1)  # asked in another order than drawn
-    unasked = [maker.plain() for _ in range(rng.randint(0, spec.questions))]
+    unasked = plain_facts(maker, rng.randint(0, count))
     turns = [Turn(f.question, "", f.answers, f.question) for f in asked]
     turns[0].user = prompt("stated_facts", spec.language, rng, question=asked[0].question)
     for turn, fact in zip(turns, asked, strict=True):
@@ -31,7 +34,8 @@ def stated_facts(context: Context, spec: Spec) -> Draft:
     draft = Draft(
         spec.task, "+".join(sorted({f.sort for f in asked})), spec.language,
         [Part(opened.about.source, opened.about.id, opened.about.title, "")], turns, [], recite=spec.recite,
-        split=spec.split, notes={"sorts": [f.sort for f in asked], "kinds": [f.kind for f in asked], "unasked": len(unasked)},
+        split=spec.split,
+        notes={"sorts": [f.sort for f in asked], "kinds": [f.kind for f in asked], "unasked": len(unasked)},
     )  # fmt: skip
     written = [(f, s) for f in asked + unasked for s in f.sentences]
     cost = sum(context.counter.count("\n\n" + sentence) + 2 for _, sentence in written)
@@ -59,8 +63,8 @@ def _within_speech(before: str) -> bool:
 def write_in(
     text: str, written: list[tuple[Fact, str]], language: str, depth: float, rng: random.Random
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text with sentences written in at ends of paragraphs (of sentences, where there are few paragraphs), the first
-    near `depth`, the others strewn evenly; and the span of each sentence."""
+    """The text with sentences written in at ends of paragraphs (of sentences, where there are few paragraphs), the
+    first near `depth`, the others strewn evenly; and the span of each sentence."""
     zh = language == "zh"
     places = [end for _, end in paragraphs(text) if re.search(r"[.!?。！？”」\"]$", text[max(0, end - 1) : end])]
     if len(places) < 4 * len(written):

@@ -176,7 +176,7 @@ class _Weights:
     def words(self, text: str) -> list[str]:
         if self.language == "zh":
             return [text[i : i + 2] for i in range(len(text) - 1) if text[i : i + 2].isalpha()]
-        return [w for w in re.findall(r"[a-z']{3,}", text.lower())]
+        return re.findall(r"[a-z']{3,}", text.lower())
 
     def best(self, text: str, places: list[tuple[int, int]]) -> tuple[int, int] | None:
         """The span of the best sentence among paragraphs; the outer tenth of the part does not count."""
@@ -195,7 +195,8 @@ class _Weights:
                 if len(words) < 6 or (self.language != "zh" and not sentence[0].isupper()):
                     continue
                 score = sum(
-                    math.log1p(own[w]) * math.log((1 + self.chunks) / (0.5 + self.spread[w])) for w in set(words)
+                    math.log1p(own[w]) * math.log((1 + self.chunks) / (0.5 + self.spread[w]))
+                    for w in dict.fromkeys(words)
                 ) / math.sqrt(len(words))
                 if score > best:
                     best, found = score, (a + c, a + d)
