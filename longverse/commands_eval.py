@@ -19,9 +19,16 @@ if TYPE_CHECKING:
     from longverse.evaluation.backends import Backend
 
 app = typer.Typer(
-    no_args_is_help=True,
+    invoke_without_command=True,
     help="Measure a model: facts in long texts, LongBench, RULER, loss by position. A stopped run goes on.",
 )
+
+
+@app.callback()
+def start(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        console.line(context.get_help())
+
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Embedded name, folder, .gguf file or hub id.")]
 Rope = Annotated[str | None, typer.Option("--rope", help="Change the RoPE plan, such as abf:500000 or dynamic:2.")]
