@@ -89,7 +89,9 @@ def _uses(context: Context, user: int, module: int) -> tuple[_Use, ...]:
     if tree is None or other_tree is None:
         return ()
     title = context.pool.documents[module].title.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    defined = {d.name: d for d in definitions(other, other_tree)}
+    # A name that the file defines as well leaves open which definition is meant.
+    own = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    defined = {d.name: d for d in definitions(other, other_tree) if d.name not in own}
     aliases: dict[str, str] = {}  # how the module's names appear in the user's code
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1] == title.split(".")[-1]:

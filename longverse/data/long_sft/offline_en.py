@@ -69,7 +69,8 @@ def _chapters(text: str) -> Iterator[Found]:
             if not spans or not 30 <= spans[0][1] - spans[0][0] <= 300:
                 continue
             first = text[start + spans[0][0] : start + spans[0][1]]
-            if not _plain(squash(first)) or sum(map(str.isupper, first)) > 0.3 * len(first) or stop - start < 200:
+            shouted = sum(map(str.isupper, first)) > 0.3 * len(first)
+            if "\n " in first or shouted or not _plain(squash(first)) or stop - start < 200:
                 continue  # verse, a date line, half a speech
             yield Found(
                 "chapter_opening", match.start(), start + spans[0][1],
