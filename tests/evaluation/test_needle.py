@@ -98,6 +98,7 @@ def test_the_users_own_haystack(echo: Echo) -> None:
     assert result.found() == 1.0
     assert result.settings["haystack_name"] == "book.txt"
     assert "haystack" not in result.settings
+    assert result.settings["haystack_sha256"]
 
 
 def test_past_the_window_is_refused_before_any_work(echo: Echo) -> None:
@@ -122,6 +123,7 @@ def test_a_length_without_room_for_the_question_is_refused(echo: Echo) -> None:
         ({"mode": "magic"}, "No mode is called 'magic'"),
         ({"kinds": ("colour", "smell")}, "'smell'"),
         ({"repeats": 0}, "--repeats"),
+        ({"mode": "paraphrase", "kinds": ("safe",)}, "--one-per-document"),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, object], message: str) -> None:
