@@ -27,19 +27,27 @@ def config_of(model: str) -> tuple[str, NetworkConfig]:
     if path.is_file() and path.suffix.lower() == ".json":
         name, config = path.resolve().parent.name, read_json(path)
     elif not path.exists() and model not in embedded.EMBEDDED and hub.is_hub_id(model):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            name, config = model.split("/")[1], read_json(Path(hf_hub_download(model, "config.json")))
-        except (OSError, ValueError, RuntimeError) as error:  # what huggingface_hub and its HTTP client raise
-            reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"The config of {model} cannot be had from the hub ({reason}): give a folder instead."
-            ) from None
+        name, config = model.split("/")[1], read_json(_hub_config(model))
     else:
         name, place = locate(model)
         config = read_gguf(place).config if place.is_file() else read_config(place)
     return name, NetworkConfig.from_dict(releases.complete(config, name)[0])
+
+
+def _hub_config(hub_id: str) -> Path:
+    """config.json of a hub model, from an earlier download where there is one."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    if isinstance(found := try_to_load_from_cache(hub_id, "config.json"), str):
+        return Path(found)
+    try:
+        HfApi().model_info(hub_id, timeout=20)  # unlike a download this does not retry where there is no network
+        return Path(hf_hub_download(hub_id, "config.json"))
+    except Exception as error:  # whatever its HTTP client of the day raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise UserError(
+            f"The config of {hub_id} cannot be had from the hub ({reason}): give a folder with its config.json instead."
+        ) from None
 
 
 def record(name: str, config: NetworkConfig) -> dict[str, Any]:

@@ -36,10 +36,16 @@ class Prompts:
 
 
 def messages(text: str, question: str, *, system: str | None = None) -> list[dict[str, str]]:
-    """The conversation that asks `question` about `text`, in English, or in Chinese for a Chinese text."""
-    language = "zh" if len(_CHINESE.findall(text[:10_000])) * 5 > len(text[:10_000]) else "en"
-    content = _DOCUMENT[language].format(text=text.strip("\n")) + _QUESTION[language].format(question=question)
-    return [{"role": "system", "content": system or SYSTEM[language]}, {"role": "user", "content": content}]
+    """The conversation that asks `question` about `text`. The instructions before the document are in its language and
+    those after it in the question's, so that questions in two languages share the document."""
+    document = _language(text[:10_000])
+    asked = _QUESTION[_language(question)].format(question=question)
+    content = _DOCUMENT[document].format(text=text.strip("\n")) + asked
+    return [{"role": "system", "content": system or SYSTEM[document]}, {"role": "user", "content": content}]
+
+
+def _language(text: str) -> str:
+    return "zh" if len(_CHINESE.findall(text)) * 5 > len(text) else "en"
 
 
 def prepare(

@@ -66,15 +66,17 @@ def generate_report(seed: int = 0, *, target_words: int = 3000, questions: int =
     title = draws.fill(words.title, name=company)
     blocks = [f"# {title}"]
     facts: list[Fact] = []
+    said: Counter[str] = Counter()  # kinds of value
 
     def write(topic: Topic, name: str) -> None:
-        for block, stated in _section(topic, name, draws):
+        for block, stated in _section(topic, name, draws, said):
             start = sum(len(written) + 2 for written in blocks)
             blocks.append(block)
             for place, attribute, value, sentence in stated:
                 accepted = accepted_wordings(attribute.value, value, language)
-                question = attribute.question.replace("{name}", name)
-                facts.append(Fact(question, value, accepted, start + place, sentence, attribute.value))
+                said[attribute.value] += 1
+                if question := attribute.question.replace("{name}", name):
+                    facts.append(Fact(question, value, accepted, start + place, sentence, attribute.value))
 
     for topic in words.at("opening"):
         write(topic, company)
@@ -95,40 +97,28 @@ def generate_report(seed: int = 0, *, target_words: int = 3000, questions: int =
 _Stated = list[tuple[int, Attribute, str, str]]  # offset in the block, attribute, value, sentence
 
 
-def _section(topic: Topic, name: str, draws: Draws) -> list[tuple[str, _Stated]]:
+def _section(topic: Topic, name: str, draws: Draws, said: Counter[str]) -> list[tuple[str, _Stated]]:
     """A heading and its paragraphs; with each block, what it states and where."""
     rng = draws.rng
     prose, attributes = list(topic.prose), list(topic.attributes)
     rng.shuffle(prose)
     rng.shuffle(attributes)
-    # Two facts a section, strewn in prose, as in a real report; the first and last sections state all of theirs.
+    # Two facts a section, strewn in prose, of the kinds of value said least so far: a report is not a list of names.
+    # The first and the last sections state all of theirs.
     if topic.where == "topic":
+        attributes.sort(key=lambda attribute: said[attribute.value])
         del attributes[2:]
         prose += [draws.next_general() for _ in range(3)]
         rng.shuffle(prose)
-    sentences: list[tuple[Attribute | None, str, str]] = []
-    for attribute in attributes:
-        for _ in range(rng.randint(1, 4)):
-            if prose:
-                sentences.append((None, "", draws.fill(prose.pop(), name=name)))
-        value = draws.draw(attribute.value)
-        sentences.append((attribute, value, draws.fill(attribute.sentence, name=name, value=value)))
-    sentences += [(None, "", draws.fill(template, name=name)) for template in prose]
     blocks: list[tuple[str, _Stated]] = [(f"## {draws.fill(topic.heading, name=name)}", [])]
-    while sentences:
-        size = rng.randint(4, 6)
-        if len(sentences) - size < 3:
-            size = len(sentences)
-        paragraph = ""
-        stated: _Stated = []
-        for about, value, sentence in sentences[:size]:
-            if paragraph and draws.language.code != "zh":
-                paragraph += " "
-            if about is not None:
-                stated.append((len(paragraph), about, value, sentence))
-            paragraph += sentence
-        blocks.append((paragraph, stated))
-        sentences = sentences[size:]
+    joiner = "" if draws.language.code == "zh" else " "
+    for place, attribute in enumerate(attributes):
+        # A paragraph begins with what it states and goes on with its share of the prose.
+        value = draws.draw(attribute.value)
+        sentence = draws.fill(attribute.sentence, name=name, value=value)
+        share = prose[place :: len(attributes)]
+        paragraph = joiner.join([sentence, *(draws.fill(template, name=name) for template in share)])
+        blocks.append((paragraph, [(0, attribute, value, sentence)]))
     return blocks
 
 

@@ -2,7 +2,7 @@
 
 A language is a text file beside this one (report_en.txt, report_zh.txt): syllables for names, lists of things, and
 topics. A topic is a heading (`== topic place: The {name} factory`), the facts it states (`? kind of value | sentence |
-question`) and the prose around them (one template a line). Templates have two marks: `[one|another]` picks a wording,
+question`, the question left out for what is never asked) and the prose around them (one template a line). Templates have two marks: `[one|another]` picks a wording,
 `{slot}` is filled: `{name}` and `{value}` from the section, `{n}` (number), `{pct}`, `{month}` and the like drawn.
 Names, numbers, dates and sums are drawn once in a report, so no sentence can contradict another.
 """
@@ -22,7 +22,7 @@ class Attribute:
 
     value: str  # person, town, venture, number, date, money, or the name of a list of things
     sentence: str
-    question: str
+    question: str = ""  # empty: stated and never asked, only there to be told from the rest
 
 
 @dataclass(frozen=True)
