@@ -17,6 +17,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 
 from longverse.data.config import build, load_yaml, nearest, resolve
 from longverse.errors import UserError
+from longverse.train.new import NewModel
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS = ("lora", "full")
@@ -41,6 +44,10 @@ def _one_of(value: str, known: tuple[str, ...], what: str) -> None:
 def _at_least(value: float, least: float, what: str) -> None:
     if not value >= least:
         raise UserError(f"{what} is {value:g} and must be at least {least:g}.")
+
+
+def _place(path: str, base: Path) -> str:
+    return os.path.normpath(resolve(path, base))
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,8 @@ class Source:
 
     messages  a JSON-lines file with a `messages` list a line: instruction data, trained on the answers
     store     a token store (`longverse data corpus`): text, trained on every token
-    made      a synthetic task of longverse.train.made (`copy` or `facts`), new examples for ever: for tiny models
+    made      `copy` or `facts`: examples made on the way, new ones for ever (longverse.train.made): for small models
+    texts     made facts only: the files that the facts are put into
     build     the configuration (`longverse data sft` or `corpus`) that makes `messages` or `store` when it is absent
     weight    its share of the examples, relative to the stage's other sources
     keep      text only: whether documents packed into a sequence stay invisible to each other
@@ -88,6 +96,7 @@ class Source:
     messages: str | None = None
     store: str | None = None
     made: str | None = None
+    texts: tuple[str, ...] = ()
     build: str | None = None
     weight: float = 1.0
     keep: bool = True
@@ -159,8 +168,6 @@ class Stage:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (0 is the first)."""
-        import math
-
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         if self.schedule == "constant":
@@ -193,6 +200,7 @@ class Recipe:
     precision  auto (bf16 where the hardware multiplies it), bf16, fp32
     clip       norm to which gradients are clipped, 0 for never
     save_every steps between checkpoints; `keep` newest are kept
+    new        makes the model from nothing when the folder `model` is not there
     sequence   Ulysses degree: ranks that share one sequence; divides the heads and the number of ranks
     """
 
@@ -210,6 +218,7 @@ class Recipe:
     keep: int = 2
     sequence: int = 1
     probe: Probe = field(default_factory=Probe)
+    new: NewModel | None = None
     name: str = "extended"
     licence: str | None = None
 
@@ -234,6 +243,8 @@ class Recipe:
         values = load_yaml(path)
         if model is not None:
             values["model"] = model
+        elif values.get("new") and isinstance(values.get("model"), str):
+            values["model"] = _place(values["model"], path.resolve().parent)
         try:
             recipe = build(cls, values, "the recipe")
         except UserError as error:
@@ -245,16 +256,19 @@ class Recipe:
 
         def place(source: Source) -> Source:
             changes: dict[str, Any] = {
-                key: str(resolve(value, base))
-                for key in ("messages", "store", "build")
-                if (value := getattr(source, key))
+                key: _place(value, base) for key in ("messages", "store", "build") if (value := getattr(source, key))
             }
+            if source.texts:
+                changes["texts"] = tuple(_place(text, base) for text in source.texts)
             return dataclasses.replace(source, **changes)
 
         stages = tuple(
             dataclasses.replace(stage, data=tuple(place(source) for source in stage.data)) for stage in self.stages
         )
-        return dataclasses.replace(self, stages=stages)
+        new = self.new
+        if new is not None:
+            new = dataclasses.replace(new, texts=tuple(_place(text, base) for text in new.texts))
+        return dataclasses.replace(self, stages=stages, new=new)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

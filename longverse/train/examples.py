@@ -53,7 +53,8 @@ class Example:
 
 
 class Examples(Protocol):
-    """A source of examples by number. `lengths` int64 [n], or empty for a source without end."""
+    """A source of examples by number. `lengths` int64 [n], or empty for a source without end, which then has
+    `length(index)`, about how many tokens an example will have."""
 
     label: str
     lengths: np.ndarray
@@ -331,7 +332,7 @@ class Mixture:
         return [self._example(slot) for slot in range(step * self.batch, (step + 1) * self.batch)]
 
     def lengths(self) -> Iterator[np.ndarray]:
-        """int64 [batch]: the lengths of every step's examples in turn, without reading them."""
+        """int64 [batch]: the lengths of every step's examples in turn, without reading or making them."""
         for step in range(len(self._which) // self.batch):
             slots = range(step * self.batch, (step + 1) * self.batch)
             yield np.array([self._length(slot) for slot in slots])
@@ -355,4 +356,6 @@ class Mixture:
 
     def _length(self, slot: int) -> int:
         source, index = self._place(slot)
-        return int(source.lengths[index]) if len(source.lengths) else len(source.get(index))
+        if not len(source.lengths):
+            return source.length(index)  # type: ignore[attr-defined, no-any-return]
+        return int(source.lengths[index])

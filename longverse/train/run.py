@@ -46,6 +46,7 @@ from longverse.train.examples import Conversations, Examples, Mixture, Texts
 from longverse.train.forecast import Forecast, forecast
 from longverse.train.forward import LossModel
 from longverse.train.lora import add_lora, lora_layers, merge, merged, save_adapter
+from longverse.train.new import make_model
 from longverse.train.parallel import Ranks
 from longverse.train.state import latest, load_state
 from longverse.train.trainer import StepReport, make_optimizer, train_stage
@@ -105,6 +106,9 @@ def run_recipe(
     Raises UserError for whatever the user can mend.
     """
     out, watch = Path(out).expanduser(), watch or Watch()
+    if recipe.new is not None and not (Path(recipe.model) / "config.json").exists():
+        watch.note(f"{recipe.model} is not there: it is made, tokenizer and random weights.")
+        make_model(recipe.new, Path(recipe.model), recipe.seed)
     loaded = load_for_training(recipe, device, shipped, lambda done, total: watch.progress("Loading", done, total))
     ranks = parallel.start(loaded.network.config, recipe.sequence, loaded.network.device)
     for text in loaded.notes:
@@ -310,7 +314,15 @@ def open_mixture(recipe: Recipe, stage: Stage, loaded: Loaded, out: Path, watch:
             from longverse.train.made import Made
 
             assert source.made is not None
-            opened = Made(source.made, loaded.tokenizer, loaded.chat, stage.min_tokens, stage.max_tokens, recipe.seed)
+            opened = Made(
+                source.made,
+                loaded.tokenizer,
+                loaded.chat,
+                stage.min_tokens,
+                stage.max_tokens,
+                recipe.seed,
+                source.texts,
+            )
         sources.append(opened)
     # Each stage draws its own order: two stages over one file do not see it alike.
     seed = recipe.seed * 1000 + [s.name for s in recipe.stages].index(stage.name)

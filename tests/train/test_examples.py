@@ -128,6 +128,9 @@ class Numbered:
     def get(self, index: int) -> Example:
         return Example(np.array([0, 1, 2]), ((1, 3, 1.0),), f"{self.label}{index}")
 
+    def length(self, index: int) -> int:
+        return 3
+
 
 def test_mixture_is_a_function_of_the_step() -> None:
     def make() -> Mixture:
