@@ -20,7 +20,7 @@ import torch
 
 from ..errors import UserError
 from ..models.cache import KVCache
-from ..models.chat import ChatFormat
+from ..models.chat import ChatFormat, cut_at_stop, may_stop
 from ..models.checkpoint import load
 from ..models.network import CausalLM
 from ..models.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ class Stats:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens written per second, the first (which the reading yields) not counted."""
+        """Tokens written per second, the first (which the reading yields) and the listener's time not counted."""
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 and self.new_tokens > 1 else 0.0
 
 
@@ -211,16 +211,14 @@ class Session:
                 hidden = self._forward(prompt[begin : begin + CHUNK])
             if on_progress is not None:
                 on_progress(len(prompt), len(prompt))
-            stats.prefill_seconds = time.perf_counter() - started
             sampler = Sampler(sampling, prompt, network.device)
-            started_decode = time.perf_counter()
+            token = sampler(self._logits(hidden))  # its value is awaited, so a GPU has done the reading by now
+            stats.prefill_seconds = time.perf_counter() - started
             while True:
-                token = sampler(self._logits(hidden))
                 if token in end_ids:
                     stats.finish_reason = "stop"
                     return
                 stats.new_tokens += 1
-                stats.decode_seconds = time.perf_counter() - started_decode
                 yield token
                 if stats.new_tokens == sampling.max_new_tokens:
                     stats.finish_reason = "length"
@@ -228,7 +226,9 @@ class Session:
                 if cancelled is not None and cancelled():
                     stats.finish_reason = "cancelled"
                     return
-                hidden = self._forward([token])
+                started_token = time.perf_counter()
+                token = sampler(self._logits(self._forward([token])))
+                stats.decode_seconds += time.perf_counter() - started_token  # the listener's time is not counted
         finally:  # also when the caller stops listening, or Ctrl-C falls into a forward
             if not stats.prefill_seconds:
                 stats.prefill_seconds = time.perf_counter() - started
@@ -258,13 +258,13 @@ class Session:
             for token in tokens:
                 ids.append(token)
                 pending += characters.push(token)
-                cut = min((at for text in stop if (at := pending.find(text)) >= 0), default=None)
-                if cut is not None:
+                text = cut_at_stop(pending, stop)
+                if text != pending:
                     self.stats.finish_reason = "stop"
-                    if pending[:cut]:
-                        yield pending[:cut]
+                    if text:
+                        yield text
                     return
-                ready = len(pending) - _held_back(pending, stop)
+                ready = len(pending) - may_stop(pending, stop)
                 if ready:
                     yield pending[:ready]
                     pending = pending[ready:]
@@ -283,17 +283,6 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
         if x != y:
             return n
     return min(len(a), len(b))
-
-
-def _held_back(text: str, stop: tuple[str, ...]) -> int:
-    """How many last characters of `text` might begin a stop text."""
-    longest = 0
-    for candidate in stop:
-        for size in range(min(len(candidate) - 1, len(text)), longest, -1):
-            if text.endswith(candidate[:size]):
-                longest = size
-                break
-    return longest
 
 
 def peak_memory(device: torch.device) -> int:

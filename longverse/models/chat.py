@@ -210,3 +210,13 @@ def compile_template(template: str) -> jinja2.Template:
         return environment.from_string(template)
     except jinja2.exceptions.TemplateSyntaxError as error:
         raise UserError(f"The model's chat template has an error on line {error.lineno}: {error.message}.") from None
+
+
+def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
+    """`text` up to the first of the stop texts."""
+    return text[: min((at for end in stop if (at := text.find(end)) >= 0), default=len(text))]
+
+
+def may_stop(text: str, stop: tuple[str, ...]) -> int:
+    """How many last characters of `text` may be the beginning of a stop text, and have to wait."""
+    return max((size for end in stop for size in range(1, len(end)) if text.endswith(end[:size])), default=0)

@@ -101,7 +101,7 @@ def load(
     shape = NetworkConfig.from_dict(opened.config)
     if rope is not None:
         plan = RopePlan.parse(rope, shape.rope, shape.window)
-        window = plan.window_after(shape.window)
+        window = plan.window_after(shape.rope.trained_window or shape.window)
         notes.append(f"RoPE changed by hand ({rope}): {plan.kind}, base {plan.base(window):,.0f} at {window:,} tokens.")
         shape = replace(shape, rope=plan, window=window)
     stored = stored_dtype(tensors.infos)

@@ -12,9 +12,11 @@ from ..errors import UserError
 from .network import NetworkConfig
 from .rope import RopePlan
 
-THETA_IGNORED = (
-    "rope_theta set beside a config is ignored by transformers: set"
-    " config.rope_parameters = {'rope_type': 'default', 'rope_theta': BASE} before the model is built."
+# Old names that transformers ignores (rope_theta), or takes while dropping the base (rope_scaling).
+OLD_NAMES = ("rope_theta", "rope_scaling")
+IGNORED = (
+    "{name} set beside a config loses the RoPE base or is ignored: set config.rope_parameters ="
+    " {{'rope_type': 'default', 'rope_theta': BASE}}, with all that belongs to it, before the model is built."
 )
 
 
@@ -65,22 +67,27 @@ class XverseConfig(PreTrainedConfig):
         plan = RopePlan.from_config({**self._rope_fields(), **rope})
         kwargs.pop("rope_theta", None)
         kwargs.pop("rope_scaling", None)
-        self.rope_parameters = plan.to_rope_parameters()
         self.ignore_keys_at_rope_validation = {"bucket", "original_max_position_embeddings"}
-        if plan.kind == "dynamic" and plan.original_window != self.max_position_embeddings:
-            self.rope_parameters["original_max_position_embeddings"] = plan.original_window
+        self.set_plan(plan)
         super().__post_init__(**kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        if key == "rope_theta":
-            raise UserError(THETA_IGNORED)
+        if key in OLD_NAMES:
+            raise UserError(IGNORED.format(name=key))
         super().__setattr__(key, value)
+
+    def set_plan(self, plan: RopePlan) -> None:
+        """Write a plan into `rope_parameters`; a model already built does not follow (its `set_rope` does)."""
+        self.rope_parameters = plan.to_rope_parameters()
+        if plan.kind == "dynamic" and plan.original_window != self.max_position_embeddings:
+            self.rope_parameters["original_max_position_embeddings"] = plan.original_window
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', which drops an override of rope_theta in silence; here that is an error."""
-        if "rope_theta" in kwargs:
-            raise UserError(THETA_IGNORED)
+        """As transformers', which drops an override of the base in silence; here that is an error."""
+        for name in OLD_NAMES:
+            if name in kwargs:
+                raise UserError(IGNORED.format(name=name))
         return super().from_dict(config_dict, **kwargs)
 
     def to_network(self) -> NetworkConfig:

@@ -52,15 +52,17 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.rotary.plan
 
     def set_rope(self, plan: RopePlan) -> None:
-        """Change the plan of the live model and of its config together. A plan equal to the one in force is an
-        error: the step would look done and be none."""
-        if plan == self.rope_plan:
-            raise UserError(f"The model already runs {plan.describe()}: this change changes nothing.")
+        """Change the plan of the live model and of its config together. A plan for another head size, or one that
+        turns every position as the plan in force does, is an error: the step would look done and be none."""
+        current = self.rope_plan
+        if plan.head_dim != current.head_dim:
+            raise UserError(
+                f"The plan is for heads of {plan.head_dim} and this model's have {current.head_dim}: make it anew."
+            )
+        if plan.same_angles(current, self.config.max_position_embeddings):
+            raise UserError(f"The model already runs {current.describe()}: this change changes nothing.")
         self.model.rotary.plan = plan
-        self.config.rope_parameters = plan.to_rope_parameters()
-        if plan.kind == "dynamic" and plan.original_window != self.config.max_position_embeddings:
-            self.config.rope_parameters["original_max_position_embeddings"] = plan.original_window
-        plan.verify(self)
+        self.config.set_plan(plan)
 
     def _rope_length(self, given: int | Tensor | None, past: Cache | None, positions: Tensor) -> int | Tensor:
         """The planned length for this forward: what the caller gave, else what the cache was begun with, else (no
@@ -167,6 +169,11 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         past = model_kwargs.get("past_key_values")
         if self.rope_plan.kind != "dynamic" or model_kwargs.get("rope_length") is not None:
             return result
+        if getattr(generation_mode, "value", "") == "assisted_generation":
+            raise UserError(
+                "Assisted decoding reads past the planned length that dynamic NTK's base was chosen for: pass a larger"
+                " rope_length, or leave assistance off."
+            )
         pinned = getattr(past, "rope_length", None)
         if pinned is not None:
             model_kwargs["rope_length"] = pinned
@@ -198,7 +205,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         from transformers import TextIteratorStreamer
 
         try:
-            from longverse.models.chat import ChatFormat
+            from longverse.models.chat import ChatFormat, cut_at_stop, may_stop
             from longverse.models.tokenizer import Tokenizer
         except ImportError:
             raise UserError("chat() needs the longverse package: install it, or use generate().") from None
@@ -222,7 +229,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         settings |= {"attention_mask": torch.ones_like(ids), "generation_config": generation_config}
         if not stream:
             answer = self.generate(ids, **settings)[0, ids.shape[1] :]  # type: ignore[misc]
-            return _cut(tokenizer.decode(answer, skip_special_tokens=True), form.stop_strings)
+            return cut_at_stop(tokenizer.decode(answer, skip_special_tokens=True), form.stop_strings)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
         def pieces() -> Iterator[str]:
@@ -240,12 +247,12 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
             given, text = 0, ""
             for piece in streamer:
                 text += piece
-                ready = len(_cut(text, form.stop_strings)) - _might_stop(text, form.stop_strings)
+                ready = len(cut_at_stop(text, form.stop_strings)) - may_stop(text, form.stop_strings)
                 if ready > given:
                     yield text[given:ready]
                     given = ready
             writer.join()
-            if rest := _cut(text, form.stop_strings)[given:]:
+            if rest := cut_at_stop(text, form.stop_strings)[given:]:
                 yield rest
             if failures:
                 raise failures[0]
@@ -269,14 +276,3 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
                 " use 8 bits."
             )
         return self
-
-
-def _cut(text: str, stop: tuple[str, ...]) -> str:
-    """`text` up to the first stop text."""
-    return text[: min((at for end in stop if (at := text.find(end)) >= 0), default=len(text))]
-
-
-def _might_stop(text: str, stop: tuple[str, ...]) -> int:
-    """How many last characters of `text` may be the beginning of a stop text."""
-    sizes = (size for end in stop for size in range(1, len(end)) if text.endswith(end[:size]))
-    return max(sizes, default=0)

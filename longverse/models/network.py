@@ -22,10 +22,23 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from .attention import one_shot_attention
-from .rope import RopePlan, Rotary, rotate
+from .rope import RopePlan, Rotary, number, rotate
 
 # attend(layer, q [B, H, T, D], k [B, G, T, D], v [B, G, T, D]) -> [B, H, T, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Whole numbers of a config.json, and whether it must state them.
+SIZES = {
+    "vocab_size": True,
+    "hidden_size": True,
+    "intermediate_size": True,
+    "num_hidden_layers": True,
+    "num_attention_heads": True,
+    "max_position_embeddings": True,
+    "num_key_value_heads": False,
+    "head_dim": False,
+    "context_window": False,
+    "sliding_window": False,
+}
 FAMILIES = ("xverse", "llama", "mistral", "qwen2", "qwen3", "Yi", "yi")
 
 
@@ -50,9 +63,6 @@ class NetworkConfig:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"The config's {name} is {getattr(self, name)} and must be at least 1.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly:"
@@ -69,17 +79,17 @@ class NetworkConfig:
                 f"Models of type {family!r} are not supported: this network is Llama-shaped and reads"
                 f" {', '.join(FAMILIES[:-1])}."
             )
-        try:
-            hidden, heads = config["hidden_size"], config["num_attention_heads"]
-            sizes = {
-                "vocab_size": config["vocab_size"],
-                "intermediate_size": config["intermediate_size"],
-                "num_layers": config["num_hidden_layers"],
-            }
-        except KeyError as error:
-            raise UserError(f"The config lacks {error.args[0]}: it is no complete config.json of a model.") from None
+        for name, needed in SIZES.items():
+            value = config.get(name)
+            if value is None and not needed:
+                continue
+            if name not in config:
+                raise UserError(f"The config lacks {name}: it is no complete config.json of a model.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"The config's {name} is {value!r} and must be a whole number of at least 1.")
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise UserError(f"Activation {config['hidden_act']!r} is not supported: this network has SwiGLU (silu).")
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
         rope = RopePlan.from_config(config)
         bias = bool(config.get("attention_bias", False))
         return cls(
@@ -87,7 +97,7 @@ class NetworkConfig:
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=rope.head_dim,
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
             window=_window(config, rope),
             rope=rope,
             qkv_bias=family == "qwen2" or bool(config.get("qkv_bias", bias)),
@@ -95,7 +105,9 @@ class NetworkConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=family == "qwen3" or bool(config.get("qk_norm", False)),
             tied=bool(config.get("tie_word_embeddings", False)),
-            **sizes,
+            vocab_size=config["vocab_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
         )
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,9 +121,7 @@ class NetworkConfig:
 def _window(config: dict[str, Any], rope: RopePlan) -> int:
     """Usable tokens. `context_window` is our own field, written where max_position_embeddings must mean something
     else (dynamic NTK takes L0 from there). Sliding attention equals full attention up to its width, and no further."""
-    stated = config.get("max_position_embeddings")
-    if not stated:
-        raise UserError("The config lacks max_position_embeddings, the trained window in tokens: add it.")
+    stated = config["max_position_embeddings"]
     window = config.get("context_window") or stated
     if not config.get("context_window") and rope.kind in ("dynamic", "yarn"):
         window = rope.window_after(stated)

@@ -25,6 +25,7 @@ from ..errors import UserError
 
 RopeKind = Literal["default", "linear", "ntk", "dynamic", "yarn", "llama3"]
 KINDS: tuple[RopeKind, ...] = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
+MAX_BASE, MAX_FACTOR = 1e15, 1e6  # far past any use; larger ones leave float32's range
 YARN_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 
 
@@ -59,12 +60,12 @@ class RopePlan:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"RoPE kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}.")
-        if not (isinstance(self.theta, int | float) and math.isfinite(self.theta) and self.theta > 1):
-            raise UserError(f"RoPE base {self.theta!r} must be a number above 1, for example 500000.")
+        if not 1 < self.theta <= MAX_BASE:
+            raise UserError(f"RoPE base {self.theta!r} must be above 1 and at most {MAX_BASE:.0e}, such as 500000.")
         if self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"RoPE needs an even head size of at least 2, and this model's is {self.head_dim}.")
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise UserError(f"RoPE factor {self.factor!r} must be at least 1.")
+        if not 1 <= self.factor <= MAX_FACTOR:
+            raise UserError(f"RoPE factor {self.factor!r} must be from 1 to {MAX_FACTOR:,.0f}.")
         if self.kind == "default" and self.factor != 1:
             raise UserError(f"RoPE kind 'default' takes no factor, and {self.factor} was given: name a kind.")
         if self.kind in ("dynamic", "yarn", "llama3") and not (self.original_window and self.original_window > 0):
@@ -149,6 +150,9 @@ class RopePlan:
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         window = config.get("max_position_embeddings")
         new, old = config.get("rope_parameters"), config.get("rope_scaling")
+        for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"The config's {name} is {value!r} and must be an object with a rope_type.")
         if new and old and _settings(new) != _settings(old):
             raise UserError(
                 "The config holds rope_parameters and rope_scaling that differ, and engines obey different ones:"
@@ -158,10 +162,12 @@ class RopePlan:
         kind = stated.pop("rope_type", None) or stated.pop("type", None) or "default"
         stated.pop("type", None)
         outer, inner = config.get("rope_theta"), stated.pop("rope_theta", None)
-        if outer is not None and inner is not None and float(outer) != float(inner):
+        outer = None if outer is None else number("rope_theta", outer)
+        inner = None if inner is None else number("rope_theta", inner)
+        if outer is not None and inner is not None and outer != inner:
             raise UserError(
-                f"The config states two RoPE bases, rope_theta {outer:,} and rope_parameters.rope_theta {inner:,}:"
-                " delete the one that is not meant."
+                f"The config states two RoPE bases, rope_theta {outer:,.0f} and rope_parameters.rope_theta"
+                f" {inner:,.0f}: delete the one that is not meant."
             )
         theta = inner if inner is not None else outer if outer is not None else 10_000.0
         if (stated.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0) != 1.0:
@@ -169,7 +175,7 @@ class RopePlan:
         if kind not in KINDS:
             raise UserError(f"RoPE kind {kind!r} is not supported: use one of {', '.join(KINDS)}.")
         if kind == "default":
-            return cls("default", float(theta), head_dim)
+            return cls("default", theta, head_dim)
 
         original = stated.pop("original_max_position_embeddings", None) or config.get(
             "original_max_position_embeddings"
@@ -187,10 +193,16 @@ class RopePlan:
         unknown = set(stated) - set(allowed.get(kind, ()))
         if unknown:
             raise UserError(f"RoPE kind {kind!r} does not know {', '.join(sorted(unknown))}: delete it.")
-        details = {key: value for key, value in stated.items() if value is not None}
+        details: dict[str, Any] = {
+            key: value if key == "truncate" else number(key, value)
+            for key, value in stated.items()
+            if value is not None
+        }
+        if "bucket" in details:
+            details["bucket"] = int(details["bucket"])
         if kind in ("dynamic", "yarn", "llama3"):
-            details["original_window"] = original or window
-        return cls(kind, float(theta), head_dim, float(factor), **details)
+            details["original_window"] = int(number("original_max_position_embeddings", original or window or 0))
+        return cls(kind, theta, head_dim, number("factor", factor), **details)
 
     def to_rope_parameters(self) -> dict[str, Any]:
         """The `rope_parameters` of a config.json that transformers 5, vLLM and SGLang read the same way.
@@ -230,7 +242,7 @@ class RopePlan:
         plan's, else `window`. A change that changes
         nothing is an error: it would look like a step of the recipe and be none.
         """
-        plan = current
+        plan, changed_kind = current, ""
         for part in text.split(","):
             name, *values = part.strip().split(":")
             try:
@@ -239,11 +251,19 @@ class RopePlan:
                 raise UserError(f"RoPE change {part!r} must look like abf:500000 or dynamic:2.") from None
             if name == "abf" and len(numbers) == 1:
                 plan = replace(plan, theta=numbers[0])
-            elif name in ("linear", "ntk") and len(numbers) == 1:
+                continue
+            if changed_kind:
+                raise UserError(f"RoPE change {text!r} asks for {changed_kind} and for {name}: choose one.")
+            changed_kind = name
+            if len(numbers) == 2 and not (numbers[1].is_integer() and numbers[1] >= 1):
+                raise UserError(f"The original window in RoPE change {part!r} must be a whole number of tokens.")
+            if name in ("linear", "ntk") and len(numbers) == 1:
                 plan = cls(name, plan.theta, plan.head_dim, numbers[0])  # type: ignore[arg-type]
             elif name in ("dynamic", "yarn") and len(numbers) in (1, 2):
                 original = int(numbers[1]) if len(numbers) == 2 else current.original_window or window
-                plan = cls(name, plan.theta, plan.head_dim, numbers[0], original)  # type: ignore[arg-type]
+                # The same kind with another factor keeps the rest of its settings (bucket, betas).
+                rest = plan if plan.kind == name else cls("default", plan.theta, plan.head_dim)
+                plan = replace(rest, kind=name, factor=numbers[0], original_window=original)  # type: ignore[arg-type]
             elif name == "default" and not numbers:
                 plan = cls("default", plan.theta, plan.head_dim)
             else:
@@ -251,12 +271,23 @@ class RopePlan:
                     f"RoPE change {part!r} is unknown: write abf:BASE, linear:FACTOR, ntk:FACTOR,"
                     " dynamic:FACTOR[:WINDOW], yarn:FACTOR[:WINDOW] or default."
                 )
-        probe = 16 * max(window, plan.original_window or 0)
-        if torch.equal(plan.inv_freq(probe), current.inv_freq(probe)) and (
-            plan.attention_scaling == current.attention_scaling
-        ):
+        if plan.same_angles(current, window):
             raise UserError(f"RoPE change {text!r} changes nothing: the model already runs {current.describe()}.")
         return plan
+
+    def same_angles(self, other: "RopePlan", window: int = 1) -> bool:
+        """Whether two plans turn every position alike, whatever their names: compared far past `window` and both
+        plans' original windows."""
+        if self.head_dim != other.head_dim or self.attention_scaling != other.attention_scaling:
+            return False
+        far = 16 * max(window, self.original_window or 1, other.original_window or 1, self.bucket or 1)
+        lengths = (1, window, far)
+        return all(torch.equal(self.inv_freq(length), other.inv_freq(length)) for length in lengths)
+
+    @property
+    def trained_window(self) -> int | None:
+        """The window before this plan stretched it, where the plan knows it."""
+        return self.original_window if self.kind in ("dynamic", "yarn") else None
 
     def window_after(self, trained: int) -> int:
         """The window in tokens that this plan is meant for, on a model trained for `trained` tokens. ABF alone
@@ -388,6 +419,13 @@ def _llama3(plan: RopePlan, inv_freq: Tensor) -> Tensor:
     smooth = (turns - plan.low_freq_factor) / (plan.high_freq_factor - plan.low_freq_factor)
     smooth = smooth.clamp(0, 1)  # 0: interpolate, 1: keep
     return (1 - smooth) * inv_freq / plan.factor + smooth * inv_freq
+
+
+def number(name: str, value: Any) -> float:
+    """`value` of a config's field as a float; UserError, naming the field, when it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"The config's {name} is {value!r} and must be a number.")
+    return float(value)
 
 
 def _settings(rope: dict[str, Any]) -> dict[str, Any]:

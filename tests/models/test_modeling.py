@@ -141,7 +141,12 @@ def test_generate_with_beams_and_with_an_explicit_plan() -> None:
     model = xverse(DYNAMIC)
     ids = token_ids(140)
     beams = model.generate(ids, max_new_tokens=10, num_beams=3, do_sample=False)
-    assert beams.shape == (1, 150)
+    padded = torch.cat((torch.zeros(1, 25, dtype=torch.int64), ids), dim=1)
+    mask = (torch.arange(165) >= 25).long()[None]
+    shifted = model.generate(padded, attention_mask=mask, max_new_tokens=10, num_beams=3, do_sample=False)
+    assert torch.equal(shifted[0, 25:], beams[0])
+    with pytest.raises(UserError, match="Assisted decoding"):
+        model.generate(ids, max_new_tokens=10, do_sample=False, prompt_lookup_num_tokens=3)
     far = model.generate(ids, max_new_tokens=10, do_sample=False, rope_length=4000)
     with torch.no_grad():
         first = model(ids, use_cache=False, rope_length=4000).logits[0, -1].argmax()
@@ -174,10 +179,15 @@ def test_a_foreign_cache_without_a_plan_is_refused() -> None:
 
 def test_rope_theta_that_transformers_would_ignore_is_an_error(tmp_path: Path) -> None:
     xverse().config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="ignored by transformers"):
+    linear = {"rope_type": "linear", "factor": 4.0}
+    with pytest.raises(UserError, match="rope_theta set beside"):
         AutoConfig.from_pretrained(tmp_path, rope_theta=500_000)
-    with pytest.raises(UserError, match="ignored by transformers"):
+    with pytest.raises(UserError, match="rope_scaling set beside"):
+        AutoConfig.from_pretrained(tmp_path, rope_scaling=linear)
+    with pytest.raises(UserError, match="rope_theta set beside"):
         XverseConfig(**TINY).rope_theta = 500_000.0
+    with pytest.raises(UserError, match="rope_scaling set beside"):
+        XverseConfig(**TINY).rope_scaling = linear
     with pytest.raises(UserError, match="two RoPE bases"):
         XverseConfig(**TINY, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
 
@@ -192,6 +202,10 @@ def test_set_rope_changes_model_and_config_together() -> None:
     assert model.config.rope_parameters == {"rope_type": "default", "rope_theta": 500_000.0}
     with pytest.raises(UserError, match="changes nothing"):
         model.set_rope(RopePlan("default", 500_000.0, 16))
+    with pytest.raises(UserError, match="changes nothing"):
+        model.set_rope(RopePlan("linear", 500_000.0, 16, 1.0))
+    with pytest.raises(UserError, match="heads of 32"):
+        model.set_rope(RopePlan("default", 10_000.0, 32))
     model.set_rope(RopePlan("dynamic", 500_000.0, 16, 2.0, 64))
     assert model.config.to_network().rope == model.rope_plan
 
@@ -251,14 +265,14 @@ def test_chat_answers_whole_and_in_pieces_as_the_engine_does(tmp_path: Path) -> 
 
 
 def test_what_may_be_a_stop_text_is_held_back() -> None:
-    from longverse.models.modeling_xverse import _cut, _might_stop
+    from longverse.models.chat import cut_at_stop, may_stop
 
     stop = ("\n\nHuman:",)
-    assert _cut("one\n\nHuman: two", stop) == "one"
-    assert _cut("one\n\n", stop) == "one\n\n"
-    assert _might_stop("one\n\nHu", stop) == 4
-    assert _might_stop("one\n", stop) == 1
-    assert _might_stop("one", stop) == 0
+    assert cut_at_stop("one\n\nHuman: two", stop) == "one"
+    assert cut_at_stop("one\n\n", stop) == "one\n\n"
+    assert may_stop("one\n\nHu", stop) == 4
+    assert may_stop("one\n", stop) == 1
+    assert may_stop("one", stop) == 0
 
 
 @pytest.mark.parametrize(("bits", "within"), [(8, 0.02), (4, 0.8)])

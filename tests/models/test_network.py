@@ -56,6 +56,15 @@ def test_logits_equal_transformers(config: dict[str, Any]) -> None:
         ({"num_key_value_heads": 3}, "evenly"),
         ({"vocab_size": 0}, "at least 1"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rope_theta": "abc"}, "rope_theta"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "factor"),
     ],
 )
 def test_foreign_configs_are_refused(fields: dict[str, Any], match: str) -> None:

@@ -160,9 +160,12 @@ def test_changes_are_read(change: str, says: str) -> None:
     assert says in RopePlan.parse(change, current, 2048).describe()
 
 
+ODD = ["dynamic:2:inf", "dynamic:2:nan", "abf:1e300", "ntk:1e300", "linear:4,dynamic:2", "linear:1", "yarn:1"]
+
+
 @pytest.mark.parametrize(
     "change",
-    ["abf:10000", "default", "abf", "abf:x", "linear:0.5", "bogus:2", "abf:-1", "dynamic:2:0", "", "linear:nan"],
+    ["abf:10000", "default", "abf", "abf:x", "linear:0.5", "bogus:2", "abf:-1", "dynamic:2:0", "", "linear:nan", *ODD],
 )
 def test_changes_that_change_nothing_or_mean_nothing_are_refused(change: str) -> None:
     with pytest.raises(UserError):
@@ -172,6 +175,15 @@ def test_changes_that_change_nothing_or_mean_nothing_are_refused(change: str) ->
 def test_a_change_of_nothing_says_so() -> None:
     with pytest.raises(UserError, match="changes nothing"):
         RopePlan.parse("dynamic:2:32768", XVERSE_256K, 32_768)
+
+
+def test_a_change_keeps_what_it_does_not_name() -> None:
+    dynamic = RopePlan("dynamic", 1e4, 16, 2.0, 512, bucket=64)
+    assert RopePlan.parse("dynamic:4", dynamic, 1024) == RopePlan("dynamic", 1e4, 16, 4.0, 512, bucket=64)
+    yarn = RopePlan("yarn", 1e4, 16, 2.0, 512, beta_fast=16.0)
+    assert RopePlan.parse("yarn:8", yarn, 1024) == RopePlan("yarn", 1e4, 16, 8.0, 512, beta_fast=16.0)
+    assert RopePlan.parse("abf:20000", dynamic, 1024).bucket == 64
+    assert dynamic.trained_window == 512
 
 
 def test_old_and_new_spellings_read_alike() -> None:
