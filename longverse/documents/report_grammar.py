@@ -2,9 +2,10 @@
 
 A language is a text file beside this one (report_en.txt, report_zh.txt): syllables for names, lists of things, and
 topics. A topic is a heading (`== topic place: The {name} factory`), the facts it states (`? kind of value | sentence |
-question`, the question left out for what is never asked) and the prose around them (one template a line). Templates have two marks: `[one|another]` picks a wording,
-`{slot}` is filled: `{name}` and `{value}` from the section, `{n}` (number), `{pct}`, `{month}` and the like drawn.
-Names, numbers, dates and sums are drawn once in a report, so no sentence can contradict another.
+question`, the question left out for what is never asked) and the prose around them (one template a line). Templates
+have two marks: `[one|another]` picks a wording, `{slot}` is filled: `{name}` and `{value}` from the section, `{n}`
+(number), `{pct}`, `{month}` and the like drawn. Names, numbers, dates and sums are drawn once in a report, so no
+sentence can contradict another.
 """
 
 import random
