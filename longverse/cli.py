@@ -343,6 +343,10 @@ def _load(model: str, dtype: str, device: str, rope: str | None, quiet: bool) ->
         engine = Engine.load(model, dtype=dtype, device=device, rope=rope, on_progress=task)
     for remark in engine.notes:
         console.note(remark, quiet=quiet)
+    if not quiet:
+        from .models.releases import licence_shown
+
+        licence_shown(engine.notes)
     return engine
 
 
@@ -350,8 +354,8 @@ app.add_typer(commands_eval.app, name="eval")
 app.add_typer(commands_data.app, name="data")
 for command in (commands_models.convert, commands_models.quantize, commands_models.export, commands_models.doctor):
     app.command()(command)
-for command in (commands_train.extend, commands_train.finetune):
-    app.command()(command)
+app.command()(commands_train.extend)
+app.command()(commands_train.finetune)
 
 
 def main(arguments: list[str] | None = None) -> int:
