@@ -146,8 +146,7 @@ def _export_gguf(model: str, target: Path, dtype: str, window: int | None) -> No
 
     with console.Task("Exporting", unit="tensors") as report:
         notes = export_gguf(model, target, dtype=dtype, window=window, on_progress=report)
-    for note in notes:
-        console.note(note)
+    _note(notes)
     typer.echo(f"{target}: {target.stat().st_size / 1e9:.3f} GB, read back and compared with its source.")
 
 
@@ -176,10 +175,16 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _tell(written: Written, check: Check | None = None) -> None:
+def _note(notes: list[str]) -> None:
+    from .models.releases import licence_shown
 
-    for note in written.notes:
+    for note in notes:
         console.note(note)
+    licence_shown(notes)
+
+
+def _tell(written: Written, check: Check | None = None) -> None:
+    _note(written.notes)
     files = f"{written.shards} file{'s' if written.shards > 1 else ''}"
     typer.echo(
         f"{written.folder}: {written.written_bytes / 1e9:.3f} GB in {files} (read {written.read_bytes / 1e9:.3f} GB)."

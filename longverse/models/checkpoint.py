@@ -7,6 +7,7 @@ milliseconds, and memory is paid as weights are touched.
 from __future__ import annotations
 
 import difflib
+import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, expand
 from . import embedded, hub, releases
 from .chat import ChatFormat
 from .converted import MemoryTensors, cache_folder, convert_once
@@ -257,10 +258,10 @@ def locate(model: str, on_progress: Progress | None = None) -> tuple[str, Path]:
 
     The place is a folder, or a `.gguf` file. Raises UserError with the nearest names for an unknown one.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = expand(model)
+    if os.path.isdir(path):  # unlike Path's it is False, not an error, for a name too long to exist
         return path.resolve().name, path
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{path} is neither a folder nor a .gguf file: give the folder that holds config.json.")
         return path.stem, path
@@ -270,9 +271,10 @@ def locate(model: str, on_progress: Progress | None = None) -> tuple[str, Path]:
             return model, found
         try:
             return model, hub.download(entry.hub_id, on_progress)
-        except UserError:
+        except UserError as error:
             raise UserError(
-                f"The model {model!r} is not installed and the hub cannot be reached: type `{entry.install}`."
+                f"The model {model!r} is not installed and could not be downloaded: type `{entry.install}`"
+                f" ({str(error).rstrip('.')})."
             ) from None
     if (
         model.lower().endswith((".gguf", ".safetensors", ".bin"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from ..errors import UserError
 from .shards import Progress, first_line
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# As the hub has them: no two dashes or dots together, none at an end, ASCII, and 96 characters at most.
+HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{3,96}$)[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
+NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 SMALL = ["*.json", "*.json.update", "tokenizer.model", "*.jinja"]
 SAFETENSORS = ["*.safetensors"]
 BIN = ["pytorch_model*.bin"]
@@ -17,7 +20,7 @@ BIN = ["pytorch_model*.bin"]
 
 def is_hub_id(model: str) -> bool:
     """Whether a text has the form owner/name."""
-    return HUB_ID.fullmatch(model) is not None
+    return HUB_ID.fullmatch(model) is not None and not model.endswith(".git")
 
 
 def cached(hub_id: str) -> Path | None:
@@ -27,18 +30,26 @@ def cached(hub_id: str) -> Path | None:
 
     try:
         folder = Path(snapshot_download(hub_id, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError, OSError):
+    except (LocalEntryNotFoundError, ValueError, OSError):  # ValueError: an id that the client does not take
         return None
     return folder if _is_complete(folder) else None
 
 
 def _is_complete(folder: Path) -> bool:
+    """Whether all we read is there. A broken-off download may lack the index that names its shards, so their own names
+    are asked too: of `-00001-of-00003` there must be three."""
     from .shards import TensorFolder
 
     try:
-        return (folder / "config.json").exists() and bool(TensorFolder.find(folder)[1])
+        shards = TensorFolder.find(folder)[1]
     except UserError:
         return False
+    for shard in shards:
+        if part := NUMBERED.fullmatch(shard):
+            stem, _, count, ending = part.groups()
+            if not all((folder / f"{stem}-{n:05}-of-{count}{ending}").exists() for n in range(1, int(count) + 1)):
+                return False
+    return all((folder / name).exists() for name in ("config.json", "tokenizer.json"))
 
 
 def download(hub_id: str, on_progress: Progress | None = None) -> Path:
@@ -48,6 +59,8 @@ def download(hub_id: str, on_progress: Progress | None = None) -> Path:
     `on_progress(done, total)` counts bytes. Raises UserError when the hub cannot be reached, or the model does not
     exist or is gated.
     """
+    if not is_hub_id(hub_id):
+        raise UserError(f"{hub_id!r} is neither a folder here nor a name that the hub allows: check the name.")
     if (folder := cached(hub_id)) is not None:
         return folder
     from huggingface_hub import HfApi, snapshot_download
@@ -57,7 +70,10 @@ def download(hub_id: str, on_progress: Progress | None = None) -> Path:
         # One question first: unlike the downloads it does not retry for half a minute where there is no network.
         listing = HfApi().model_info(hub_id, timeout=20).siblings or []
         weights = SAFETENSORS if any(file.rfilename.endswith(".safetensors") for file in listing) else BIN
-        return Path(snapshot_download(hub_id, allow_patterns=SMALL + weights, tqdm_class=_reporter(on_progress)))
+        wanted: Any = {"allow_patterns": SMALL + weights, "tqdm_class": _reporter(on_progress)}
+        # config.json last: a folder that has it was not broken off.
+        snapshot_download(hub_id, ignore_patterns=["config.json"], **wanted)
+        return Path(snapshot_download(hub_id, **wanted))
     except GatedRepoError:
         raise UserError(
             f"{hub_id} is gated: accept its terms at https://huggingface.co/{hub_id}, then type `hf auth login`."
@@ -76,6 +92,16 @@ def download(hub_id: str, on_progress: Progress | None = None) -> Path:
             f"The hub refused {hub_id} ({first_line(error)}): try again later, or give a local folder."
         ) from None
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk is full while downloading {hub_id}: make room, or set HF_HOME to a larger disk; what is"
+                " there is kept."
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"{hub_id} cannot be downloaded, since the hub's cache cannot be written ({first_line(error)}): set"
+                " HF_HOME to a folder that can."
+            ) from None
         raise UserError(_unreachable(hub_id, error)) from None
     except Exception as error:
         # The client's network errors come from whichever HTTP library it was built on, with no common base class.

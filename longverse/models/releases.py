@@ -8,7 +8,9 @@ in here is said to the user, never done in silence.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .converted import cache_folder, safe_name
@@ -63,23 +65,33 @@ LONG = next(release for release in RELEASES if release.name == "XVERSE-13B-256K"
 
 
 def recognise(config: dict[str, Any], name: str) -> Release | None:
-    """The release a checkpoint is of, by the name of its folder or hub id, else by its config; None for anything else.
+    """The release a checkpoint is of, by its config and by the name of its folder or hub id; None for anything else.
 
-    Among releases of one shape the window tells the 256K model apart (its config says 32,768, an older one 262,144, the
-    others 8,192). Which of the others it is matters for its prompts alone; a shape without a name is taken for the
-    Chat release, whose prompts do no harm to a base model.
+    Folders are renamed, so a config that says no word on RoPE is judged by shape and window first: the 256K model's
+    says 32,768 (an older one 262,144) where the others of its size say 8,192. Then a name counts when the shape agrees
+    with it, or when it is exactly a release's and the shape no release's. Which release it is among the rest matters
+    for its prompts alone; a shape without a name is taken for the Chat release, whose prompts do no harm to a base
+    model.
     """
     if config.get("model_type") != "xverse":
         return None
+    shape = (config.get("num_hidden_layers"), config.get("hidden_size"))
+    long = shape == (LONG.layers, LONG.hidden) and config.get("max_position_embeddings") in (
+        LONG.original_window,
+        LONG.window,
+    )
+    if long and not states_rope(config):
+        return LONG
+    known = any(shape == (release.layers, release.hidden) for release in RELEASES)
     for label in (name, str(config.get("_name_or_path", ""))):
         words = re.sub(r"[^a-z0-9]+", "-", label.lower())
         words = words.replace("chat-2", "2-chat")  # XVERSE-13B-Chat-2 in its announcement, XVERSE-13B-2-Chat on the hub
         for release in sorted(RELEASES, key=lambda r: -len(r.name)):  # the longest name that fits
-            if re.search(rf"(^|-){release.name.lower()}($|-)", words):
+            exact = label.removeprefix("xverse/").lower() == release.name.lower()
+            fits = shape == (release.layers, release.hidden) or (exact and not known)
+            if fits and re.search(rf"(^|-){release.name.lower()}($|-)", words):
                 return release
-    shape = (config.get("num_hidden_layers"), config.get("hidden_size"))
-    long = config.get("max_position_embeddings", 0) in (LONG.original_window, LONG.window)
-    if shape == (LONG.layers, LONG.hidden) and long:
+    if long:
         return LONG
     return next((r for r in RELEASES if r.chat and shape == (r.layers, r.hidden)), None)
 
@@ -107,9 +119,9 @@ def complete(config: dict[str, Any], name: str) -> tuple[dict[str, Any], Release
             filled["rope_parameters"]["original_max_position_embeddings"] = release.original_window
         plan = RopePlan.from_config(filled)
         why = "as its own code has it" if release.theta else "the usual base, since none is published for it"
+        window = filled.get("context_window") or filled.get("max_position_embeddings") or release.window
         notes.append(
-            f"{release.name}: its config.json states no RoPE; filled in: {plan.describe()},"
-            f" window {release.window:,} ({why})."
+            f"{release.name}: its config.json states no RoPE; filled in: {plan.describe()}, window {window:,} ({why})."
         )
     elif release.theta and RopePlan.from_config(config).theta < release.theta:
         base = RopePlan.from_config(config).theta
@@ -124,16 +136,25 @@ def complete(config: dict[str, Any], name: str) -> tuple[dict[str, Any], Release
 
 
 def licence_note(release: Release) -> str | None:
-    """The note on the weights' licence, once per machine and release; None when it was shown before.
+    """The note on the weights' licence; None when this machine's user has seen it, see `licence_shown`."""
+    return None if _licence_marker(release).exists() else f"{release.name}: {LICENCE_NOTE}"
 
-    Where the cache folder cannot be written the note is shown every time.
+
+def licence_shown(notes: Iterable[str]) -> None:
+    """Remember the licence notes among `notes`; call it where they were put before a person's eyes.
+
+    Where the cache folder cannot be written they are shown every time.
     """
-    marker = cache_folder() / "licence-shown" / safe_name(release.name)
-    if marker.exists():
-        return None
-    try:
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-    except OSError:
-        pass
-    return f"{release.name}: {LICENCE_NOTE}"
+    seen = set(notes)
+    for release in RELEASES:
+        if f"{release.name}: {LICENCE_NOTE}" not in seen:
+            continue
+        try:
+            _licence_marker(release).parent.mkdir(parents=True, exist_ok=True)
+            _licence_marker(release).touch()
+        except OSError:
+            pass
+
+
+def _licence_marker(release: Release) -> Path:
+    return cache_folder() / "licence-shown" / safe_name(release.name)

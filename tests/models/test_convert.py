@@ -19,6 +19,7 @@ from longverse.models import convert as module
 from longverse.models.checkpoint import Loaded, load
 from longverse.models.convert import convert
 from longverse.models.export import export
+from longverse.models.releases import licence_shown
 from longverse.models.shards import TensorFolder
 from tests.models.folders import save_folder
 from tests.models.official_layout import make_official
@@ -74,6 +75,7 @@ def test_an_official_folder_runs_at_its_own_base(tmp_path: Path, zipped: bool) -
     assert off > 0.1
     assert any("500,000" in note for note in loaded.notes)
     assert any("licence" in note for note in loaded.notes)
+    licence_shown(loaded.notes)
     assert not any("licence" in note for note in load(str(folder), device="cpu").notes)
     assert loaded.chat.kind == "xverse"
     assert loaded.tokenizer.eos_ids == {3}

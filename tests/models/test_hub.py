@@ -1,5 +1,6 @@
 """Downloading from a hub: a small server that speaks as much of its protocol as a download needs."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from longverse.errors import UserError
+from longverse.models import checkpoint, hub
 from longverse.models.hub import is_hub_id
 from tests.models.folders import save_folder
 
@@ -117,6 +120,50 @@ def test_only_what_is_needed_is_downloaded_and_once(server: ThreadingHTTPServer,
     asked = server.RequestHandlerClass.asked  # type: ignore[attr-defined]
     assert sum(line.startswith("GET") and line.endswith("model.safetensors") for line in asked) == 1
     assert not any("pytorch_model" in line or "modeling_xverse" in line for line in asked if "/resolve/" in line)
+
+
+def test_a_broken_download_is_resumed(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    for file in files.iterdir():
+        file.unlink()
+    save_folder(files, shards=3)
+    assert run(server, tmp_path).returncode == 0
+    snapshot = tmp_path / "hub" / "hub" / "models--someone--tiny" / "snapshots" / COMMIT
+    asked = server.RequestHandlerClass.asked  # type: ignore[attr-defined]
+    for lost in ("model-00002-of-00003.safetensors", "tokenizer.json", "config.json"):
+        index = snapshot / "model.safetensors.index.json"
+        for name in (lost, index.name):
+            (snapshot / name).resolve().unlink()
+            (snapshot / name).unlink()
+        asked.clear()
+        done = run(server, tmp_path)
+        assert done.returncode == 0, done.stderr
+        got = [line for line in asked if line.startswith("GET") and "/resolve/" in line]
+        assert sorted(Path(line).name for line in got) == sorted([lost, index.name])
+
+
+@pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written")])
+def test_a_full_disk_is_not_called_a_missing_network(monkeypatch: pytest.MonkeyPatch, code: int, says: str) -> None:
+    import huggingface_hub
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(hub, "cached", lambda hub_id: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: type("Info", (), {"siblings": []}))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(UserError, match=says):
+        hub.download("someone/tiny")
+    monkeypatch.setattr(checkpoint.embedded, "find", lambda name: None)
+    with pytest.raises(UserError, match=f"'smol' is not installed.*{says}"):
+        checkpoint.locate("smol")
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "a/b.git", "a/b.", "a/b..c", "é/b", "a/" + "b" * 99])
+def test_names_the_hub_does_not_take(name: str) -> None:
+    assert not is_hub_id(name)
+    with pytest.raises(UserError):
+        checkpoint.locate(name)
 
 
 def test_a_gated_model_says_what_to_do(server: ThreadingHTTPServer, tmp_path: Path) -> None:

@@ -30,9 +30,31 @@ def real_config(**changes: object) -> dict[str, object]:
     ],
 )
 def test_by_name(name: str, release: str) -> None:
-    found = recognise(official_config(), name)
+    sizes = {"7": (32, 4096), "1": (40, 5120), "6": (80, 8192)}
+    layers, hidden = sizes[release.removeprefix("XVERSE-")[0]]
+    config = real_config(num_hidden_layers=layers, hidden_size=hidden, max_position_embeddings=8192)
+    found = recognise(config | {"rope_theta": 10_000.0}, name)
     assert found is not None
     assert found.name == release
+
+
+@pytest.mark.parametrize("name", ["xverse-13b-long", "my-xverse-13b", "xverse-7b", "XVERSE-13B", "XVERSE-65B", "x"])
+def test_a_renamed_long_model_is_known_by_its_shape(name: str) -> None:
+    config, release, notes = complete(real_config(), name)
+    assert release is LONG
+    assert NetworkConfig.from_dict(config).rope.theta == 500_000
+    assert "window 262,144" in notes[0]
+    ours = real_config(rope_parameters={"rope_type": "default", "rope_theta": 600_000.0})
+    assert recognise(ours, "XVERSE-13B-2-Chat") is RELEASES[5]  # extended by its owner: the name stands
+
+
+def test_a_name_needs_its_shape_unless_it_is_exact() -> None:
+    assert recognise(real_config(max_position_embeddings=8192), "xverse-7b") is RELEASES[3]
+    assert recognise(official_config(), "my-xverse-13b-256k") is None
+    assert recognise(official_config(), "xverse/XVERSE-13B-256K") is LONG
+    assert recognise(official_config(_name_or_path="xverse/XVERSE-13B-256K"), "copy") is LONG
+    window = complete(real_config(max_position_embeddings=16384), "download")[2][0]
+    assert "window 16,384" in window  # what is in force, not what the release has
 
 
 @pytest.mark.parametrize("window", [32768, 262144])
@@ -82,9 +104,11 @@ def test_the_licence_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     note = licence_note(LONG)
     assert note is not None
     assert "licence" in note
+    assert licence_note(LONG) == note  # nobody has seen it yet
+    releases.licence_shown(["another note", note])
     assert licence_note(LONG) is None
     assert licence_note(RELEASES[0]) is not None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LONGVERSE_CACHE", str(tmp_path / "file"))
-    assert releases.licence_note(LONG) is not None
-    assert releases.licence_note(LONG) is not None
+    releases.licence_shown([note])
+    assert licence_note(LONG) == note
