@@ -138,31 +138,29 @@ def curves(
 
 def bars(
     groups: Sequence[str], series: Mapping[str, Sequence[float | None]], path: Path, *, title: str, subtitle: str = "",
-    y: str,
+    x: str,
 ) -> None:  # fmt: skip
-    """Grouped bars: one group a name, one colour a series; None leaves a gap with a dash."""
-    figure, _ = _figure(max(7.2, 1.6 + 0.3 * len(groups) * (len(series) + 0.8)), 4.8)
+    """Grouped horizontal bars from 0 to 100: one group a name, one colour a series; None leaves a dash."""
+    figure, _ = _figure(8.4, 1.9 + (0.26 if len(groups) < 8 else 0.17) * len(groups) * (len(series) + 0.6))
     axis = figure.subplots()
-    width = 0.82 / len(series)
+    width = 0.8 / len(series)
     for number, (colour, (name, values)) in enumerate(zip(_cycle(len(series)), series.items(), strict=True)):
-        at = [g - 0.41 + width * (number + 0.5) for g in range(len(groups))]
-        axis.bar(at, [v or 0 for v in values], width * 0.92, color=colour, label=name)
+        at = [g - 0.4 + width * (number + 0.5) for g in range(len(groups))]
+        axis.barh(at, [v or 0 for v in values], width * 0.86, color=colour, label=name)
         for position, value in zip(at, values, strict=True):
             text = "–" if value is None else f"{value:.1f}"
-            axis.text(
-                position, (value or 0) + 0.8, text, ha="center", fontsize=7.5, color=_INK, rotation=90, va="bottom"
-            )
-    axis.set_xticks(range(len(groups)), groups, rotation=28 if len(groups) > 4 else 0,
-                    ha="right" if len(groups) > 4 else "center", color=_INK, fontsize=9.5)  # fmt: skip
-    axis.set_ylabel(y, color=_INK, fontsize=10.5)
-    axis.margins(y=0.16)
-    axis.grid(axis="y", color="#e3e7e8", linewidth=0.8)
+            axis.text((value or 0) + 0.8, position, text, va="center", fontsize=8.5, color=_INK)
+    axis.set_yticks(range(len(groups)), groups, color=_INK, fontsize=10)
+    axis.set_ylim(len(groups) - 0.5, -0.5)
+    axis.set_xlim(0, 100)
+    axis.set_xlabel(x, color=_INK, fontsize=10.5)
+    axis.grid(axis="x", color="#e3e7e8", linewidth=0.8)
     axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(_FAINT)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.spines["left"].set_color(_FAINT)
     axis.tick_params(colors=_INK, length=0)
     if len(series) > 1:
-        axis.legend(frameon=False, fontsize=9, labelcolor=_INK, ncols=min(3, len(series)))
+        figure.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="outside lower center", ncols=3)
     _head(figure, title, subtitle)
     _save(figure, path)
 

@@ -137,9 +137,9 @@ def picture(scores: Sequence[TaskScore], path: Path, *, model: str) -> None:
         values = [PUBLISHED[s.task][column] if s.task in PUBLISHED else None for s in scores]
         if any(v is not None for v in values):
             series[f"{PUBLISHED_COLUMNS[column]} (published)"] = values
-    rows = sum(s.rows for s in scores)
-    bars([s.task for s in scores], series, path, title=f"LongBench: {model}",
-         subtitle=f"{len(scores)} tasks, {rows:,} rows, official metrics", y="score")  # fmt: skip
+    rows, tasks = sum(s.rows for s in scores), len(scores)
+    subtitle = f"{tasks} {'task' if tasks == 1 else 'tasks'}, {rows:,} rows, official metrics"
+    bars([s.task for s in scores], series, path, title=f"LongBench: {model}", subtitle=subtitle, x="score")
 
 
 def save(
