@@ -41,6 +41,26 @@ def test_zstandard(tmp_path):
     assert len(read(tmp_path / "t.jsonl.zst")[0]) == 50
 
 
+def test_hub_data_sets(tmp_path, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    def load_dataset(name, subset, split, streaming):
+        if name != "some/set":
+            raise FileNotFoundError("no such set\nat all")
+        assert (subset, split, streaming) == (None, "train", True)
+        return ({"text": f"row {i}"} for i in range(9))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    found = list(read_source(SourceConfig("s", hub="some/set", max_documents=4), tmp_path, Skipped()))
+    assert [d.text for d in found] == [f"row {i}" for i in range(4)]
+    with pytest.raises(UserError, match=r"'some/sett' did not open \(no such set\)"):
+        list(read_source(SourceConfig("s", hub="some/sett"), tmp_path, Skipped()))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        list(read_source(SourceConfig("s", hub="some/set"), tmp_path, Skipped()))
+
+
 def test_text_kinds_and_encodings(tmp_path):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "a.txt").write_bytes(b"\xef\xbb\xbfwith a mark\r\nand lines\x00")

@@ -56,6 +56,29 @@ class Definition:
     is_class: bool
 
 
+def _signature_end(text: str, lines: Lines, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
+    """The character after the colon that ends a signature: the first one behind its last argument, base or result."""
+    last: list[ast.expr] = []
+    if isinstance(node, ast.ClassDef):
+        last = [*node.bases, *(keyword.value for keyword in node.keywords)]
+    else:
+        a = node.args
+        named = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+        last = [*filter(None, (*a.defaults, *a.kw_defaults, *(arg.annotation for arg in named), node.returns))]
+        last += [
+            ast.Name(
+                arg.arg,
+                lineno=arg.lineno,
+                col_offset=arg.col_offset,
+                end_lineno=arg.end_lineno,
+                end_col_offset=arg.end_col_offset,
+            )
+            for arg in named
+        ]
+    behind = max([lines.at(node.lineno, node.col_offset), *(lines.span(part)[1] for part in last)])
+    return text.find(":", behind) + 1
+
+
 def definitions(text: str, tree: ast.Module) -> list[Definition]:
     """The top-level functions and classes of a module whose names are defined once."""
     lines = Lines(text)
@@ -63,7 +86,7 @@ def definitions(text: str, tree: ast.Module) -> list[Definition]:
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             start = lines.at(node.lineno, node.col_offset)
-            end = text.rfind(":", start, lines.at(node.body[0].lineno, node.body[0].col_offset)) + 1
+            end = _signature_end(text, lines, node)
             if end > start:
                 found.append(Definition(node.name, start, end, isinstance(node, ast.ClassDef)))
     names = Counter(d.name for d in found)
@@ -105,8 +128,8 @@ def find_code(text: str, title: str, language: str) -> list[Found]:
     for node in functions:
         if names[node.name] != 1 or node.name.startswith("__"):
             continue
-        start, end = lines.at(node.lineno, node.col_offset), lines.span(node.body[0])[0]
-        signature_end = text.rfind(":", start, end) + 1
+        start = lines.at(node.lineno, node.col_offset)
+        signature_end = _signature_end(text, lines, node)
         arguments = node.args.posonlyargs + node.args.args
         defaults = list(zip(arguments[len(arguments) - len(node.args.defaults) :], node.args.defaults, strict=True))
         defaults += [(a, d) for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if d is not None]
