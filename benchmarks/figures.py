@@ -70,7 +70,12 @@ def needle(chinese: bool) -> str:
     return f"{table([first, *header], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
-WRITERS: dict[str, Callable[[bool], str]] = {"first_light": first_light, "needle": needle}
+def transcript(chinese: bool) -> str:
+    """The README's opening: what one run of the command printed."""
+    return f"```text\n{load('transcript')['text']}\n```\n"
+
+
+WRITERS: dict[str, Callable[[bool], str]] = {"first_light": first_light, "needle": needle, "transcript": transcript}
 
 
 def render(path: Path) -> str:

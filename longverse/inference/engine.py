@@ -268,7 +268,9 @@ class Session:
                 if ready:
                     yield pending[:ready]
                     pending = pending[ready:]
-            pending += characters.flush()
+            rest = characters.flush()
+            # Cut at the length limit, an answer may end inside a character: its first bytes are not shown as one.
+            pending += rest.rstrip("\ufffd") if self.stats.finish_reason == "length" else rest
             if pending:
                 yield pending
         finally:
