@@ -22,7 +22,7 @@ from .converted import MemoryTensors
 from .network import Layer, NetworkConfig
 from .quant_linear import QuantFormat, dequantize_rows, group_grid, save_levels, step_of
 from .rope import Rotary
-from .shards import TensorFolder
+from .shards import NOT_FINITE, TensorFolder, is_finite
 
 SAMPLE = 512  # tokens of a stretch of the text
 SAMPLES = 32  # stretches at most
@@ -59,6 +59,9 @@ def gptq_layers(
             with torch.device("meta"):
                 layer = Layer(shape, number)
             state = {name: tensors.get(prefix + name).float() for name in layer.state_dict()}
+            for name, tensor in state.items():
+                if not is_finite(tensor):
+                    raise UserError(NOT_FINITE.format(prefix + name))
             layer.load_state_dict(state, assign=True)
             moments = _second_moments(layer, hidden, cos, sin)
             for name, linear in list(layer.named_modules()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,28 @@ def build(
     return network.requires_grad_(False).eval()
 
 
+def verify(source: Opened) -> NetworkConfig:
+    """The shape of a source whose tensors were compared with it: what every rewriting begins with, so that a broken
+    checkpoint is said before anything is written."""
+    shape = NetworkConfig.from_dict(source.config)
+    check(source.tensors, stored_shapes(shape, source.form, source.tensors.infos), shape.tied)
+    return shape
+
+
+def stored_shapes(shape: NetworkConfig, form: QuantFormat | None, names: Container[str]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a checkpoint must hold; a quantised weight, told by the parts of it among
+    `names`, by its saved parts."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, size in shape.parameter_shapes().items():
+        base = name.removesuffix(".weight")
+        if form is None or len(size) != 2 or not any(f"{base}.{part}" in names for part in SAVED_NAMES):
+            wanted[name] = size
+            continue
+        parts = form.shapes(*size)
+        wanted |= {f"{base}.{part}": parts[part] for part in SAVED_NAMES if part in parts}
+    return wanted
+
+
 def check(tensors: TensorFolder | MemoryTensors, wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
     """Raise UserError, naming file and tensor, unless a checkpoint has exactly the tensors its config asks for.
 
@@ -239,7 +262,8 @@ def check(tensors: TensorFolder | MemoryTensors, wanted: dict[str, tuple[int, ..
                 f"{tensors.origin(name)} has {name} as {list(infos[name].shape)} where config.json asks for"
                 f" {list(expected)}: the two belong to different models."
             )
-        if not infos[name].dtype.is_floating_point and name.rpartition(".")[2] not in SAVED_NAMES:
+        packed = name.endswith((".weight_packed", ".weight_zero_point"))
+        if infos[name].dtype != torch.int32 if packed else not infos[name].dtype.is_floating_point:
             raise UserError(
                 f"{tensors.origin(name)} keeps {name} as {infos[name].dtype}, a quantised form longverse does not"
                 " read: take the model in bf16 and run `longverse quantize` on it."

@@ -8,23 +8,25 @@ when it is complete.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, expand
 from .chat import XVERSE_TEMPLATE
-from .checkpoint import DTYPES, IGNORED, Opened, check, open_model, stored_dtype
+from .checkpoint import DTYPES, IGNORED, Opened, open_model, stored_dtype, verify
 from .network import NetworkConfig
 from .quant_linear import SAVED_NAMES, load_form
-from .shards import SAFETENSORS_INDEX, Progress, SafetensorsWriter, TensorInfo, numel, write_json
+from .rope import RopePlan
+from .shards import SAFETENSORS_INDEX, Progress, SafetensorsWriter, TensorInfo, numel, read_json, write_json
 
 SHARD_BYTES = 5_000_000_000
 Cancelled = Callable[[], bool]
@@ -60,27 +62,25 @@ def convert(
     """
     source = open_model(model)
     number = chosen_dtype(source, dtype)
+    shape = verify(source)
     config, extras = settled_config(source)
-    shape = NetworkConfig.from_dict(source.config)
     shapes = shape.parameter_shapes()
-    if source.form is None:
-        check(source.tensors, shapes, shape.tied)
     infos = {name: TensorInfo(shapes[name], number) for name in arrival(source, shapes)}
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "quantization_config")}
     config["dtype"] = str(number).removeprefix("torch.")
+    made = dequantised(source, number)
     notes = list(source.notes)
-    if number == torch.float16 and stored_dtype(source.tensors.infos) != torch.float16:
-        notes.append("float16 cannot hold magnitudes above 65,504: values beyond that would become infinite.")
-    return write_folder(
-        source, target, config, infos, dequantised(source, number), notes, shard_bytes, on_progress, cancelled, extras
-    )
+    return write_folder(source, target, config, shape, infos, made, notes, shard_bytes, on_progress, cancelled, extras)
 
 
 def settled_config(source: Opened) -> tuple[dict[str, Any], Callable[[Path], None] | None]:
     """The config of a rewritten checkpoint, and what writes further files: for XVERSE the explicit config, and our
-    model files in place of those it named."""
+    model files in place of those it named. Other families' Python files stay behind, so their config names none."""
     if source.config["model_type"] != "xverse":
-        return dict(source.config), None
+        config = {key: value for key, value in source.config.items() if key != "auto_map"}
+        if config["model_type"] in ("Yi", "yi"):  # Llama's network under a name that no engine knows any more
+            config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        return config, None
     from .export import write_remote_code, xverse_config
 
     return xverse_config(source.config), write_remote_code
@@ -96,16 +96,14 @@ def chosen_dtype(source: Opened, dtype: str) -> torch.dtype:
 
 
 def arrival(source: Opened, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """The float tensors in the order their parts lie in the source; UserError when one is missing."""
+    """The float tensors of a verified source in the order their parts lie in it."""
     order: dict[str, None] = {}
     for name in source.tensors.infos:
         base, _, ending = name.rpartition(".")
         plain = f"{base}.weight" if ending in SAVED_NAMES else name
         if plain in shapes:
             order[plain] = None
-    lacking = [name for name in shapes if name not in order]
-    if lacking:
-        raise UserError(f"{source.path} lacks the tensor {lacking[0]} that its config asks for: download it again.")
+    assert len(order) == len(shapes)
     return list(order)
 
 
@@ -132,6 +130,7 @@ def write_folder(
     source: Opened,
     target: Path,
     config: dict[str, Any],
+    meant: NetworkConfig,
     infos: dict[str, TensorInfo],
     tensors: Tensors,
     notes: list[str],
@@ -139,13 +138,16 @@ def write_folder(
     on_progress: Progress | None,
     cancelled: Cancelled | None,
     extras: Callable[[Path], None] | None = None,
+    approve: Callable[[Path], None] | None = None,
 ) -> Written:
     """Write a checkpoint folder: config, tokenizer, generation_config, licence files, and the tensors in shards.
 
+    meant     the network that a reader of the config must see; compared with what it does see
     infos     what will be written, in the order `tensors` yields it; a tensor not among them is skipped
     extras    writes further files into the folder
+    approve   looks at the finished folder before it takes its name, and raises where it is wrong
     """
-    target = target.expanduser()
+    target = expand(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already: give another folder, or delete it first.")
     need = sum(info.nbytes for info in infos.values())
@@ -167,6 +169,10 @@ def write_folder(
         write_json(aside / "config.json", config)
         if extras is not None:
             extras(aside)
+        if difference := differs(meant, NetworkConfig.from_dict(read_json(aside / "config.json"))):
+            raise UserError(f"The config written for {target} is read back wrong ({difference}): nothing was kept.")
+        if approve is not None:
+            approve(aside)
         if target.exists():
             target.rmdir()  # empty, as was checked
         os.rename(aside, target)
@@ -181,6 +187,31 @@ def write_folder(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return Written(target, sum(i.nbytes for i in source.tensors.infos.values()), need, shards, notes)
+
+
+def differs(meant: NetworkConfig, found: NetworkConfig) -> str | None:
+    """Where a network read back is not the one meant, in words; None where it is. RoPE plans are compared by their
+    angles: static NTK and a larger base are one thing under two names."""
+    for field_ in fields(NetworkConfig):
+        ours, theirs = getattr(meant, field_.name), getattr(found, field_.name)
+        if isinstance(ours, RopePlan):
+            if not _same_angles(ours, theirs, meant.window):
+                return f"{theirs.describe()}, and {ours.describe()} was meant"
+        elif not math.isclose(ours, theirs, rel_tol=1e-6):
+            return f"{field_.name} {theirs}, and {ours} was meant"
+    return None
+
+
+def _same_angles(ours: RopePlan, theirs: RopePlan, window: int) -> bool:
+    """As `RopePlan.same_angles`, for a base that went through float32."""
+    if ours.head_dim != theirs.head_dim or not math.isclose(
+        ours.attention_scaling, theirs.attention_scaling, rel_tol=1e-6
+    ):
+        return False
+    far = 16 * max(window, ours.original_window or 1, theirs.original_window or 1)
+    return all(
+        torch.allclose(ours.inv_freq(length), theirs.inv_freq(length), rtol=1e-5, atol=0) for length in (1, window, far)
+    )
 
 
 def _write_shards(
@@ -252,7 +283,9 @@ def _copy_beside(source: Path, target: Path) -> None:
     """Licence, model card and generation settings go with the weights; another's Python files do not."""
     if not source.is_dir():
         return
-    for pattern in ("*LICENSE*", "*LICENCE*", "NOTICE*", "README*", "generation_config.json"):
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    for file in source.iterdir():
+        name = file.name.lower()
+        told = "license" in name or "licence" in name or name.startswith(("notice", "readme"))
+        told |= name == "generation_config.json"
+        if told and file.is_file() and not name.startswith(".") and not name.endswith(".py"):
+            shutil.copyfile(file, target / file.name)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .checkpoint import Opened, build, open_model, stored_dtype
+from ..errors import UserError, expand
+from .checkpoint import Opened, build, open_model, stored_dtype, verify
 from .convert import SHARD_BYTES, Cancelled, Written, arrival, chosen_dtype, dequantised, write_folder
 from .network import NetworkConfig
 from .rope import RopePlan
@@ -91,36 +91,45 @@ def export(
     if rope not in ("fixed", "dynamic"):
         raise UserError(f"Unknown RoPE choice {rope!r}: use fixed or dynamic.")
     source = open_model(model)
-    shape = NetworkConfig.from_dict(source.config)
+    shape = verify(source)
     fixed = rope == "fixed" and shape.rope.kind == "dynamic" and (layout == "llama" or window is not None)
-    if window is not None and not fixed:
-        raise UserError(
-            "A window can be chosen where dynamic NTK becomes a fixed base, and this model runs"
-            f" {shape.rope.describe()}: leave --window out."
-        )
-    length = window or shape.window
+    length, notes = chosen_window(source, shape, window, fixed)
     plan = shape.rope.pinned(length) if fixed else shape.rope
     if layout == "llama":
+        plan = replace(plan, bucket=None)  # no other engine has one
         config = plain_config(source.config, plan, length)
     else:
         config = xverse_config(source.config, plan, length)
     number = chosen_dtype(source, dtype)
-    infos = {
-        name: TensorInfo(shape.parameter_shapes()[name], number) for name in arrival(source, shape.parameter_shapes())
-    }
+    shapes = shape.parameter_shapes()
+    infos = {name: TensorInfo(shapes[name], number) for name in arrival(source, shapes)}
     config["dtype"] = str(number).removeprefix("torch.")
     extras = write_remote_code if layout == "xverse" else None
+    result: Check | None = None
+
+    def approve(folder: Path) -> None:
+        nonlocal result
+        result = compare(source, folder, layout, plan, length if fixed else 0)
+        if result is not None and not result.passed:
+            raise UserError(
+                f"The export differs from its source ({result.equal_ids} of {result.texts} texts give the same ids,"
+                f" mean KL {result.kl:.1e} with {result.limit:.0e} allowed), so it was not kept: report this, or write"
+                " it with --no-check."
+            )
+
     written = write_folder(
         source,
         target,
         config,
+        replace(shape, rope=plan, window=length),
         infos,
         dequantised(source, number),
-        list(source.notes),
+        [*source.notes, *notes],
         shard_bytes,
         on_progress,
         cancelled,
         extras,
+        approve if check else None,
     )
     if fixed:
         written.notes.append(f"RoPE written as the fixed base {plan.theta:,.0f}, for {length:,} tokens.")
@@ -128,14 +137,29 @@ def export(
         written.notes.append(
             "Dynamic NTK kept: transformers recomputes the base with each forward, so its chunked runs differ."
         )
-    result = None
-    if check:
-        result = compare(source, written.folder, layout, length if fixed else 0)
-        if result is None:
-            written.notes.append(
-                "Not compared with its source: this machine has too little free memory for both at once."
-            )
+    if check and result is None:
+        written.notes.append("Not compared with its source: this machine has too little free memory to run it.")
     return written, result
+
+
+def chosen_window(source: Opened, shape: NetworkConfig, window: int | None, fixed: bool) -> tuple[int, list[str]]:
+    """The window of an export in tokens, and what to know about it. UserError for one that cannot be."""
+    if window is not None and not fixed:
+        raise UserError(
+            "A window can be chosen where dynamic NTK becomes a fixed base, and here the file keeps"
+            f" {shape.rope.describe()}: leave --window out."
+        )
+    if window is not None and window < 1:
+        raise UserError(f"A window of {window} tokens must be at least 1.")
+    notes = []
+    if window is not None and window > shape.window:
+        notes.append(f"A window of {window:,} tokens is more than the {shape.window:,} that the model is meant for.")
+    if shape.window == source.config.get("sliding_window") and shape.window < source.config["max_position_embeddings"]:
+        notes.append(
+            f"The model attends over a sliding window of {shape.window:,} tokens; it is written as the whole window, up"
+            " to which the two are equal."
+        )
+    return (shape.window if window is None else window), notes
 
 
 def export_gguf(
@@ -152,24 +176,28 @@ def export_gguf(
     window  tokens the file is for: dynamic NTK is written as the one base of that window
     Returns what a reader of the file should know. Progress counts tensors. UserError as `convert`.
     """
+    target = expand(target)
     if target.exists():
         raise UserError(f"{target} exists already: give another name, or delete it first.")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"{target.absolute().parent} is no folder: make it first.")
     source = open_model(model)
+    shape = verify(source)
+    window, remarks = chosen_window(source, shape, window, shape.rope.kind == "dynamic")
     stored = stored_dtype(source.tensors.infos) if source.form is None else torch.float16
     kind = (
         {torch.float32: "f32", torch.bfloat16: "bf16"}.get(stored, "f16")
         if dtype == "keep"
         else GGUF_NAMES.get(dtype, dtype)
     )
-    shapes = NetworkConfig.from_dict(source.config).parameter_shapes()
-    arrival(source, shapes)  # what is missing is said before anything is written
+    shapes = shape.parameter_shapes()
     tensors = ((name, tensor) for name, tensor in dequantised(source, torch.float32) if name in shapes)
     from .gguf_writer import write_gguf
 
     notes = write_gguf(
         tensors, source.config, source.tokenizer, target, kind, on_progress, window=window, name=source.name
     )
-    return [*source.notes, *notes]
+    return [*source.notes, *remarks, *notes]
 
 
 # ---- configs -----------------------------------------------------------------------------------------------
@@ -204,7 +232,10 @@ def plain_config(config: dict[str, Any], plan: RopePlan, window: int) -> dict[st
     }
     if shape.mlp_bias and family != "llama":
         raise UserError("No common class has both biases in the MLP and Qwen's attention: export with --to xverse.")
-    return written | both_spellings(plan)
+    written |= both_spellings(plan)
+    if NetworkConfig.from_dict(written).window != window:  # our own field, for reading the file back
+        written["context_window"] = window
+    return written
 
 
 def both_spellings(plan: RopePlan) -> dict[str, Any]:
@@ -269,15 +300,19 @@ def write_remote_code(folder: Path) -> None:
 # ---- the check ---------------------------------------------------------------------------------------------
 
 
-def compare(source: Opened, folder: Path, layout: str, rope_length: int) -> Check | None:
-    """Run the source through our network and the export through transformers; None where memory does not allow both.
+def compare(source: Opened, folder: Path, layout: str, plan: RopePlan, rope_length: int) -> Check | None:
+    """Run the source through our network and then the export through transformers; None where memory does not hold one
+    of them at a time.
 
+    plan         the RoPE that the export must run, compared with the frequencies in the loaded model: a short text's
+                 logits hardly see a wrong base
     rope_length  the window of a fixed base, which the source is then run with; 0 for the length of the text itself
     """
     parameters = sum(numel(shape) for shape in NetworkConfig.from_dict(source.config).parameter_shapes().values())
     written = stored_dtype_of(folder)
-    number = torch.float32 if parameters <= 2e9 else torch.bfloat16
-    if psutil.virtual_memory().available < 1.1 * 2 * parameters * number.itemsize:
+    room = psutil.virtual_memory().available / 1.1 / parameters  # bytes a parameter
+    number = torch.float32 if parameters <= 2e9 and room >= torch.float32.itemsize else torch.bfloat16
+    if room < number.itemsize:
         return None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -299,6 +334,7 @@ def compare(source: Opened, folder: Path, layout: str, rope_length: int) -> Chec
             loader = XverseForCausalLM
         with silence():
             twin = loader.from_pretrained(folder, dtype=number).eval()
+        plan.verify(twin)
         found = twin(tokens).logits.float().log_softmax(-1)
     stored = stored_dtype(source.tensors.infos) if source.form is None else None
     limit = kl_limit(written, stored, number)

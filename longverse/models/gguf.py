@@ -331,7 +331,7 @@ def _config(metadata: dict[str, Any], infos: dict[str, TensorInfo], file: Path) 
         notes.append("the file states no RoPE base; 10,000 is used, as llama.cpp does")
         theta = 10000.0
     if (sliding := get("attention.sliding_window", 0)) and sliding < window:
-        notes.append(f"the file states a sliding window of {sliding:,} tokens, which is not applied: attention is full")
+        notes.append(f"the file states a sliding window of {sliding:,} tokens, up to which attention is full")
 
     biased = {part: f"blk.0.{part}.bias" in infos for part in ("attn_q", "attn_output", "ffn_gate")}
     if model_type == "llama" and biased["attn_q"] and not biased["attn_output"]:
@@ -357,6 +357,8 @@ def _config(metadata: dict[str, Any], infos: dict[str, TensorInfo], file: Path) 
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
+    if sliding and sliding < window:
+        config |= {"sliding_window": sliding, "use_sliding_window": True}
     if model_type in ("llama", "xverse", "qwen3"):
         config["attention_bias"] = biased["attn_q"]
     if model_type in ("llama", "xverse"):

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 
 from longverse.errors import UserError
 from longverse.models.chat import XVERSE_TEMPLATE
+from longverse.models.convert import differs
 from longverse.models.gguf import GLOBAL_NAMES, LAYER_NAMES, NUMBERS_AT_ONCE, read_gguf
 from longverse.models.gguf_tokenizer import add_tokenizer, compare_tokenizers
 from longverse.models.network import NetworkConfig
@@ -80,14 +82,20 @@ def write_gguf(
         raise UserError(f"{odd[0]} has rows of {shapes[odd[0]][1]} numbers, and q8_0 needs a multiple of 32: use f16.")
     kinds = {n: KINDS[dtype] if len(shape) == 2 else KINDS["f32"] for n, shape in shapes.items()}
     sizes = {n: math.prod(shape) * _width(kinds[n]) for n, shape in shapes.items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target.parent} cannot be made ({error.strerror}): choose another folder.") from None
     need, free = int(sum(sizes.values())), shutil.disk_usage(target.parent).free
     if need > free:
         raise UserError(
             f"{target} needs {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: make room or use q8_0."
         )
 
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".gguf")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".gguf")
+    except OSError as error:
+        raise UserError(f"{target.parent} cannot be written ({error.strerror}): choose another folder.") from None
     os.close(handle)
     try:
         writer = gguf.GGUFWriter(temporary, architecture)
@@ -107,7 +115,8 @@ def write_gguf(
             raise UserError(
                 f"Writing {target} failed ({error.strerror or error}): make room or choose another disk."
             ) from None
-        _verify(Path(temporary), tokenizer, samples, dtype, notes, on_progress, total)
+        meant = replace(network, rope=network.rope.pinned(window), window=window)
+        _verify(Path(temporary), tokenizer, meant, samples, dtype, notes, on_progress, total)
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     finally:
@@ -329,6 +338,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 def _verify(
     file: Path,
     tokenizer: Tokenizer,
+    meant: NetworkConfig,
     samples: dict[str, torch.Tensor],
     dtype: str,
     notes: list[str],
@@ -336,6 +346,11 @@ def _verify(
     total: int,
 ) -> None:
     model = read_gguf(file)
+    read = NetworkConfig.from_dict(model.config)
+    if read.rope.kind == "yarn":  # whose reader counts the stretched window, whatever the file is for
+        read = replace(read, window=model.config["max_position_embeddings"])
+    if difference := differs(meant, read):
+        raise UserError(f"The file is read back wrong ({difference}): it was not kept.")
     compare_tokenizers(model.tokenizer, tokenizer, notes)
     compared = 0
     for name, tensor in model.tensors():

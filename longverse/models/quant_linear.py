@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .shards import NOT_FINITE
 
 PACKED_TOKENS = {
     "int4": 96,
@@ -84,7 +85,7 @@ def read_form(config: dict[str, Any]) -> QuantFormat | None:
     stated = config.get("quantization_config")
     if not stated:
         return None
-    method = stated.get("quant_method")
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
     try:
         groups = list(stated["config_groups"].values())
         weights = groups[0]["weights"]
@@ -153,11 +154,16 @@ def step_of(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1).float()
 
 
-def quantize_rows(weight: Tensor, form: QuantFormat, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round a weight [N, K] to nearest: q uint8 [N, K], scale [N, G], zero uint8 [N, G] (None when symmetric)."""
+def quantize_rows(
+    weight: Tensor, form: QuantFormat, scale_dtype: torch.dtype, name: str = "A weight"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round a weight [N, K] to nearest: q uint8 [N, K], scale [N, G], zero uint8 [N, G] (None when symmetric).
+    UserError, with the weight's `name`, when it is not finite."""
     outputs, inputs = weight.shape
     grouped = weight.float().view(outputs, form.groups(inputs), -1)  # [N, G, g]
     scale, zero = group_grid(grouped, form, scale_dtype)
+    if not torch.isfinite(scale).all():  # one such number makes the scale of its group another
+        raise UserError(NOT_FINITE.format(name))
     q = (grouped / step_of(scale)[..., None]).add_(zero[..., None]).round_().clamp_(0, 2**form.bits - 1)
     return q.to(torch.uint8).view(outputs, inputs), scale, None if form.symmetric else zero.to(torch.uint8)
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .checkpoint import IGNORED, check, open_model, stored_dtype
+from .checkpoint import IGNORED, open_model, stored_dtype, verify
 from .convert import SHARD_BYTES, Cancelled, Written, settled_config, write_folder
-from .network import NetworkConfig
 from .quant_linear import GROUPS, QuantFormat, Workers, default_form, pack_bits, quantize_rows, write_form
 from .shards import Progress, TensorInfo
 
@@ -58,9 +57,8 @@ def quantize(
     source = open_model(model)
     if source.form is not None:
         raise UserError(f"{source.name} is quantised already: take the model in bf16 or float32.")
-    shape = NetworkConfig.from_dict(source.config)
+    shape = verify(source)
     shapes = shape.parameter_shapes()
-    check(source.tensors, shapes, shape.tied)
     stored = stored_dtype(source.tensors.infos)
     scale_dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
     kept_dtype = torch.float32 if stored == torch.float32 else stored
@@ -99,7 +97,7 @@ def quantize(
         with Quantizer(form, scale_dtype) as quantizer:
             for name, tensor in source.tensors.stream():
                 if name in chosen:
-                    for part, value in quantizer(tensor).items():
+                    for part, value in quantizer(tensor, name).items():
                         yield f"{name.removesuffix('.weight')}.{part}", value
                 elif not name.endswith(IGNORED):
                     yield name, tensor
@@ -112,7 +110,7 @@ def quantize(
             " --symmetric for it."
         )
     made = tensors() if calibration is None else calibrated(calibration)
-    return write_folder(source, target, config, infos, made, notes, shard_bytes, on_progress, cancelled, extras)
+    return write_folder(source, target, config, shape, infos, made, notes, shard_bytes, on_progress, cancelled, extras)
 
 
 def is_linear(name: str) -> bool:
@@ -134,8 +132,8 @@ class Quantizer:
     def __exit__(self, *rest: object) -> None:
         self._workers.__exit__(*rest)
 
-    def __call__(self, weight: Tensor) -> dict[str, Tensor]:
-        """The saved tensors of a weight [N, K]; equal to `quant_linear.save_form`."""
+    def __call__(self, weight: Tensor, name: str = "A weight") -> dict[str, Tensor]:
+        """The saved tensors of a weight [N, K]; equal to `quant_linear.save_form`. UserError when it is not finite."""
         outputs, inputs = weight.shape
         parts = self.form.shapes(outputs, inputs)
         packed = torch.empty(parts["weight_packed"], dtype=torch.int32)
@@ -144,7 +142,7 @@ class Quantizer:
 
         def block(start: int) -> None:
             stop = min(start + ROWS, outputs)
-            q, scale[start:stop], zeros = quantize_rows(weight[start:stop], self.form, self.scale_dtype)
+            q, scale[start:stop], zeros = quantize_rows(weight[start:stop], self.form, self.scale_dtype, name)
             packed[start:stop] = pack_bits(q, self.form.bits)
             if zero is not None and zeros is not None:
                 zero[start:stop] = zeros

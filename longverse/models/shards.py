@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 import os
 import pickle
@@ -38,6 +39,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
 ALIGNMENT = 64  # bytes: a mapped weight then starts on a cache line
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+NOT_FINITE = "{} holds numbers that are infinite or NaN: the checkpoint is damaged; take another copy of it."
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,13 @@ class TensorInfo:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for one-sentence messages; its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; in one pass and no memory, unlike `isfinite().all()`."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(float(end)) for end in tensor.detach().aminmax())
 
 
 def numel(shape: Iterable[int]) -> int:
@@ -317,11 +326,19 @@ class SafetensorsWriter:
         self._file.truncate(self._data + start)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in its place; its dtype is turned into the promised one, its shape must be right."""
+        """Put a tensor in its place; its dtype is turned into the promised one, its shape must be right. UserError for
+        numbers that are infinite or NaN, or become so in that dtype."""
         info = self.infos[name]
         assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
         assert name in self._missing, f"{name} written twice"
         raw = tensor.detach().to("cpu", info.dtype).contiguous()
+        if not is_finite(raw):
+            if is_finite(tensor):
+                raise UserError(
+                    f"{name} holds numbers beyond what {DTYPE_CODES[info.dtype]} can hold"
+                    f" ({torch.finfo(info.dtype).max:,.0f}): write bfloat16 instead."
+                )
+            raise UserError(NOT_FINITE.format(name))
         self._file.seek(self._data + self._starts[name])
         self._file.write(raw.reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)

@@ -12,15 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from longverse.errors import UserError
+from longverse.models import calibrate
 from longverse.models import convert as module
 from longverse.models.checkpoint import Loaded, load
 from longverse.models.convert import convert
-from longverse.models.export import export
+from longverse.models.export import export, export_gguf
+from longverse.models.network import NetworkConfig
+from longverse.models.quant_linear import QuantFormat, write_form
+from longverse.models.quantize import quantize
 from longverse.models.releases import licence_shown
 from longverse.models.shards import TensorFolder
+from tests.helpers import tiny_config
 from tests.models.folders import save_folder
 from tests.models.official_layout import make_official
 
@@ -182,7 +187,7 @@ def test_convert_keeps_every_weight(tmp_path: Path, zipped: bool) -> None:
     assert torch.equal(logits(first), logits(second))
     assert first.tokenizer.encode("你好 12") == second.tokenizer.encode("你好 12")
     assert not any("RoPE" in note for note in second.notes)  # nothing is left to fill in
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["XVERSE-13B-256K", "cache", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["XVERSE-13B-256K", "out"]
 
 
 def test_convert_changes_the_type(tmp_path: Path) -> None:
@@ -266,8 +271,6 @@ def test_dynamic_is_kept_when_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_each_family_is_exported_as_a_class_that_holds_it(tmp_path: Path, family: str) -> None:
-    from tests.helpers import tiny_config
-
     save_folder(tmp_path / "m", tiny_config(family, tie_word_embeddings=True))
     _, plain = export(str(tmp_path / "m"), tmp_path / "plain")
     _, own = export(str(tmp_path / "m"), tmp_path / "own", layout="xverse")
@@ -288,9 +291,166 @@ def test_a_wrong_export_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return written
 
     monkeypatch.setattr(exporter, "both_spellings", wrong)
-    _, check = export(str(tmp_path / "m"), tmp_path / "out")
+    with pytest.raises(UserError, match="base 99,000, and plain RoPE, base 10,000 was meant"):
+        export(str(tmp_path / "m"), tmp_path / "out", check=False)
+    monkeypatch.setattr(module, "differs", lambda *both: None)
+    with pytest.raises(UserError, match="base 99,000"):  # seen in the loaded model too
+        export(str(tmp_path / "m"), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_changed_weight_is_seen_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longverse.models import export as exporter
+
+    save_folder(tmp_path / "m")
+    real = exporter.dequantised
+    monkeypatch.setattr(exporter, "dequantised", lambda *a: ((n, t * 1.05) for n, t in real(*a)))
+    with pytest.raises(UserError, match="The export differs from its source"):
+        export(str(tmp_path / "m"), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+@pytest.mark.parametrize(("copies", "compared"), [(1.2, "float32"), (0.6, "bfloat16"), (0.4, None)])
+def test_the_check_needs_memory_for_one_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: float, compared: str | None
+) -> None:
+    from longverse.models import export as exporter
+
+    tensors = save_folder(tmp_path / "m")
+    free = int(copies * sum(tensor.nbytes for tensor in tensors.values()))
+    memory = type("Memory", (), {"available": free})
+    monkeypatch.setattr(exporter.psutil, "virtual_memory", lambda: memory)
+    written, check = export(str(tmp_path / "m"), tmp_path / "out")
+    assert (None if check is None else check.dtype) == compared
+    assert any("Not compared" in note for note in written.notes) == (compared is None)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3", "dynamic"])
+@pytest.mark.parametrize("layout", ["llama", "xverse"])
+def test_every_rope_is_read_back_as_it_was(tmp_path: Path, kind: str, layout: str) -> None:
+    more = {
+        "linear": {"factor": 2.0},
+        "yarn": {"factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 16.0},
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 64},
+        "dynamic": {"factor": 2.0, "bucket": 16},
+    }
+    rope = {"rope_type": kind, "rope_theta": 50_000.0, **more.get(kind, {})}
+    save_folder(tmp_path / "m", tiny_config(rope_theta=None, rope_parameters=rope, context_window=100))
+    export(str(tmp_path / "m"), tmp_path / "out", layout=layout, rope="dynamic", check=False)
+    first, second = (
+        NetworkConfig.from_dict(json.loads((tmp_path / name / "config.json").read_text())) for name in ("m", "out")
+    )
+    assert first.window == second.window == 100
+    assert first.rope.base(90) == second.rope.base(90) or layout == "llama"
+    assert torch.equal(first.rope.inv_freq(96), second.rope.inv_freq(96))
+    assert first.rope.attention_scaling == second.rope.attention_scaling
+
+
+# ---- broken sources ----------------------------------------------------------------------------------------
+
+
+def rewrite(folder: Path, changes: dict[str, Any], drop: str = "", **tensors: torch.Tensor) -> None:
+    """Change the config of a one-file folder, drop a tensor, add or replace others."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = {n: t.clone() for n, t in load_file(folder / "model.safetensors").items() if n != drop} | tensors
+    save_file(stored, folder / "model.safetensors")
+
+
+UP, BIAS = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj.bias"
+BROKEN: dict[str, tuple[bool, dict[str, Any], str, dict[str, torch.Tensor], str]] = {
+    "shape": (False, {"intermediate_size": 64}, "", {}, "where config.json asks for"),
+    "extra": (False, {}, "", {BIAS: torch.ones(64)}, "does not account for"),
+    "missing": (False, {}, f"{UP}.weight", {}, "lacks the tensor"),
+    "integers": (False, {}, "", {f"{UP}.weight": torch.ones(96, 64, dtype=torch.int8)}, "a quantised form"),
+    "scale": (True, {}, f"{UP}.weight_scale", {}, "up_proj.weight_scale"),
+    "packed": (True, {}, f"{UP}.weight_packed", {}, "up_proj.weight"),
+    "group": (True, {"quantization_config": write_form(QuantFormat(4, 64, False), [])}, "", {}, "config.json asks for"),
+    "form": (True, {"quantization_config": "gptq"}, "", {}, "quantised by gptq"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("step", ["convert", "quantize", "export", "gguf"])
+def test_a_broken_source_is_said_before_anything_is_written(tmp_path: Path, how: str, step: str) -> None:
+    quantised, changes, drop, tensors, says = BROKEN[how]
+    save_folder(tmp_path / "m")
+    if quantised:
+        quantize(str(tmp_path / "m"), tmp_path / "q", bits=4, group=32)
+        if step == "quantize":
+            says = "quantis"
+    folder = tmp_path / ("q" if quantised else "m")
+    rewrite(folder, changes, drop, **tensors)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    steps: dict[str, Any] = {
+        "convert": lambda: convert(str(folder), tmp_path / "out"),
+        "quantize": lambda: quantize(str(folder), tmp_path / "out", bits=8),
+        "export": lambda: export(str(folder), tmp_path / "out", check=False),
+        "gguf": lambda: export_gguf(str(folder), tmp_path / "out.gguf"),
+    }
+    with pytest.raises(UserError, match=says):
+        steps[step]()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(
+    tmp_path: Path, number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_folder(tmp_path / "m")
+    weight = load_file(tmp_path / "m" / "model.safetensors")[f"{UP}.weight"].clone()
+    weight[3, 5] = number
+    rewrite(tmp_path / "m", {}, **{f"{UP}.weight": weight})
+    says = f"{UP}.weight holds numbers that are infinite or NaN"
+    with pytest.raises(UserError, match=says):
+        convert(str(tmp_path / "m"), tmp_path / "out")
+    for bits, symmetric in ((8, True), (8, False), (4, None)):
+        with pytest.raises(UserError, match=says):
+            quantize(str(tmp_path / "m"), tmp_path / "out", bits=bits, group=32, symmetric=symmetric)
+    monkeypatch.setattr(calibrate, "SAMPLE", 64)
+    with pytest.raises(UserError, match=says):
+        quantize(str(tmp_path / "m"), tmp_path / "out", bits=4, group=32, calibration="the thin thane " * 60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_float16_that_would_become_infinite_is_refused(tmp_path: Path) -> None:
+    save_folder(tmp_path / "m")
+    rewrite(tmp_path / "m", {}, **{f"{UP}.weight": torch.full((96, 64), 1e6)})
+    with pytest.raises(UserError, match=r"up_proj.weight holds numbers beyond what F16 can hold \(65,504\)"):
+        convert(str(tmp_path / "m"), tmp_path / "out", dtype="float16")
+    convert(str(tmp_path / "m"), tmp_path / "out", dtype="bfloat16")
+
+
+# ---- what goes along and what does not -----------------------------------------------------------------------
+
+
+def test_a_yi_folder_comes_out_as_llama(tmp_path: Path) -> None:
+    code = {"AutoModelForCausalLM": "modeling_yi.YiForCausalLM"}
+    save_folder(tmp_path / "m", tiny_config("Yi", auto_map=code, architectures=["YiForCausalLM"]))
+    (tmp_path / "m" / "modeling_yi.py").write_text("raise RuntimeError")
+    for name in ("License.txt", "license", "NOTICE", "Readme.md"):
+        (tmp_path / "m" / name).write_text(name)
+    convert(str(tmp_path / "m"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "auto_map" not in config
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"License.txt", "license", "NOTICE", "Readme.md"} < names
+    assert "modeling_yi.py" not in names
+
+
+def test_a_sliding_window_is_said_and_kept(tmp_path: Path) -> None:
+    save_folder(tmp_path / "m", tiny_config("mistral", sliding_window=64))
+    written, check = export(str(tmp_path / "m"), tmp_path / "out")
     assert check is not None
-    assert not check.passed
+    assert any("sliding window of 64" in note for note in written.notes)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 64
+    assert any("sliding window of 64" in note for note in export_gguf(str(tmp_path / "m"), tmp_path / "m.gguf"))
+    assert load(str(tmp_path / "m.gguf"), device="cpu").network.config.window == 64
 
 
 @pytest.mark.parametrize(
@@ -299,12 +459,28 @@ def test_a_wrong_export_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"layout": "onnx"}, "Unknown layout"),
         ({"rope": "magic"}, "Unknown RoPE"),
         ({"window": 9000}, "leave --window out"),
+        ({"window": 0}, "leave --window out"),
     ],
 )
 def test_requests_that_cannot_be(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     save_folder(tmp_path / "m")
     with pytest.raises(UserError, match=says):
         export(str(tmp_path / "m"), tmp_path / "out", **options)
+    if "window" in options:
+        with pytest.raises(UserError, match=says):
+            export_gguf(str(tmp_path / "m"), tmp_path / "out.gguf", **options)
+
+
+def test_windows_of_a_dynamic_plan(tmp_path: Path) -> None:
+    folder, _ = make_official(tmp_path)
+    for write, target in ((export, tmp_path / "out"), (export_gguf, tmp_path / "out.gguf")):
+        with pytest.raises(UserError, match="A window of 0 tokens"):
+            write(str(folder), target, window=0)  # type: ignore[operator]
+    notes = export_gguf(str(folder), tmp_path / "out.gguf", window=300_000)
+    assert any("more than the 262,144" in note for note in notes)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is no folder"):
+        export_gguf(str(folder), tmp_path / "file" / "out.gguf")
 
 
 SNIPPET = """

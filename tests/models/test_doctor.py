@@ -156,6 +156,19 @@ def test_the_commands_go_round(tmp_path: Path) -> None:
     assert {"level", "about", "what", "remedy"} == set(json.loads(text.splitlines()[0]))
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(("--rope", "dynamic"), "--rope out"), (("--no-check",), "--no-check out"), (("--shard-size", 1), "-size out")],
+)
+def test_options_that_gguf_has_not(tmp_path: Path, options: tuple[object, ...], says: str) -> None:
+    save_folder(tmp_path / "m", tiny_config())
+    with pytest.raises(UserError, match=says):
+        run("export", tmp_path / "m", tmp_path / "m.gguf", "--to", "gguf", *options)
+    with pytest.raises(UserError, match="leave --window out"):
+        run("export", tmp_path / "m", tmp_path / "m.gguf", "--to", "gguf", "--window", 999_999)
+    assert run("export", tmp_path / "m", tmp_path / "m.gguf", "--to", "gguf")[0] == 0
+
+
 def test_convert_only_the_tokenizer(tmp_path: Path) -> None:
     folder, _ = make_official(tmp_path)
     assert run("convert", folder, "--tokenizer")[0] == 0
