@@ -200,6 +200,7 @@ class Recipe:
     precision  auto (bf16 where the hardware multiplies it), bf16, fp32
     clip       norm to which gradients are clipped, 0 for never
     save_every steps between checkpoints; `keep` newest are kept
+    keep_stages  also write what each stage ends with, to OUT/stages/NN-NAME: for comparing stages
     new        makes the model from nothing when the folder `model` is not there
     sequence   Ulysses degree: ranks that share one sequence; divides the heads and the number of ranks
     """
@@ -216,6 +217,7 @@ class Recipe:
     clip: float = 1.0
     save_every: int = 20
     keep: int = 2
+    keep_stages: bool = False
     sequence: int = 1
     probe: Probe = field(default_factory=Probe)
     new: NewModel | None = None
@@ -277,7 +279,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """16 hex digits; equal for recipes that train alike (how often to save or probe is left out)."""
         values = self.to_dict()
-        for key in ("save_every", "keep", "probe", "name", "licence", "sequence"):
+        for key in ("save_every", "keep", "keep_stages", "probe", "name", "licence", "sequence"):
             values.pop(key)
         for stage in values["stages"]:
             for key in ("window", "micro_tokens", "recompute_above", "offload"):

@@ -5,6 +5,7 @@ probe; then write what came of it.
     OUT/log.jsonl          a line a step
     OUT/checkpoints/       state to go on from
     OUT/probe-NN-STAGE.json   needle figures after each stage
+    OUT/stages/NN-STAGE/   (keep_stages) what each stage ended with
     OUT/adapter/           (lora) PEFT's format, our RoPE plan and window, a model card
     OUT/model/             (full, or merged on request) a checkpoint folder
 
@@ -180,9 +181,12 @@ def _run(
         if recipe.probe.lengths and ranks.world == 1 and (number >= at_stage or place.exists()):
             probes[stage.name] = probe(recipe, loaded, place)
             watch.probed(stage, probes[stage.name])
+        here = out / "stages" / f"{number:02d}-{stage.name}"
+        if recipe.keep_stages and number >= at_stage and not here.exists():
+            write_results(recipe, loaded, out, here, ranks, original, probes, False, watch)
     if last < len(recipe.stages):
         return Outcome(False, recipe.stages[last - 1].name, recipe.stages[last - 1].steps, probes=probes)
-    return write_results(recipe, loaded, out, ranks, original, probes, write_merged, watch)
+    return write_results(recipe, loaded, out, out, ranks, original, probes, write_merged, watch)
 
 
 # ---- before the first step ----------------------------------------------------------------------------
@@ -429,13 +433,14 @@ def write_results(
     recipe: Recipe,
     loaded: Loaded,
     out: Path,
+    place: Path,
     ranks: Ranks,
     original: NetworkConfig,
     probes: dict[str, dict[str, Any]],
     write_merged: bool,
     watch: Watch,
 ) -> Outcome:
-    """Write the adapter or the checkpoint, each with a model card. Sharded weights are gathered by every rank."""
+    """Write PLACE/adapter or PLACE/model, each with a model card. Sharded weights are gathered by every rank."""
     network = loaded.network
     outcome = Outcome(True, recipe.stages[-1].name, recipe.stages[-1].steps, probes=probes)
     shape = network.config
@@ -452,12 +457,13 @@ def write_results(
         "probes": probes,
     }
     if recipe.method == "lora":
-        outcome.adapter = out / "adapter"
+        outcome.adapter = place / "adapter"
         settings = rope_entries(shape.rope, shape.window) if shape != original else None
         save_adapter(network, recipe.lora, outcome.adapter, base=recipe.model, settings=settings, dtype=torch.bfloat16)
         write_card(outcome.adapter, **card)
     if recipe.method == "full" or write_merged:
-        outcome.model = out / "model"
+        outcome.model = place / "model"
+        place.mkdir(parents=True, exist_ok=True)
         if outcome.model.exists():
             watch.note(f"{outcome.model} is there already and stays as it is.")
             return outcome
@@ -499,4 +505,4 @@ def _write_model(recipe: Recipe, loaded: Loaded, network: Any, target: Path) -> 
     tensors = {name: tensor for name, tensor in network.state_dict().items() if name in shapes}
     infos = {name: TensorInfo(tuple(tensor.shape), number) for name, tensor in tensors.items()}
     config = config_after(loaded) | {"dtype": str(number).removeprefix("torch.")}
-    write_folder(opened, target, config, infos, iter(tensors.items()), [], SHARD_BYTES, None, None)
+    write_folder(opened, target, config, network.config, infos, iter(tensors.items()), [], SHARD_BYTES, None, None)

@@ -55,7 +55,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_kills_change_nothing(base: Path, tmp_path: Path, method: str) -> None:
     plan = two_stages(base, method=method)
-    whole = run_recipe(plan, tmp_path / "whole")
+    whole = run_recipe(dataclasses.replace(plan, keep_stages=True), tmp_path / "whole")
+    kept = tmp_path / "whole" / "stages"
+    assert sorted(path.name for path in kept.iterdir()) == ["00-cpt", "01-sft"]
     for stage, step in (("cpt", 3), ("sft", 4)):
 
         def kill(report: Any, at: tuple[str, int] = (stage, step)) -> None:
