@@ -6,7 +6,8 @@ loads.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -41,6 +42,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no f
 
 # typer carries click inside itself and names few of its exceptions; this is the base of all wrong options.
 UsageError = typer.BadParameter.__base__
+
+# What writing to a full or broken disk raises; opening a file names the file too.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     add_completion=False,
@@ -127,7 +131,7 @@ def ask(
             about = {"name": document.name, "title": document.title, "encoding": document.encoding}
             about |= {"words": document.words, "language": document.language}  # type: ignore[dict-item]
             record = {"question": question, "answer": answer.strip(), "model": engine.name, "document": about}
-            print(json.dumps(record | {"stats": console.stats_record(session.stats)}, ensure_ascii=False), flush=True)
+            console.json_line(record | {"stats": console.stats_record(session.stats)})
             continue
         console.write("" if answer.endswith("\n") else "\n")
         console.note(console.figures(session.stats), quiet=quiet)
@@ -226,7 +230,7 @@ def generate(
                 console.write(piece)
     if as_json:
         record = {"prompt": prompt, "text": text, "model": engine.name, "stats": console.stats_record(session.stats)}
-        print(json.dumps(record, ensure_ascii=False))
+        console.json_line(record)
         return
     console.write("" if text.endswith("\n") else "\n")
     console.note(console.figures(session.stats), quiet=quiet)
@@ -247,7 +251,7 @@ def models(as_json: AsJson = False) -> None:
             | {"where": str(e.where) if e.where else None, "hint": e.hint}
             for e in entries
         ]
-        print(json.dumps({"models": rows, "cache": str(cache_folder())}, ensure_ascii=False))
+        console.json_line({"models": rows, "cache": str(cache_folder())})
         return
     cells = [
         [e.name, f"{e.window:,}", e.licence, e.summary, "here" if e.where else f"absent: {e.hint}"] for e in entries
@@ -285,7 +289,7 @@ def rope(
         plan = RopePlan.parse(change, config.rope, config.window)
         config = replace(config, rope=plan, window=plan.window_after(config.window))
     if as_json:
-        print(json.dumps(record(name, config), ensure_ascii=False))
+        console.json_line(record(name, config))
     else:
         show(name, config)
     if plot is not None:
@@ -361,8 +365,10 @@ app.command()(commands_train.finetune)
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C.
 
-    A UserError and a wrong option are one line. Any other exception is a defect of ours and keeps its traceback.
+    A UserError, a wrong option, a full disk and too little memory are one line. Any other
+    exception is a defect of ours and keeps its traceback.
     """
+    console.prepare_output()
     try:
         result: Any = app(args=arguments, prog_name="longverse", standalone_mode=False)
         sys.stdout.flush()
@@ -382,5 +388,36 @@ def main(arguments: list[str] | None = None) -> int:
         console.error("stopped.")
         return 130
     except BrokenPipeError:  # `longverse … | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+    except OSError as error:
+        if error.filename is not None or error.errno not in NO_ROOM:
+            raise
+        _drop_output()
+        console.error(f"The output cannot be written ({error.strerror}): make room, or send it elsewhere.")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        console.error(
+            "The memory does not suffice: take a smaller or quantised model, --dtype bfloat16, a shorter text or fewer"
+            " new tokens, or another --device."
+        )
+        return 2
+
+
+def _drop_output() -> None:
+    """Write what standard output still takes; then let the interpreter's last flush succeed, which would print a
+    traceback otherwise."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether Python, the CPU or a card had too little memory, told without importing torch."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )

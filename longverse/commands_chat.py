@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from . import console
 from .documents.reader import Document, read
-from .errors import UserError
+from .errors import UserError, expand
 
 if TYPE_CHECKING:
     from .inference.engine import Engine, Session
@@ -39,17 +39,23 @@ class Chat:
         self.session: Session | None = None
         self.messages: list[dict[str, str]] = []
         self.document: Document | None = None
+        self.saved: set[Path] = set()  # files that hold this conversation, so that /save may write them again
         self.reset()
 
     def reset(self) -> None:
-        """Forget the turns and the document."""
+        """Forget the turns, the document and where they were saved."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.document = None
+        self.saved = set()
 
     # ---- the loop ---------------------------------------------------------------------------------------
 
     def run(self, document: Document | None = None) -> None:
-        """Read turns until the end of input, /quit, or Ctrl-C twice at an empty prompt (KeyboardInterrupt)."""
+        """Read turns until the end of input, /quit, or Ctrl-C twice at an empty prompt (KeyboardInterrupt).
+
+        On a terminal a UserError is shown and the conversation goes on; a pipe cannot see it, and its next turns may
+        build on what failed, so there it ends the chat.
+        """
         if document is not None:
             self.attach(document)
         if self.interactive:
@@ -69,6 +75,9 @@ class Chat:
                     console.note("")
                     self.say("Ctrl-C once more leaves.")
                     continue
+                except UserError as error:
+                    self.refuse(error)
+                    continue
                 pressed = False
                 if not turn.strip():
                     continue
@@ -79,31 +88,44 @@ class Chat:
                     else:
                         self.answer(turn)
                 except UserError as error:
-                    console.error(str(error))
+                    self.refuse(error)
                 except KeyboardInterrupt:  # the second one during an answer
                     console.note("")
                     self.say("Stopped.")
         if self.interactive:
             console.note("")
 
+    def refuse(self, error: UserError) -> None:
+        if not self.interactive:
+            raise error
+        console.error(str(error))
+
     def turn(self) -> str:
-        """One message from the input; raises EOFError at its end."""
+        """One message from the input; raises EOFError at its end. What the end leaves unfinished is a message too."""
         line = self.line("> ")
-        if line.strip() == '"""':
-            lines = []
-            while (line := self.line(". ")).strip() != '"""':
-                lines.append(line)
+        lines: list[str] = []
+        try:
+            if line.strip() == '"""':
+                while (line := self.line(". ")).strip() != '"""':
+                    lines.append(line)
+                return "\n".join(lines)
+            while line.endswith("\\"):
+                lines.append(line[:-1])
+                line = self.line(". ")
+            return "\n".join([*lines, line])
+        except EOFError:
+            if not lines:
+                raise
             return "\n".join(lines)
-        lines = []
-        while line.endswith("\\"):
-            lines.append(line[:-1])
-            line = self.line(". ")
-        return "\n".join([*lines, line])
 
     def line(self, prompt: str) -> str:
-        if self.interactive:
-            return input(prompt)
-        line = sys.stdin.readline()
+        try:
+            line = input(prompt) + "\n" if self.interactive else sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            wrong = error.object[error.start]
+            raise UserError(
+                f"Your input is not valid {error.encoding.upper()} (byte {wrong:#04x}): give it as UTF-8."
+            ) from None
         if not line:
             raise EOFError
         return line.rstrip("\r\n")
@@ -147,7 +169,7 @@ class Chat:
         elif name == "/read":
             self.attach(read(rest))
         elif name == "/save":
-            self.save(Path(rest).expanduser())
+            self.save(expand(rest))
         elif name == "/stats":
             self.stats()
         elif name == "/reset":
@@ -165,14 +187,23 @@ class Chat:
         self.say(f"{document.name}: {document.words:,} words. It goes with your next message.")
 
     def save(self, target: Path) -> None:
-        """Write the conversation as Markdown."""
+        """Write the conversation as Markdown; only a file that holds an earlier state of it is written over."""
+        if not target.name or os.path.isdir(target):
+            raise UserError(f"{target} is a folder: add the name of a file, as in /save {target / 'chat.md'}.")
+        if os.path.lexists(target) and target.resolve() not in self.saved:
+            raise UserError(f"{target} exists and is no save of this conversation: choose another name.")
         parts = [f"**{message['role']}**\n\n{message['content']}\n" for message in self.messages]
-        beside = target.with_name(f".{target.name}.part")
+        beside = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            beside.write_text("\n".join(parts), encoding="utf-8")
-            os.replace(beside, target)
-        except OSError as error:
-            raise UserError(f"{target} cannot be written ({error.strerror}): choose another place.") from None
+            try:
+                beside.write_text("\n".join(parts), encoding="utf-8")
+                os.replace(beside, target)
+            finally:
+                beside.unlink(missing_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half a character
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{target} cannot be written ({reason}): choose another place.") from None
+        self.saved.add(target.resolve())
         turns = sum(message["role"] == "assistant" for message in self.messages)
         self.say(f"{turns} answers saved to {target}.")
 
@@ -223,6 +254,8 @@ class Chat:
             self.say(f"The answer was cut after {self.sampling.max_new_tokens:,} tokens; --max-new-tokens allows more.")
         if finish == "cancelled":
             self.say("Stopped." if reply else "Stopped before the answer began; the message was taken back.")
+        if not reply and finish != "cancelled":
+            console.note("The model answered nothing; the message was taken back.")
         if reply:
             self.messages = [*messages, {"role": "assistant", "content": reply.rstrip()}]
             self.document = None

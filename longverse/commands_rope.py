@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import console
-from .errors import UserError
+from .errors import UserError, expand
 
 if TYPE_CHECKING:
     from .models.network import NetworkConfig
@@ -23,10 +24,10 @@ def config_of(model: str) -> tuple[str, NetworkConfig]:
     from .models.network import NetworkConfig
     from .models.tokenizer import read_json
 
-    path = Path(model).expanduser()
-    if path.is_file() and path.suffix.lower() == ".json":
+    path = expand(model)
+    if os.path.isfile(path) and path.suffix.lower() == ".json":
         name, config = path.resolve().parent.name, read_json(path)
-    elif not path.exists() and model not in embedded.EMBEDDED and hub.is_hub_id(model):
+    elif not os.path.exists(path) and model not in embedded.EMBEDDED and hub.is_hub_id(model):
         name, config = model.split("/")[1], read_json(_hub_config(model))
     else:
         name, place = locate(model)
@@ -69,12 +70,17 @@ def show(name: str, config: NetworkConfig) -> None:
     console.line(f"{name}: {plan.describe()}")
     console.line(f"window {config.window:,} tokens, head size {plan.head_dim}, {plan.head_dim // 2} frequencies\n")
     rows = [
-        [f"{length // 1024:,}K", f"{plan.base(length):,.0f}", f"{_longest(config, length):,.0f}",
+        [_short(length), f"{plan.base(length):,.0f}", f"{_longest(config, length):,.0f}",
          "yes" if length <= config.window else "no"]
         for length in LENGTHS
     ]  # fmt: skip
     heads = ("tokens", "effective base", "longest wavelength", "in the window")
     console.out().print(console.table(heads, rows, right=(0, 1, 2)))
+
+
+def _short(length: int) -> str:
+    """A power of two of tokens: 8K, 1M."""
+    return f"{length // 2**20}M" if length >= 2**20 else f"{length // 1024}K"
 
 
 def _longest(config: NetworkConfig, length: int) -> float:
@@ -94,8 +100,6 @@ def draw(name: str, config: NetworkConfig, target: Path) -> None:
         import matplotlib
     except ImportError:
         raise UserError("A plot needs matplotlib: type `pip install matplotlib`.") from None
-    import os
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -4,6 +4,8 @@ Answers go to standard output; progress, figures and errors go to standard error
 alone. On a terminal progress is a bar that goes away; elsewhere it is a plain line now and then.
 """
 
+import io
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +39,18 @@ def err() -> Console:
 def error(message: str) -> None:
     """One line on standard error: `longverse: what went wrong`."""
     print(f"longverse: {' '.join(message.split())}", file=sys.stderr)
+
+
+def prepare_output() -> None:
+    """Characters that standard output cannot spell (an ASCII locale, half a surrogate) become ? and stop nothing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def json_line(record: object) -> None:
+    """A record for machines, whole in every locale: characters are escaped where the output is not UTF-8."""
+    utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(record, ensure_ascii=not utf8), flush=True)
 
 
 def line(text: str = "") -> None:

@@ -3,15 +3,20 @@
 import io
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from longverse import __version__, cli, commands_chat
+from longverse.inference.engine import Session, Stats
 from longverse.models import embedded
 from tests.helpers import tiny_config
 from tests.models.folders import save_folder
@@ -38,6 +43,7 @@ def document(tmp_path: Path) -> str:
 
 
 Output = tuple[int, str, str]
+LABELS = ["8K", "16K", "32K", "64K", "128K", "256K", "512K", "1M"]
 
 
 class Runner:
@@ -177,6 +183,7 @@ def test_rope_shows_the_base_by_length_without_weights(run: Runner, tmp_path: Pa
     assert code == 0
     assert "dynamic NTK" in out
     assert "7,829,4" in out  # FACTS of the 256K model: base(262144)
+    assert [line.split()[0] for line in out.splitlines()[-8:]] == LABELS
     record = json.loads(run("rope", str(tmp_path / "config.json"), "--json")[1])
     assert record["lengths"][0] == {
         "tokens": 8192,
@@ -251,6 +258,12 @@ def test_demo_with_a_tiny_model(run: Runner, tmp_path: Path, tmp_path_factory: p
         (("demo", "--folder", "nowhere", "--tokens", "1000", "--questions", "1"), "no folder nowhere"),
         (("demo", "--language", "fr"), "choose en or zh"),
         (("teleport",), "No such command 'teleport'"),
+        (("ask", "~nosuchuser/x.txt", "Where?"), "nobody's home folder"),
+        (("ask", "FILE", "Where?", "--model", "~nosuchuser/x"), "nobody's home folder"),
+        (("rope", "~nosuchuser/x"), "nobody's home folder"),
+        (("rope", "x" * 5000), "Unknown model"),
+        (("ask", "FILE", "caf\udce9?"), "not valid UTF-8: byte 0xe9 stands at character"),
+        (("ask", "FILE", "Where?", "--system", "\ud83d"), "half a character, U+D83D"),
     ],
 )
 def test_bad_options_are_one_sentence(
@@ -346,26 +359,137 @@ def test_chat_over_a_pipe(
     assert "never" not in talk
 
 
-def test_chat_mistakes_do_not_end_it(run: Runner, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_terminal(*arguments: str, turns: list[str], cache: Path, before: str = "> ") -> tuple[int, str]:
+    """A command on a pseudo-terminal: each turn is typed when the prompt is there. Exit code and all that was shown."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LONGVERSE_CACHE": str(cache), "TERM": "dumb"}
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(follower)
+    shown, seen, waiting = b"", 0, list(turns)
+    while select.select([leader], [], [], 60)[0]:
+        try:
+            piece = os.read(leader, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+        if waiting and shown[seen:].endswith(before.encode()):
+            seen = len(shown)
+            os.write(leader, waiting.pop(0).encode())
+    os.close(leader)
+    code = process.wait(timeout=60)
+    assert not waiting
+    return code, shown.decode("utf-8", "replace")
+
+
+def test_mistakes_do_not_end_a_chat_on_a_terminal(tiny: str, tmp_path: Path) -> None:
     long = tmp_path / "long.txt"
     long.write_text("the mill " * 1000)
-    text = (
-        f"/nonsense\n/read\n/read nowhere.txt\n/read {long}\n/save nowhere/at/all.md\nHi\n"
-        + "word " * 900
-        + "\n/stats\n"
-    )
-    code, out, err = piped(run, monkeypatch, text, "--model", tiny, "-n", "4")
+    typed = [
+        "/nonsense",
+        "/read",
+        "/read nowhere.txt",
+        f"/read {long}",
+        "/save nowhere/at/all.md",
+        "/save .",
+        "/save /",
+    ]
+    typed += ["/read ~nosuchuser/x", "/save ~nosuchuser/x", "Hi", "/stats"]
+    turns = [f"{line}\n" for line in typed] + ["\x04"]
+    code, shown = on_a_terminal("chat", "--model", tiny, "-n", "4", turns=turns, cache=tmp_path)
+    shown = " ".join(shown.split())
     assert code == 0
-    assert out.endswith("\n")
+    assert "Traceback" not in shown
     for said in (
-        "no command /nonsense",
-        "/read FILE",
-        "no file nowhere.txt",
-        "cannot be written",
-        "more than the 2,048",
-    ):
-        assert said in err
-    assert err.count("more than the 2,048") == 2  # the document, and the long message
+        "no command /nonsense", "/read FILE", "no file nowhere.txt", "more than the 2,048", "cannot be written",
+        "longverse: . is a folder", "longverse: / is a folder", "nobody's home folder", "tokens of the window",
+    ):  # fmt: skip
+        assert said in shown
+    assert shown.count("nobody's home folder") == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/read nowhere.txt", "no file nowhere.txt"),
+        ("/nonsense", "no command /nonsense"),
+        ("/save .", "is a folder"),
+        ("/save ~nosuchuser/x", "nobody's home folder"),
+        ("caf\udce9", "not valid UTF-8: byte 0xe9"),
+        ("word " * 2100, "more than the 2,048"),
+    ],
+)
+def test_a_mistake_ends_a_chat_over_a_pipe(
+    run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch, line: str, said: str
+) -> None:
+    output = piped(run, monkeypatch, f"{line}\nWhat does it say?\n", "--model", tiny, "-n", "4")
+    assert said in one_line(output)  # and no answer to the second line
+
+
+def test_piped_turns_in_another_encoding(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert "not valid UTF-8 (byte 0xe9)" in one_line(run("chat", "--model", tiny))
+
+
+@pytest.mark.parametrize("end", ['"""\nhalf a\nblock', "half a \\\nblock\\\n", "half a \\\nblock\\"])
+def test_what_the_end_of_input_leaves_unfinished_is_sent(
+    run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(commands_chat.Chat, "answer", lambda self, text: sent.append(text))
+    assert piped(run, monkeypatch, end, "--model", tiny)[0] == 0
+    assert [" ".join(text.split()) for text in sent] == ["half a block"]
+
+
+def test_an_empty_answer_is_said_and_its_message_taken_back(
+    run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def nothing(self: Session, ids: list[int], *_: object, **__: object) -> Iterator[str]:
+        self.stats = Stats(len(ids), 0, 0, 0.1, 0.1, 0, "exact", "stop")
+        yield "\n"
+
+    monkeypatch.setattr(Session, "stream", nothing)
+    saved = tmp_path / "talk.md"
+    code, _, err = piped(run, monkeypatch, f"Hello\n/save {saved}\n", "--model", tiny, "--quiet")
+    assert code == 0
+    assert "The model answered nothing; the message was taken back." in err
+    assert saved.read_text() == ""
+
+
+def test_save_writes_over_nothing_but_its_own_files(
+    run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mine, saved = tmp_path / "mine.md", tmp_path / "talk.md"
+    mine.write_text("precious")
+    link = tmp_path / "link.md"
+    link.symlink_to(tmp_path / "nowhere")
+    for other in (mine, link):
+        output = piped(run, monkeypatch, f"/save {other}\n", "--model", tiny, "-n", "4")
+        assert "is no save of this conversation" in one_line(output)
+    assert mine.read_text() == "precious"
+    turns = f"/save {saved}\nHi\n/save {saved}\n"
+    assert piped(run, monkeypatch, turns, "--model", tiny, "-n", "4")[0] == 0
+    assert "Hi" in saved.read_text()
+    code, _, err = piped(run, monkeypatch, f"/save {saved}x\n/reset\n/save {saved}x\n", "--model", tiny)
+    assert (code, "is no save" in err) == (2, True)  # a new conversation would wipe out the saved one
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(commands_chat.os, "replace", refuse)
+        said = one_line(piped(run, patch, f"/save {tmp_path / 'new.md'}\n", "--model", tiny))
+    assert "cannot be written (No space left on device)" in said
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_chat_remembers_and_plans_anew_aloud(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +501,7 @@ def test_chat_remembers_and_plans_anew_aloud(run: Runner, tiny: str, monkeypatch
 
 def test_chat_ends_at_the_end_of_input(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert piped(run, monkeypatch, "", "--model", tiny)[0] == 0
-    assert piped(run, monkeypatch, '"""\nhalf a block', "--model", tiny)[0] == 0
+    assert piped(run, monkeypatch, '"""\n', "--model", tiny)[0] == 0
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(
@@ -412,6 +536,40 @@ def test_interrupt_leaves_with_130_and_no_traceback(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip() == "longverse: stopped."
+
+
+@pytest.mark.parametrize("arguments", [("models",), ("models", "--json"), ("--help",)])
+def test_a_full_disk_behind_the_output_is_one_sentence(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "longverse: The output cannot be written (No space left on device): make room, or send it"
+        " elsewhere.\n"
+    )
+
+
+def test_an_ascii_terminal_loses_characters_and_not_the_command(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LONGVERSE_CACHE": str(tmp_path / "缓存")}
+    done = subprocess.run([*COMMAND, "models"], capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "??" in done.stdout
+    done = subprocess.run([*COMMAND, "models", "--json"], capture_output=True, text=True, timeout=120, env=environment)
+    assert json.loads(done.stdout)["cache"].endswith("缓存")  # JSON loses nothing: it can escape
+
+
+def test_too_little_memory_is_one_sentence(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ):
+
+        def fail(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("longverse.inference.engine.Engine.session", fail)
+        assert "memory does not suffice" in one_line(run("generate", "the mill", "--model", tiny))
 
 
 def test_a_closed_pipe_is_quiet() -> None:

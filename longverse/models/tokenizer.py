@@ -270,6 +270,8 @@ class Tokenizer:
         self, texts: Sequence[str], *, special: bool = False, add_bos: bool | None = None
     ) -> list[list[int]]:
         """`encode` for many texts at once, in parallel."""
+        for text in texts:
+            _check_unicode(text)
         start = self._start(add_bos)
         cut = [[text] if special else self._defused(text) for text in texts]
         with self._literal(not special):
@@ -288,6 +290,7 @@ class Tokenizer:
 
         Byte tokens of one character all carry that character's place.
         """
+        _check_unicode(text)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         base = 0
@@ -414,6 +417,20 @@ class TextStream:
         return self._utf8.decode(b"", final=True)
 
 
+def _check_unicode(text: str) -> None:
+    """UserError for half a surrogate pair: Python spells a byte that is no UTF-8 so, JSON may hold one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        number = ord(text[error.start])
+        what = f"byte {number - 0xDC00:#04x}" if 0xDC80 <= number <= 0xDCFF else f"half a character, U+{number:04X},"
+        before = text[max(0, error.start - 20) : error.start]
+        raise UserError(
+            f"The text is not valid UTF-8: {what} stands at character {error.start:,}"
+            f"{f', after {before!a}' if before else ''}; give it as UTF-8."
+        ) from None
+
+
 def bos_processor(backend: tokenizers.Tokenizer, bos_id: int | None) -> processors.PostProcessor:
     """The post-processor that starts a text with `bos_id`, or one that adds nothing."""
     if bos_id is None:
@@ -468,7 +485,13 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
 def _as_ids(value: Any) -> list[int]:
     if value is None:
         return []
-    return [int(item) for item in (value if isinstance(value, list) else [value])]
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise UserError(
+                f"A special id is {item!r} in the model's config files and must be a whole number: mend it."
+            )
+    return list(items)
 
 
 def _one_line(error: Exception) -> str:

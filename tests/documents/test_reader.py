@@ -16,7 +16,8 @@ from longverse.errors import UserError
 text = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t"), min_size=1)
 common_chinese = st.text(
     st.sampled_from(
-        "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所民得经十三"
+        "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面"
+        "而方后多定行学法所民得经十三"
     )
     | st.sampled_from("，。、：；“”（）《》\n abc123"),
     min_size=1,
@@ -99,6 +100,10 @@ def test_words_and_language() -> None:
         (b"\xff\xd8\xff\xe0", "a JPEG picture"),
         (b"PK\x03\x04rest", "a ZIP archive"),
         (b"GGUF\x03\x00\x00\x00", "with --model"),
+        (b"RIFF\x24\x08\x00\x00WAVEfmt ", "a RIFF file"),
+        (b"SQLite format 3\x00\x10\x00\x01\x01", "an SQLite database"),
+        (b"GIF89a\xf7\xff\xff\x21", "a GIF picture"),
+        (b"{\\rtf1\\ansi Hello}", "an RTF file"),
         (bytes(range(256)) * 4, "holds binary data"),
         (b"\x01\x02\x03\x04\x05\x06", "control characters"),
         ("Fran\xe7ais \xe9t\xe9 na\xefve d\xe9j\xe0 vu".encode("latin-1"), "neither UTF-8"),
@@ -109,6 +114,111 @@ def test_words_and_language() -> None:
 def test_what_is_not_text_is_named(data: bytes, said: str) -> None:
     with pytest.raises(UserError, match=said):
         decode(data, "file.txt")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "GGUF is a format for model files.",
+        "RIFF files hold chunks.",
+        "SQLite format 3 is described here.",
+        "GIF8 或 GIF89a 是图片的格式。",
+        "Rar! he said.",
+    ],
+)
+def test_texts_that_begin_with_the_word_of_a_format_are_read(value: str) -> None:
+    assert decode(value.encode(), "a.txt").text == value
+    assert decode(value.encode("gb18030"), "a.txt").text == value
+
+
+# Our own sentences, and for the old style the public openings of the Analects, the Daodejing and the Art of War.
+CHINESE = {
+    "law": "第一条 为了保护当事人的合法权益，维护市场秩序，根据有关法律，制定本办法。第二条 经营者应当遵守自愿、"
+    "平等、公平的原则，"
+    "不得损害他人的利益。第三条 县级以上人民政府应当加强对本行政区域内仓储工作的领导，督促有关部门依法履行职责。"
+    "违反本办法规定的，"
+    "由主管部门责令改正，处一千元以上五千元以下罚款；构成犯罪的，依法追究刑事责任。",
+    "classic": "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？人不知而不愠，不亦君子乎？道可道，非常道；名可名，"
+    "非常名。"
+    "无名，天地之始；有名，万物之母。兵者，国之大事，死生之地，存亡之道，不可不察也。",
+    "modern": "昨天下了一整天的雨，孩子们没有去学校，只好留在家里读书。傍晚雨停了，祖母带着我们到河边散步，卖豆"
+    "腐的老人还在桥头等着。"
+    "公司今年的销售额比去年增加了两成，新的实验室明年春天就要建好。他说，等那个时候，大家都会过得更好。",
+    "short": "你好",
+    "title": "关于加强仓储管理工作的通知",
+    "names": "张伟、李娜、王芳、刘洋",
+}
+KOREAN = (
+    "어제는 비가 많이 와서 학교에 가지 못했다. 그래서 집에서 책을 읽고 음악을 들었다. 저녁에는 어머니와 함께 시"
+    "장에 가서 과일과 생선을"
+    " 샀다. 회사는 올해 매출이 크게 늘었다고 발표했다."
+)
+JAPANESE = "昨日は雨がたくさん降ったので、学校へ行けなかった。夕方には母と一緒に市場へ行き、果物と魚を買った。"
+
+
+@pytest.mark.parametrize("kind", CHINESE)
+def test_chinese_of_every_kind_is_read_from_gb18030(kind: str) -> None:
+    document = decode(CHINESE[kind].encode("gb18030"), "a.txt")
+    assert (document.text, document.encoding) == (CHINESE[kind], "gb18030")
+
+
+@given(st.sampled_from(["law", "classic", "modern"]), st.data())
+def test_stretches_of_chinese_are_read_from_gb18030(kind: str, data: st.DataObject) -> None:
+    whole = CHINESE[kind]
+    start = data.draw(st.integers(0, len(whole) - 8))
+    value = whole[start : data.draw(st.integers(start + 8, len(whole)))]
+    assert decode(value.encode("gb18030"), "a.txt").text == value
+
+
+@pytest.mark.parametrize(
+    ("value", "codec", "said"),
+    [
+        (KOREAN, "euc_kr", "reads as Korean in EUC-KR"),
+        (KOREAN[:24], "euc_kr", "reads as Korean in EUC-KR"),
+        (JAPANESE, "euc_jp", "reads as Japanese, perhaps in EUC-JP"),
+        (JAPANESE, "shift_jis", "another encoding, such as EUC-KR, EUC-JP, Shift-JIS, Big5"),
+        ("昨天下了很大的雨，所以我們留在家裡讀書。公司宣布今年的銷售額大幅成長。", "big5", "Big5"),
+        # Nothing tells the language here, but Chinese it is not.
+        ("".join(chr(0x9F50 - 3 * i) for i in range(60)), "gb18030", "may be another encoding"),
+    ],
+)
+def test_other_east_asian_encodings_are_not_read_as_chinese(value: str, codec: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        decode(value.encode(codec), "a.txt")
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        CHINESE["law"],
+        CHINESE["modern"] + "\n",
+        "一一一，一是一，二是二。\n" * 5,  # its zero bytes stand on both sides
+        "显存 80GB，上下文 256K；第一章\n",
+        "Вчера шёл дождь, и мы остались дома.\n",
+        "Déjà vu — “naïve” café\n",
+    ],
+)
+def test_utf16_without_a_mark_in_either_order(value: str, codec: str) -> None:
+    document = decode(value.encode(codec), "a.txt")
+    assert (document.text, document.encoding) == (value, codec)
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("value", ["开明桥、北开明桥", "어제는 비가 많이 와서 학교에 가지 못했다.\n"])
+def test_utf16_whose_order_does_not_show_is_refused_and_not_guessed(value: str, codec: str) -> None:
+    with pytest.raises(UserError, match="UTF-16 without a byte-order mark"):
+        decode(value.encode(codec), "a.txt")
+
+
+def test_zero_bytes_that_are_no_utf16_name_it_all_the_same() -> None:
+    with pytest.raises(UserError, match="UTF-16 without a byte-order mark"):
+        decode(bytes(range(256)) * 4, "a.bin")
+
+
+def test_nobodys_home_folder() -> None:
+    with pytest.raises(UserError, match=r"nobody's home folder here: write \./~nosuchuser"):
+        read("~nosuchuser/x.txt")
 
 
 def test_office_files_are_named() -> None:

@@ -251,3 +251,17 @@ def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("the end of the caf\udce9", r"byte 0xe9 stands at character 18, after 'the end of the caf'; give it as UTF-8"),
+        ("\ud83d half", r"half a character, U\+D83D, stands at character 0; give"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_everywhere(text: str, said: str) -> None:
+    tokenizer = Tokenizer(byte_level(), bos_id=None, eos_ids=set())
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets, lambda t: tokenizer.encode_batch(["fine", t])):
+        with pytest.raises(UserError, match=said):
+            encode(text)
