@@ -6,6 +6,7 @@ Ctrl-C or SIGTERM and go on when the same command is given again.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,8 +40,8 @@ def extend(
 ) -> None:
     """Extend a model's window by a recipe: RoPE change, continued pre-training, long instruction data.
 
-    Each stage is checked and forecast before it begins and probed when it ends. Several processes: start it with
-    torchrun.
+    Each stage is checked and forecast before it begins and probed when it ends.
+    For several processes: torchrun -m longverse_command.
 
     Example: longverse extend smol --recipe recipes/smol_cpu.yaml --out runs/smol
     """
@@ -116,16 +117,18 @@ def _window(model: str) -> int:
 
 
 def _run(recipe: Recipe, out: Path, **options: Any) -> None:
-    from .train.run import run_recipe
+    from .train.run import Watch, run_recipe
     from .train.trainer import interruptible
 
+    silent = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
     with interruptible() as stop:
         screen = _Screen()
         try:
-            outcome = run_recipe(recipe, out, watch=screen.watch(stop), **options)
+            outcome = run_recipe(recipe, out, watch=Watch(stop=stop) if silent else screen.watch(stop), **options)
         finally:
             screen.close()
-    _tell(outcome, out, options.get("dry", False))
+    if not silent:
+        _tell(outcome, out, options.get("dry", False))
 
 
 def _tell(outcome: Outcome, out: Path, dry: bool) -> None:
