@@ -19,7 +19,7 @@ from ..errors import UserError
 from .checkpoint import IGNORED, read_config, stored_dtype
 from .network import NetworkConfig
 from .quant_linear import SAVED_NAMES, read_form
-from .releases import Release, complete, recognise, states_rope
+from .releases import Release, complete, has_sizes, is_size, recognise, states_rope
 from .rope import RopePlan
 from .shards import TensorFolder, read_json
 from .tokenizer import Tokenizer
@@ -58,8 +58,10 @@ def diagnose(path: str | Path) -> list[Finding]:
         shape = NetworkConfig.from_dict(complete(config, name)[0])
     except UserError as error:
         findings.append(Finding("error", "config", str(error)))
-    findings += rope_findings(config, release, folder)
+    findings += rope_findings(config, release, folder, shape)
     findings += window_findings(config, release, folder)
+    told = {finding.what for finding in findings if finding.about != "config"}
+    findings = [finding for finding in findings if finding.about != "config" or finding.what not in told]
     findings += weight_findings(folder, config, shape)
     findings += tokenizer_findings(folder, config)
     if not any(finding.level in ("error", "warning") for finding in findings):
@@ -75,10 +77,31 @@ def _export(folder: Path) -> str:
     return f"longverse export {shlex.quote(str(folder))} {shlex.quote(str(folder) + '-llama')} --to llama"
 
 
+def _patch(config: dict[str, Any], delete: tuple[str, ...], change: dict[str, Any]) -> str:
+    """What to edit by hand, as a person or a program reads it."""
+    gone = ", ".join(key for key in delete if key in config)
+    return f"In config.json {f'delete {gone} and ' if gone else ''}set {json.dumps(change)}"
+
+
+def _cure(config: dict[str, Any], release: Release) -> str:
+    """The RoPE of a release as its config should state it."""
+    change: dict[str, Any] = {"rope_parameters": release.rope_parameters()}
+    if release.original_window is not None:  # dynamic NTK takes L0 from max_position_embeddings
+        change |= {"max_position_embeddings": release.original_window, "context_window": release.window}
+    return _patch(config, ("rope_theta", "rope_scaling"), change)
+
+
+def _plan(config: dict[str, Any]) -> RopePlan | None:
+    """The plan of a config whose sizes may be nonsense, which others report; UserError where the plan itself is."""
+    return RopePlan.from_config(config) if has_sizes(config) else None
+
+
 # ---- RoPE and window ---------------------------------------------------------------------------------------
 
 
-def rope_findings(config: dict[str, Any], release: Release | None, folder: Path) -> Iterator[Finding]:
+def rope_findings(
+    config: dict[str, Any], release: Release | None, folder: Path, shape: NetworkConfig | None
+) -> Iterator[Finding]:
     """No base, two bases, keys that are ignored, dynamic NTK."""
     for key in UNREAD_KEYS:
         if key in config:
@@ -106,7 +129,7 @@ def rope_findings(config: dict[str, Any], release: Release | None, folder: Path)
             )
         return
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    if new and "rope_theta" not in new and config.get("rope_theta") is None:
+    if isinstance(new, dict) and new and "rope_theta" not in new and config.get("rope_theta") is None:
         yield Finding(
             "error",
             "rope",
@@ -121,9 +144,11 @@ def rope_findings(config: dict[str, Any], release: Release | None, folder: Path)
             "Add rope_theta to config.json.",
         )
     try:
-        plan = RopePlan.from_config(config)
+        plan = _plan(config)
     except UserError as error:
-        yield Finding("error", "rope", str(error), f"Mend config.json by hand, or: {_convert(folder)}")
+        yield Finding("error", "rope", str(error), "Mend config.json by hand.")
+        return
+    if plan is None:
         return
     if new and config.get("rope_theta") is not None and "rope_theta" in new:
         yield Finding("note", "rope", "The base stands twice, in rope_theta and rope_parameters, with one value: fine.")
@@ -132,7 +157,7 @@ def rope_findings(config: dict[str, Any], release: Release | None, folder: Path)
             "error",
             "rope",
             f"config.json states base {plan.theta:,.0f}; {release.name} was trained with {release.theta:,.0f}.",
-            f"Set it in config.json: {json.dumps({'rope_parameters': release.rope_parameters()})}",
+            _cure(config, release),
         )
     elif plan.kind == "dynamic":
         yield Finding(
@@ -140,7 +165,7 @@ def rope_findings(config: dict[str, Any], release: Release | None, folder: Path)
             "rope",
             f"It runs {plan.describe()}: transformers recomputes that base in every forward, vLLM does once for all"
             " lengths, so they differ from the trained model and from each other (longverse pins it).",
-            f"{_export(folder)} --window TOKENS (a fixed base)",
+            f"{_export(folder)}{f' --window {shape.window}' if shape else ''} (a fixed base)",
         )
     else:
         yield Finding("note", "rope", f"It runs {plan.describe()}.")
@@ -153,26 +178,38 @@ def window_findings(config: dict[str, Any], release: Release | None, folder: Pat
         yield Finding("error", "window", "config.json has no max_position_embeddings.", "Add the window in tokens.")
         return
     window = config.get("context_window") or stated
+    if not is_size(stated) or not is_size(window):
+        return  # said where the shape is read
+    try:
+        plan = _plan(config)
+        ready = _plan(complete(config, folder.resolve().name)[0])
+    except UserError:
+        plan = ready = None
     if release is not None and release.window > window:
+        remedy = _patch(config, (), {"max_position_embeddings": release.window})
+        if ready is not None and ready.kind == "dynamic":
+            remedy = f"{_export(folder)} --window {release.window}"
+        elif release.theta and ready is not None and ready.theta <= release.theta:
+            remedy = _cure(config, release)
         yield Finding(
             "warning",
             "window",
             f"config.json states a window of {window:,} tokens, so other engines refuse more; {release.name} was"
             f" trained for {release.window:,}.",
-            f"{_export(folder)} --window {release.window}",
+            remedy,
         )
     sliding = config.get("sliding_window")
-    if sliding and config.get("use_sliding_window", config.get("model_type") == "mistral") and sliding < window:
+    if (
+        is_size(sliding)
+        and config.get("use_sliding_window", config.get("model_type") == "mistral")
+        and sliding < window
+    ):
         yield Finding(
             "warning",
             "window",
             f"A sliding window of {sliding:,} tokens: longverse reads no more than that at once.",
             "Nothing to do: the model was trained so.",
         )
-    try:
-        plan = RopePlan.from_config(config)
-    except (UserError, KeyError, TypeError):
-        plan = None
     knows_better = release is not None and release.theta
     if plan and plan.kind == "default" and plan.theta <= SHORT_BASE and window > SHORT_WINDOW and not knows_better:
         yield Finding(

@@ -101,6 +101,19 @@ def states_rope(config: dict[str, Any]) -> bool:
     return any(config.get(key) is not None for key in ROPE_KEYS)
 
 
+def is_size(value: Any) -> bool:
+    """Whether a value of a config.json is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def has_sizes(config: dict[str, Any]) -> bool:
+    """Whether a config has the sizes that a RoPE plan is read with."""
+    given = [config.get(key) for key in ("head_dim", "max_position_embeddings")]
+    return all(is_size(config.get(key)) for key in ("hidden_size", "num_attention_heads")) and all(
+        value is None or is_size(value) for value in given
+    )
+
+
 def complete(config: dict[str, Any], name: str) -> tuple[dict[str, Any], Release | None, list[str]]:
     """A config with what its release leaves out filled in, the release (None when unknown), and notes that say so.
 
@@ -109,6 +122,8 @@ def complete(config: dict[str, Any], name: str) -> tuple[dict[str, Any], Release
     release = recognise(config, name)
     if release is None:
         return config, None, []
+    if not has_sizes(config):
+        return config, release, []  # nonsense, which whoever reads the shape says
     notes: list[str] = []
     filled = {**config, "_name_or_path": release.hub_id}  # a converted folder has another name
     if not states_rope(config):

@@ -1,6 +1,9 @@
 """The doctor finds what each broken folder was broken with, and calls a good one good."""
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,68 @@ def test_gaps_in_the_vocabulary_and_no_end_token(tmp_path: Path) -> None:
     whats = " ".join(finding.what for finding in diagnose(folder))
     assert "5 ids below" in whats
     assert "No file names an end token" in whats
+
+
+NONSENSE: list[Any] = ["x", None, [], {}, -1, 0, True, 1.5, "gptq"]
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_no_value_of_a_config_is_too_strange(tmp_path: Path, official: bool) -> None:
+    if official:
+        folder, _ = make_official(tmp_path)
+    else:
+        folder = tmp_path / "m"
+        save_folder(folder, tiny_config())
+    good = json.loads((folder / "config.json").read_text())
+    more = ("context_window", "sliding_window", "quantization_config", "rope_scaling", "rope_parameters", "head_dim")
+    for key in (*good, *more, "rope_theta", "use_sliding_window", "num_key_value_heads", "eos_token_id"):
+        for value in NONSENSE:
+            (folder / "config.json").write_text(json.dumps(good | {key: value}))
+            for finding in diagnose(folder):
+                assert finding.what
+    (folder / "config.json").write_text("{}")
+    assert any(f.level == "error" for f in diagnose(folder))
+
+
+def follow(remedy: str, folder: Path) -> list[Path]:
+    """Do what a remedy says; returns the folders to look at afterwards."""
+    commands = re.findall(r"longverse [^()]*[^() ,]", remedy.replace(", or longverse", " (or) longverse"))
+    made = []
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        assert run(*arguments)[0] == 0, command
+        made.append(folder if "--tokenizer" in arguments else Path(arguments[2]))
+    if patch := re.fullmatch(r"In config.json (?:delete (.*) and )?set (\{.*\})", remedy):
+        edit(folder, **dict.fromkeys(filter(None, (patch[1] or "").split(", ")), ...), **json.loads(patch[2]))
+        made.append(folder)
+    assert made, f"nobody could follow: {remedy}"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("XVERSE-13B-256K", {}),
+        ("XVERSE-13B-256K", {"rope_theta": 10_000.0}),
+        ("XVERSE-13B-256K", {"rope_theta": 10_000.0, "max_position_embeddings": 262_144}),
+        ("XVERSE-13B-256K", {"rope_theta": 500_000.0}),
+        ("XVERSE-13B-256K", {"rope_parameters": {"rope_type": "default", "rope_theta": 7_829_416.0}}),
+        ("XVERSE-13B-256K", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500_000.0, "factor": 2.0}}),
+        ("XVERSE-65B", {"max_position_embeddings": 8192}),
+        ("XVERSE-65B", {"max_position_embeddings": 8192, "rope_theta": 10_000.0}),
+    ],
+)
+def test_every_remedy_can_be_followed_and_cures(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    folder, _ = make_official(tmp_path, name, use_cache=True, **changes)
+    for about in ("tokenizer", "rope", "window", "weights"):
+        for finding in grave(diagnose(folder)):
+            if finding.about != about:
+                continue
+            for made in follow(finding.remedy, folder):
+                after = diagnose(made)
+                assert finding.what not in [f.what for f in after]
+                shutil.rmtree(made) if made != folder else None
+                (tmp_path / name / "tokenizer.json.old").unlink(missing_ok=True)
 
 
 def test_nothing_to_look_at(tmp_path: Path) -> None:
