@@ -59,6 +59,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{path} is missing: it holds the adapter's weights; copy the folder again.") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or no safetensors file ({error}): copy it again.") from None
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{folder / CONFIG} has {key} {value!r} and must state a number above 0: copy it again.")
     if foreign := next((name for name in names if not name.startswith(PREFIX)), None):
         raise UserError(f"{path} has a tensor {foreign}, which is not named as PEFT names them: save it with PEFT.")
     return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}

@@ -131,6 +131,10 @@ class ChatFormat:
                 add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_tokens,
             )
+        except RecursionError:
+            raise UserError(
+                "The model's chat template calls itself without end: take the files of another source."
+            ) from None
         except (jinja2.exceptions.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"The model's chat template refuses this conversation: {error}.") from None
 
@@ -208,6 +212,10 @@ def compile_template(template: str) -> jinja2.Template:
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     try:
         return environment.from_string(template)
+    except RecursionError:
+        raise UserError(
+            "The model's chat template is nested too deeply to be read: take the files of another source."
+        ) from None
     except jinja2.exceptions.TemplateSyntaxError as error:
         raise UserError(f"The model's chat template has an error on line {error.lineno}: {error.message}.") from None
 

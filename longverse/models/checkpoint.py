@@ -219,7 +219,8 @@ def build(
     network.load_state_dict(state, strict=True, assign=True)
     network.tie()
     if form is not None:
-        pack(network, dtype)
+        on_disk = device.type == "cpu"  # the saved parts are views of the mapped file, not needed once repacked
+        pack(network, dtype, tensors.forget if on_disk else None)
     return network.requires_grad_(False).eval()
 
 

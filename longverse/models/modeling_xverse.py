@@ -272,7 +272,7 @@ class XverseForCausalLM(PreTrainedModel, GenerationMixin):
         left = quantize_network(self, bits)
         if left:
             raise UserError(
-                f"{len(left)} layers, {left[0]} among them, do not divide into groups of 64 and stay as they are:"
+                f"{len(left)} layers, {left[0]} among them, do not divide into groups of 64, so nothing was changed:"
                 " use 8 bits."
             )
         return self

@@ -18,7 +18,7 @@ bf16 product, so past `PACKED_TOKENS` the weight is dequantised, a block of rows
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .shards import NOT_FINITE
+from .shards import NOT_FINITE, is_finite
 
 PACKED_TOKENS = {
     "int4": 96,
@@ -436,20 +436,21 @@ def quantize_network(network: nn.Module, bits: int, group: int | None = None) ->
     """Quantise the linear layers of a live model in place, but for its head; `network` may be any torch module.
 
     bits   8 (one scale a row unless a group is given) or 4 (groups of 64 unless given)
-    Returns the names of layers left alone because their sizes do not fit the groups.
+    Returns the names of layers whose sizes do not fit the groups; where there are any, nothing was changed. Nor is
+    anything changed when a weight is not finite (UserError).
     """
     form = default_form(bits, group)
-    left = []
-    for path, linear in list(_linears(network)):
-        if path.rpartition(".")[2] == "lm_head":
-            continue
-        if not form.fits(linear.out_features, linear.in_features):
-            left.append(path)
-            continue
+    linears = [(path, linear) for path, linear in _linears(network) if path.rpartition(".")[2] != "lm_head"]
+    if left := [path for path, linear in linears if not form.fits(linear.out_features, linear.in_features)]:
+        return left
+    for path, linear in linears:
+        if not is_finite(linear.weight):
+            raise UserError(NOT_FINITE.format(f"{path}.weight"))
+    for path, linear in linears:
         layer = QuantLinear.from_linear(linear, form)
         layer.pack(linear.weight.dtype)
         _replace(network, path, layer)
-    return left
+    return []
 
 
 def default_form(bits: int, group: int | None = None) -> QuantFormat:
@@ -459,11 +460,20 @@ def default_form(bits: int, group: int | None = None) -> QuantFormat:
     return QuantFormat(bits, 64 if group is None else group, symmetric=False)
 
 
-def pack(network: nn.Module, dtype: torch.dtype) -> None:
-    """`QuantLinear.pack` for every quantised layer."""
+def pack(network: nn.Module, dtype: torch.dtype, forget: Callable[[Tensor], None] | None = None) -> None:
+    """`QuantLinear.pack` for every quantised layer. `forget` is told of each saved part that is done with, so that the
+    pages of a mapped file do not stay beside what was made of them."""
     layers = [module for module in network.modules() if isinstance(module, QuantLinear)]
+
+    def one(layer: QuantLinear) -> None:
+        saved = [part for name in SAVED_NAMES if (part := getattr(layer, name, None)) is not None]
+        layer.pack(dtype)
+        if layer.kernel and forget is not None:
+            for part in saved:
+                forget(part)
+
     with Workers() as pool:
-        for _ in pool.map(lambda layer: layer.pack(dtype), layers):
+        for _ in pool.map(one, layers):
             pass
 
 

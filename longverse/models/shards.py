@@ -171,6 +171,8 @@ class BinFile:
             state = self._load(path)
         except FileNotFoundError:
             raise UserError(f"{path} is missing: download or copy that shard again.") from None
+        except PermissionError:
+            raise UserError(f"{path} may not be read: mend its permissions.") from None
         except pickle.UnpicklingError as error:
             reason = str(error)
             if "Unsupported" in reason or "GLOBAL" in reason or "weights_only" in reason.lower():
@@ -181,7 +183,16 @@ class BinFile:
             raise UserError(
                 f"{path} is no PyTorch checkpoint ({first_line(error)}): download or copy it again."
             ) from None
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except (
+            RuntimeError,
+            EOFError,
+            OSError,
+            ValueError,
+            LookupError,
+            AssertionError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise UserError(
                 f"{path} is truncated or no PyTorch checkpoint ({first_line(error)}): download it again."
             ) from None
@@ -222,6 +233,13 @@ class TensorFolder:
         for shard in self.shards:
             file = self._file(shard)
             for name, info in file.infos.items():
+                if index.get(name, shard) != shard:
+                    continue  # a copy; the index says which file counts
+                if name in self.infos:
+                    raise UserError(
+                        f"{folder} has {name} in {self.where[name]} and in {shard}, and no index that says which"
+                        " counts: delete the files that do not belong to this model."
+                    )
                 self.infos[name] = info
                 self.where[name] = shard
             self._mapped &= file.mapped
@@ -241,6 +259,11 @@ class TensorFolder:
             index = read_json(folder / index_name).get("weight_map")
             if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
                 raise UserError(f"{folder / index_name} has no weight_map: download or copy that file again.")
+            if strange := next((v for v in index.values() if not v.strip(".") or set(v) & set("/\\\0")), None):
+                raise UserError(
+                    f"{folder / index_name} names {strange!r}, which is no file of this folder: it is refused; take the"
+                    " model from a source you trust."
+                )
             shards = sorted(set(index.values()))
             absent = [shard for shard in shards if not (folder / shard).is_file()]
             if absent and not (kind == "safetensors" and (folder / BIN_INDEX).exists()):
@@ -285,7 +308,7 @@ class TensorFolder:
         for shard in self.shards:
             file = self._file(shard)
             for name in file.infos:
-                if self.where[name] == shard:
+                if self.where.get(name) == shard:
                     yield name, file.get(name)
             if not file.mapped:
                 del self._open[shard], file

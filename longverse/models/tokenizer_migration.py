@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import tokenizers
 
 from longverse.errors import UserError
+from longverse.models.shards import replacing
 from longverse.models.tokenizer import read_json, write_text
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -63,12 +65,19 @@ def migrate_tokenizer(folder: str | os.PathLike[str], out: str | os.PathLike[str
             return []
         for name in texts:
             if (source / name).is_file() and not (source / f"{name}.old").exists():
-                write_text(source / f"{name}.old", (source / name).read_text(encoding="utf-8"))
+                with replacing(source / f"{name}.old") as aside:
+                    shutil.copyfile(source / name, aside)  # bytes: it may be no UTF-8
     else:
-        target.mkdir(parents=True, exist_ok=True)
+        if there := next((name for name in (*texts, *COMPANIONS) if (target / name).exists()), None):
+            raise UserError(f"{target / there} exists already: give a folder without tokenizer files.")
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{target} cannot be made ({error.strerror}): choose another folder.") from None
         for name in COMPANIONS:
             if (source / name).is_file():
-                write_text(target / name, (source / name).read_text(encoding="utf-8"))
+                with replacing(target / name) as aside:
+                    shutil.copyfile(source / name, aside)
     for name, content in texts.items():
         write_text(target / name, content)
     return notes

@@ -202,3 +202,10 @@ def test_refusals() -> None:
         ChatFormat("template", Tokenizer(byte_level()))
     with pytest.raises(UserError, match="no chat format"):
         ChatFormat("alpaca", FALLBACK)
+
+
+def test_a_template_without_end_is_one_sentence() -> None:
+    for template in ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"):
+        tokenizer = Tokenizer(byte_level(), eos_ids=frozenset({1}), chat_template=template)
+        with pytest.raises(UserError, match=r"calls itself without end|nested too deeply"):
+            ChatFormat("template", tokenizer).render([{"role": "user", "content": "hello"}])

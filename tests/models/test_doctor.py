@@ -125,14 +125,14 @@ NONSENSE: list[Any] = ["x", None, [], {}, -1, 0, True, 1.5, "gptq"]
 @pytest.mark.parametrize("official", [True, False])
 def test_no_value_of_a_config_is_too_strange(tmp_path: Path, official: bool) -> None:
     if official:
-        folder, _ = make_official(tmp_path)
+        folder, _ = make_official(tmp_path, shards=1)
     else:
         folder = tmp_path / "m"
         save_folder(folder, tiny_config())
     good = json.loads((folder / "config.json").read_text())
     more = ("context_window", "sliding_window", "quantization_config", "rope_scaling", "rope_parameters", "head_dim")
     for key in (*good, *more, "rope_theta", "use_sliding_window", "num_key_value_heads", "eos_token_id"):
-        for value in NONSENSE:
+        for value in NONSENSE[::4] if official else NONSENSE:
             (folder / "config.json").write_text(json.dumps(good | {key: value}))
             for finding in diagnose(folder):
                 assert finding.what

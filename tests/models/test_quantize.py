@@ -184,8 +184,33 @@ def test_a_live_network_is_quantised_in_place_but_for_its_head() -> None:
 
 def test_layers_that_do_not_fit_are_left_and_named() -> None:
     network = random_network(tiny_config(intermediate_size=100))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     left = quantize_network(network, 4)
+    after = network.state_dict()
+    assert after.keys() == before.keys()  # nothing was changed
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert sorted({name.rpartition(".")[2] for name in left}) == ["down_proj", "gate_proj", "up_proj"]
+
+
+def test_a_live_network_that_is_not_finite_stays_whole() -> None:
+    network = random_network(tiny_config(**SIZES))
+    network.get_submodule("model.layers.2.mlp.up_proj").weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"layers.2.mlp.up_proj.weight holds numbers"):
+        quantize_network(network, 8)
+    assert not any(isinstance(module, QuantLinear) for module in network.modules())
+
+
+def test_the_saved_parts_are_let_go_once_repacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_folder(tmp_path / "m", tiny_config(**SIZES))
+    quantize(str(tmp_path / "m"), tmp_path / "q", bits=4, group=32)
+    gone: list[int] = []
+    monkeypatch.setattr(TensorFolder, "forget", lambda self, tensor: gone.append(tensor.nbytes))
+    load(str(tmp_path / "q"), device="cpu")
+    infos = TensorFolder(tmp_path / "q").infos
+    repacked = [infos[name].nbytes for name in infos if name.endswith((".weight_packed", ".weight_zero_point"))]
+    assert len(repacked) == 2 * 7 * 3
+    if quant_linear.int4_block():
+        assert sum(gone) >= sum(repacked)
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------

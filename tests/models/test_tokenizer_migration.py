@@ -115,3 +115,22 @@ def test_bad_input(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(UserError, match=words):
             migrate_tokenizer(tmp_path)
+
+
+def test_another_models_tokenizer_is_not_overwritten(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(OLD / "0.15.2-plain.json", tmp_path / name / "tokenizer.json")
+    mine = (tmp_path / "b" / "tokenizer.json").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        migrate_tokenizer(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == mine
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["tokenizer.json"]
+
+
+def test_the_old_file_is_kept_byte_by_byte(tmp_path: Path) -> None:
+    old = (OLD / "0.15.2-plain.json").read_bytes()
+    (tmp_path / "tokenizer.json.update").write_bytes(old)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe no UTF-8\r\n")
+    migrate_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json.old").read_bytes() == b"\xff\xfe no UTF-8\r\n"
