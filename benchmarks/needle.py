@@ -9,7 +9,6 @@ the recipe is to change. Writes benchmarks/results/needle.json and docs/needle_s
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 from common import write_results
@@ -24,10 +23,9 @@ LONG = 16_000
 ROPES = {"plain base": None, "ABF x5": "abf:500000", "dynamic NTK": "dynamic:2"}
 
 
-def run(rope: str | None, settings: NeedleSettings, journal: Path) -> tuple[NeedleResult, float]:
+def run(rope: str | None, settings: NeedleSettings, journal: Path) -> NeedleResult:
     longest = max(settings.lengths) + NEW_TOKENS
     engine = Engine.load("smol", rope=rope, window=longest if longest > 8192 else None)
-    start = time.perf_counter()
     result = run_needle(
         EngineBackend(engine),
         settings,
@@ -35,7 +33,7 @@ def run(rope: str | None, settings: NeedleSettings, journal: Path) -> tuple[Need
         on_progress=lambda done, total: print(f"\r{journal.stem}: {done} of {total}", end="", flush=True),
     )
     print()
-    return result, time.perf_counter() - start
+    return result
 
 
 def main() -> None:
@@ -45,15 +43,15 @@ def main() -> None:
     options = parser.parse_args()
     common = {"repeats": options.repeats, "max_new_tokens": NEW_TOKENS}
     lengths = tuple(range(1000, 8001, 1000))
-    window, seconds = run(None, NeedleSettings(lengths=lengths, **common), options.keep / "window.jsonl")
+    window = run(None, NeedleSettings(lengths=lengths, **common), options.keep / "window.jsonl")
     print(window.markdown())
-    results = {"within the window": window.to_dict() | {"seconds": round(seconds, 1)}}
+    results = {"within the window": window.to_dict()}
     columns = []
     for name, rope in ROPES.items():
         journal = options.keep / f"{name.replace(' ', '_')}.jsonl"
-        beyond, seconds = run(rope, NeedleSettings(lengths=(LONG,), **common), journal)
+        beyond = run(rope, NeedleSettings(lengths=(LONG,), **common), journal)
         print(name, beyond.markdown(), sep="\n")
-        results[f"{LONG:,} tokens, {name}"] = beyond.to_dict() | {"seconds": round(seconds, 1)}
+        results[f"{LONG:,} tokens, {name}"] = beyond.to_dict()
         columns.append([row[0] for row in beyond.grid("en")])
     print(f"written: {write_results('needle', results)}")
     picture = Path(__file__).parent.parent / "docs" / "needle_smol.png"

@@ -131,8 +131,9 @@ class Journal:
         _, first = next(rows)
         stored = first.get("settings")
         if stored != settings:
+            old = stored or {}
             changed = sorted(
-                key for key in {*settings, *(stored or {})} if (stored or {}).get(key) != settings.get(key)
+                key for key in {*settings, *old} if (key in old, old.get(key)) != (key in settings, settings.get(key))
             )
             raise UserError(
                 f"{self.path} was made with other settings ({', '.join(changed)}); choose another output "
