@@ -111,3 +111,23 @@ def test_the_base_follows_each_documents_own_length() -> None:
     cos, _ = plan.cos_sin(row.positions, row.rope_length)
     own, _ = plan.cos_sin(torch.arange(100)[None], 100)
     assert torch.equal(cos[:, :100], own)
+
+
+def test_recomputing_does_not_attend_twice() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        attended = projected = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            name = str(func)
+            self.attended += "attention_for_cpu" in name and "backward" not in name
+            self.projected += name in ("aten.silu.default", "aten.silu_.default")
+            return func(*args, **(kwargs or {}))
+
+    network = random_network(tiny_config())
+    model, row = LossModel(network).train(), make_row(examples(1), "token")
+    with Count() as count:
+        model(row, recompute=True).backward()
+    assert count.attended == network.config.num_layers
+    assert count.projected == 2 * network.config.num_layers

@@ -167,3 +167,16 @@ def test_probe(base: Path, tmp_path: Path) -> None:
     outcome = run_recipe(plan, tmp_path)
     assert outcome.probes["sft"]["en"].keys() == {"400"}
     assert "Needle probe" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "full"}, {"lora": {"rank": 4}}, {"lora": {"rank": 4, "also": ["norms", "embeddings"]}}]
+)
+def test_bf16_follows_fp32(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    runs = []
+    for precision in ("fp32", "bf16"):
+        plan = recipe(base / "model", base / "m.jsonl", {"learning_rate": 3e-3}, precision=precision, **changes)
+        run_recipe(plan, tmp_path / precision)
+        runs.append([line["loss"] for line in read_log(tmp_path / precision / "log.jsonl")])
+    assert runs[0] != runs[1]
+    assert runs[1] == pytest.approx(runs[0], rel=0.05)
