@@ -14,7 +14,6 @@ float32 and rounded once to the network's dtype. Not read: DoRA, adapters on emb
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,10 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .network import CausalLM
 from .rope import RopePlan
-from .shards import read_json
+from .shards import Progress, read_json
 
 CONFIG, WEIGHTS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", "longverse.json"
 PREFIX = "base_model.model."
-Progress = Callable[[int, int], None]
 
 
 def is_adapter(folder: Path) -> bool:

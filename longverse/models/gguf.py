@@ -76,7 +76,7 @@ LAYER_REQUIRED = (
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class StoredTensor:
     """Where one tensor lies. `shape` is torch's order (rows first); `start` counts bytes from the beginning of
     the file.
     """
@@ -117,7 +117,7 @@ class GgufModel:
 
     path: Path
     metadata: dict[str, Any]
-    infos: dict[str, TensorInfo]
+    infos: dict[str, StoredTensor]
     config: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
@@ -235,7 +235,7 @@ class _Header:
     def _damaged(self) -> Any:
         raise IndexError
 
-    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         version = self.take("<I")
         if version not in (2, 3):
             reason = "is big-endian" if version & 0xFFFF == 0 else f"has GGUF version {version}"
@@ -272,7 +272,7 @@ class _Header:
                 raise UserError(f"{self.file} stores {name} as {kind.name}, which cannot be read; {_REQUANTISE}.")
             if not shape or shape[-1] % block:
                 self._damaged()
-            infos[name] = TensorInfo(name, shape, kind, base + offset, math.prod(shape) // block * width)
+            infos[name] = StoredTensor(name, shape, kind, base + offset, math.prod(shape) // block * width)
         return metadata, infos
 
 
@@ -284,7 +284,7 @@ def _readable(kind: gguf.GGMLQuantizationType) -> bool:
     return kind in (kinds.F32, kinds.F16, kinds.BF16) or kind in gguf.quants._type_traits
 
 
-def _config(metadata: dict[str, Any], infos: dict[str, TensorInfo], file: Path) -> tuple[dict[str, Any], list[str]]:
+def _config(metadata: dict[str, Any], infos: dict[str, StoredTensor], file: Path) -> tuple[dict[str, Any], list[str]]:
     """config.json's fields out of the file's keys and tensor shapes."""
     notes: list[str] = []
     architecture = metadata.get("general.architecture")
@@ -366,7 +366,7 @@ def _config(metadata: dict[str, Any], infos: dict[str, TensorInfo], file: Path) 
     return config, notes
 
 
-def _check_tensors(infos: dict[str, TensorInfo], layers: int, file: Path) -> None:
+def _check_tensors(infos: dict[str, StoredTensor], layers: int, file: Path) -> None:
     expected = ["token_embd.weight", "output_norm.weight"]
     expected += [f"blk.{layer}.{part}.weight" for layer in range(layers) for part in LAYER_REQUIRED]
     missing = [name for name in expected if name not in infos]
@@ -381,7 +381,7 @@ def _check_tensors(infos: dict[str, TensorInfo], layers: int, file: Path) -> Non
 
 def _rope(
     get: Callable[..., Any],
-    infos: dict[str, TensorInfo],
+    infos: dict[str, StoredTensor],
     theta: float,
     window: int,
     head_dim: int,
@@ -429,7 +429,7 @@ def llama3_factors(theta: float, head_dim: int, factor: float, low: float, high:
     return np.where(wavelengths < original / high, 1.0, np.where(wavelengths > original / low, factor, between))
 
 
-def _llama3_parameters(file: Path, info: TensorInfo, theta: float, head_dim: int) -> dict[str, Any]:
+def _llama3_parameters(file: Path, info: StoredTensor, theta: float, head_dim: int) -> dict[str, Any]:
     """The parameters behind a table of factors. The file does not state them; the releases all have low 1, high
     4, window 8,192.
     """

@@ -110,7 +110,7 @@ def read_form(config: dict[str, Any]) -> QuantFormat | None:
 
 
 def write_form(form: QuantFormat, ignored: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of a config.json, as compressed-tensors, transformers and vLLM read it."""
+    """The `quantization_config` of a config.json, as compressed-tensors defines it."""
     weights = {
         "num_bits": form.bits,
         "type": "int",

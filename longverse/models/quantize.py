@@ -1,7 +1,8 @@
 """int8 and int4 weights from disk to disk, in compressed-tensors' `pack-quantized` form.
 
-Why that form and not torchao's: it is plain safetensors with a JSON description, read by vLLM and by transformers (with
-the `compressed-tensors` package) on CUDA, and its integers can be repacked for torch's CPU kernels without loss.
+Why that form and not torchao's: it is plain safetensors with a JSON description, which transformers reads too (with
+the `compressed-tensors` package, where there are no zero points), and its integers can be repacked for torch's CPU
+kernels without loss.
 torchao's files hold tensor subclasses whose layout follows the version and the device they were made on.
 
 Embeddings, norms, biases and the head stay as they are, as is usual: they are the most sensitive, and in a large model
