@@ -134,6 +134,9 @@ def _run(
     original = network.config
     with ranks.leader_first():
         check_run(recipe, out, loaded, ranks)
+        for stage in recipe.stages:  # what cannot be built is said before hours of training, not after
+            for source in stage.data:
+                build_data(source, watch)
     prepare(network, recipe)
     # Frozen bfloat16 weights under LoRA need no autocast; float32 weights that are trained in bfloat16 do.
     whole = recipe.method == "full" or bool(recipe.lora.also)
@@ -291,7 +294,6 @@ def open_mixture(recipe: Recipe, stage: Stage, loaded: Loaded, out: Path, watch:
     """The stage's sources, tokenised (conversations once; the result is kept in OUT/tokens)."""
     sources: list[Examples] = []
     for source in stage.data:
-        build_data(source, watch)
         if source.messages is not None:
             title = f"Tokenising {Path(source.messages).name}"
 
