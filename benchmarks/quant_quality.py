@@ -4,7 +4,13 @@ Texts: a generated annual report and this project's own prose; with LONGVERSE_SH
 opening of an English novel. KL is against float32 on the wheel's weights, mean over positions. smol's file is itself
 4-bit (Q4_1), so int4 is a second rounding here and looks worse than on weights that were never quantised.
 
-    python benchmarks/quant_quality.py [--tokens 2000] [--calibrated] [--needles] [--round]
+    python benchmarks/quant_quality.py [--tokens 2000] [--calibrated] [--needles]
+    python benchmarks/quant_quality.py --round [--python /path/to/python]
+
+The second goes once round the formats instead, and writes results/round_trip.json: the wheel's file to safetensors, as
+it is and as int8 and int4, to a Llama checkpoint, to GGUF again. With an interpreter that has llama-cpp-python (see
+llama_cpp_check.py) the last files answer 20 prompts there, beside the f16 file exported straight from the wheel. The
+round without quantisation must give the same text; int8 and int4 change the weights, so theirs is only counted.
 """
 
 import argparse
@@ -13,10 +19,12 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import llama_cpp_check
 import torch
 from common import seconds, table, write_results
 
@@ -29,6 +37,7 @@ from longverse.models.convert import convert
 from longverse.models.export import export, export_gguf
 from longverse.models.quantize import quantize
 
+ROUNDS = {"unquantised": 0, "int8": 8, "int4": 4}  # bits of the weights on the way round
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS: list[tuple[str, dict[str, Any] | None]] = [
     ("bf16", None),
@@ -149,23 +158,25 @@ def formats(home: Path, documents: dict[str, list[int]], with_needles: bool, cal
 
 
 def round_trip(home: Path, documents: dict[str, list[int]]) -> dict[str, Any]:
-    """GGUF → safetensors → int8 and int4 → Llama checkpoint → GGUF again, perplexity at each step."""
+    """GGUF → safetensors (→ int8, int4) → Llama checkpoint → GGUF again, perplexity at each step."""
     text = "report"
     ids = documents[text]
     gguf = locate("smol")[1]
     steps: dict[str, str] = {"the wheel's GGUF": str(gguf)}
     convert(str(gguf), home / "folder")
     steps["safetensors"] = str(home / "folder")
-    for bits in (8, 4):
-        quantize(str(home / "folder"), home / f"int{bits}", bits=bits)
-        steps[f"int{bits}"] = str(home / f"int{bits}")
-        _, check = export(str(home / f"int{bits}"), home / f"llama-int{bits}")
+    export_gguf(str(gguf), home / "straight.gguf", dtype="f16")
+    for name in ROUNDS:
+        folder = home / "folder"
+        if bits := ROUNDS[name]:
+            folder = home / name
+            quantize(str(home / "folder"), folder, bits=bits)
+            steps[name] = str(folder)
+        _, check = export(str(folder), home / f"llama-{name}")
         assert check is not None
-        assert check.passed, check
-        steps[f"Llama checkpoint of int{bits}"] = str(home / f"llama-int{bits}")
-        file = home / f"round-int{bits}.gguf"
-        export_gguf(str(home / f"llama-int{bits}"), file, dtype="f16")
-        steps[f"GGUF f16 of int{bits}"] = str(file)
+        steps[f"Llama checkpoint, {name}"] = str(home / f"llama-{name}")
+        export_gguf(str(home / f"llama-{name}"), home / f"round-{name}.gguf", dtype="f16")
+        steps[f"GGUF f16, {name}"] = str(home / f"round-{name}.gguf")
     results, rows = {}, []
     for name, path in steps.items():
         found = log_probabilities(path, {text: ids})[text]
@@ -178,12 +189,37 @@ def round_trip(home: Path, documents: dict[str, list[int]]) -> dict[str, Any]:
     return results
 
 
+def answers(home: Path, python: str) -> dict[str, Any]:
+    """Greedy answers of the last files in llama.cpp, one thread, against those of the file exported straight."""
+    loaded = load("smol")
+    prompts = [loaded.chat.encode([{"role": "user", "content": prompt}]) for prompt in llama_cpp_check.PROMPTS]
+    ends = sorted(loaded.tokenizer.eos_ids)
+    files = [home / "straight.gguf", *(home / f"round-{name}.gguf" for name in ROUNDS)]
+    cases = [{"path": str(file), "prompts": prompts, "sequences": prompts, "ends": ends} for file in files]
+    request = {"texts": [], "answer": str(home / "answer.json"), "cases": cases}
+    (home / "request.json").write_text(json.dumps(request))
+    subprocess.run([python, llama_cpp_check.__file__, "--worker", str(home / "request.json")], check=True)
+    answer = json.loads((home / "answer.json").read_text())
+    straight, *rounds = ([loaded.tokenizer.decode(ids) for ids in case["greedy"]] for case in answer["cases"])
+    equal = {
+        name: sum(a == b for a, b in zip(straight, texts, strict=True))
+        for name, texts in zip(ROUNDS, rounds, strict=True)
+    }
+    print(
+        "\n"
+        + table(["round", "answers equal to the f16 file's"], [[n, f"{e} of {len(prompts)}"] for n, e in equal.items()])
+    )
+    assert equal["unquantised"] == len(prompts)
+    return {"llama_cpp_python": answer["version"], "prompts": len(prompts), "equal_answers": equal}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2000, help="of each text")
     parser.add_argument("--calibrated", action="store_true", help="also GPTQ: minutes for each")
     parser.add_argument("--needles", action="store_true", help="also ask for facts at 1K, 2K and 4K tokens")
-    parser.add_argument("--round", action="store_true", help="also go once round the formats")
+    parser.add_argument("--round", action="store_true", help="go once round the formats instead")
+    parser.add_argument("--python", help="with --round: an interpreter that has llama-cpp-python")
     parser.add_argument("--try", dest="trial", action="store_true", help="write no results")
     arguments = parser.parse_args()
     tokenizer = load("smol").tokenizer
@@ -191,11 +227,14 @@ def main() -> None:
     home = Path(tempfile.mkdtemp(prefix="quant-quality-"))
     try:
         results: dict[str, Any] = {"tokens": {name: len(ids) for name, ids in documents.items()}}
-        results["formats"] = formats(home, documents, arguments.needles, arguments.calibrated)
         if arguments.round:
             results["round"] = round_trip(home, documents)
+            if arguments.python:
+                results["llama_cpp"] = answers(home, arguments.python)
+        else:
+            results["formats"] = formats(home, documents, arguments.needles, arguments.calibrated)
         if not arguments.trial:
-            print(write_results("quant_quality", results))
+            print(write_results("round_trip" if arguments.round else "quant_quality", results).name)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 

@@ -130,16 +130,21 @@ def test_a_broken_download_is_resumed(server: ThreadingHTTPServer, tmp_path: Pat
     assert run(server, tmp_path).returncode == 0
     snapshot = tmp_path / "hub" / "hub" / "models--someone--tiny" / "snapshots" / COMMIT
     asked = server.RequestHandlerClass.asked  # type: ignore[attr-defined]
-    for lost in ("model-00002-of-00003.safetensors", "tokenizer.json", "config.json"):
-        index = snapshot / "model.safetensors.index.json"
-        for name in (lost, index.name):
-            (snapshot / name).resolve().unlink()
-            (snapshot / name).unlink()
-        asked.clear()
-        done = run(server, tmp_path)
-        assert done.returncode == 0, done.stderr
-        got = [line for line in asked if line.startswith("GET") and "/resolve/" in line]
-        assert sorted(Path(line).name for line in got) == sorted([lost, index.name])
+    assert hub._is_complete(snapshot)
+    lost = ["config.json", "model-00002-of-00003.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    for name in lost:
+        (snapshot / name).rename(tmp_path / name)
+        assert hub._is_complete(snapshot) == (name == "model.safetensors.index.json")  # all three are there
+        (tmp_path / name).rename(snapshot / name)
+    for name in lost:
+        (snapshot / name).resolve().unlink()
+        (snapshot / name).unlink()
+    assert not hub._is_complete(snapshot)
+    asked.clear()
+    done = run(server, tmp_path)
+    assert done.returncode == 0, done.stderr
+    got = [line for line in asked if line.startswith("GET") and "/resolve/" in line]
+    assert sorted(Path(line).name for line in got) == lost
 
 
 @pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written")])
