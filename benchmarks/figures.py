@@ -75,7 +75,28 @@ def transcript(chinese: bool) -> str:
     return f"```text\n{load('transcript')['text']}\n```\n"
 
 
-WRITERS: dict[str, Callable[[bool], str]] = {"first_light": first_light, "needle": needle, "transcript": transcript}
+def demo_seeds(chinese: bool) -> str:
+    """How many of ten questions smol answers rightly over generated reports."""
+    results = load("demo_seeds")
+    right = [run["right"] for run in results["runs"]]
+    shortest = min(run["tokens"] for run in results["runs"])
+    if chinese:
+        return (
+            f"在 {len(right)} 份不同的报告（每份至少 {shortest:,} token、各十个问题）上，`smol` 平均答对"
+            f" {results['mean']:.1f} 个，最少 {min(right)} 个，最多 {max(right)} 个。\n"
+        )
+    return (
+        f"Over {len(right)} such reports of at least {shortest:,} tokens, `smol` answers {results['mean']:.1f} of ten"
+        f" questions on average, {min(right)} at worst and {max(right)} at best.\n"
+    )
+
+
+WRITERS: dict[str, Callable[[bool], str]] = {
+    "first_light": first_light,
+    "needle": needle,
+    "transcript": transcript,
+    "demo_seeds": demo_seeds,
+}
 
 
 def render(path: Path) -> str:

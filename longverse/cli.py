@@ -300,7 +300,7 @@ def rope(
 @app.command()
 def demo(
     model: Model = "smol",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed writes another report.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed writes another report.")] = 1,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1000, help="How long the report is at least, in tokens.")
     ] = 4000,

@@ -219,7 +219,7 @@ def test_demo_with_a_tiny_model(run: Runner, tmp_path: Path, tmp_path_factory: p
     options = ("demo", "--model", str(folder), "--tokens", "1000", "--questions", "2", "--folder", str(tmp_path))
     code, out, err = run(*options)
     assert (code, err.count("longverse:")) == (0, 0)
-    assert (tmp_path / "longverse-report-0.md").read_text().startswith("# ")
+    assert (tmp_path / "longverse-report-1.md").read_text().startswith("# ")
     assert "of 2 right" in out
     assert out.rstrip().splitlines()[-1].startswith("Next: longverse ask")
     record = json.loads(run(*options, "--json")[1])
