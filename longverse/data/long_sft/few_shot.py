@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from longverse.data.long_sft.context import SLACK, TAIL, Context, Spec
@@ -62,56 +63,62 @@ def _draft(context: Context, spec: Spec, rng: random.Random, kind: str) -> Draft
             break
     if left > 0 or len(examples) < 8:
         raise Reject("too few examples for the target")
-    labels = [label for *_, label in examples]
-    learnable = [
-        i
-        for i, label in enumerate(labels)
-        if kind in ("few_shot_speaker", "few_shot_person") or labels.count(label) > 1
-    ]
+    counts = Counter(label for *_, label in examples)
+    by_rule = kind in ("few_shot_speaker", "few_shot_person")  # the passage itself tells, whatever else is shown
+    learnable = [i for i, (*_, label) in enumerate(examples) if by_rule or counts[label] > 1]
     if not learnable:
         raise Reject("too few examples for the target")
     asked = examples.pop(rng.choice(learnable))
     rng.shuffle(examples)
-    same = [i for i, example in enumerate(examples) if example[3] == asked[3]] or list(range(len(examples)))
-    shown = min(same, key=lambda i: abs(i / len(examples) - spec.depth))
     query = f"{asked[0].text[asked[1] : asked[2]].strip()}\n{before}".rstrip(" ")
     template = prompt(kind, spec.language, rng, query=query.rstrip("\n"))
     parts = [Part.of(o, a, b) for o, a, b, _ in examples]
     for part, (*_, label) in zip(parts, examples, strict=True):
         part.after = f"\n{before}{label}"
-    claim = Claim(shown, 0, len(parts[shown].text), 0, False)
+    # A labelled passage never grows: its label would become false. A text without a label takes up what is left.
+    parts.insert(0, Part.of(asked[0], 0, 0, label="无标签的文字：" if zh else "Text without a label:"))
     draft = Draft(
-        spec.task, kind.removeprefix("few_shot_"), spec.language, parts, [Turn(template, asked[3], (asked[3],))],
-        [claim], split=spec.split, notes={"examples": len(examples), "labels": len(set(labels))},
+        spec.task, kind.removeprefix("few_shot_"), spec.language, parts, [Turn(template, asked[3], (asked[3],))], [],
+        elastic=0, split=spec.split,
     )  # fmt: skip
-    _trim(context, spec, draft, examples, shown)
+    _trim(context, spec, draft, examples, asked[3])
+    labels = [label for *_, label in examples]
+    if len(set(labels)) < 2 or len(labels) < 4:
+        raise Reject("too few labels")
+    same = [i for i, label in enumerate(labels) if label == asked[3]] or list(range(len(labels)))
+    shown = min(same, key=lambda i: abs(i / len(labels) - spec.depth))
+    draft.claims = [Claim(shown + 1, 0, len(draft.parts[shown + 1].text), 0, False)]
+    draft.notes = {"examples": len(labels), "labels": len(set(labels))}
     return draft
 
 
-def _trim(context: Context, spec: Spec, draft: Draft, examples: list[Example], keep: int) -> None:
-    """Drop examples until the item is too short, then let the passage of the last one grow to the exact length."""
-    overhead = context.overhead(draft)
-    sizes = [context.counter.count(part.text) for part in draft.parts]
-    after = [context.counter.count(p.after) + 2 for p in draft.parts]
-    excess = overhead + sum(sizes) - spec.target
-    while excess > -SLACK and len(draft.parts) > 4:
-        index = len(draft.parts) - 1
-        if index == keep:
-            index -= 1
-            draft.claims = [Claim(keep - 1, c.start, c.end, c.question, c.complete) for c in draft.claims]
-            keep -= 1
-        excess -= sizes.pop(index) + after.pop(index)
-        draft.parts.pop(index)
-        examples.pop(index)
-    for index in range(len(draft.parts) - 1, -1, -1):
-        opened, start, _, _ = examples[index]
-        if index != keep and opened.end_for(start, max(sizes[index] - excess, 0) + SLACK) < len(opened.text):
-            stop = opened.end_for(start, max(sizes[index] - excess - SLACK, 1))
-            after_text = draft.parts[index].after
-            draft.parts[index] = Part.of(opened, start, max(stop, start + 1), TAIL)
-            draft.parts[index].after = after_text
-            draft.elastic = index
-            return
+_FREE = 200  # tokens that the text without a label has at least
+
+
+def _trim(context: Context, spec: Spec, draft: Draft, examples: list[Example], asked: str) -> None:
+    """Drop examples (never the last one with the label asked for) until the first part, which has no label, has room;
+    it then begins at a paragraph of its document and stops SLACK tokens short of the target."""
+    sizes = [context.counter.count(part.text) + context.counter.count(part.after) + 2 for part in draft.parts]
+    free = spec.target - context.overhead(draft) - sum(context.counter.count(part.text) for part in draft.parts)
+    left = Counter(label for *_, label in examples)
+    index = len(examples) - 1
+    while free < _FREE + SLACK and index >= 0:
+        label = examples[index][3]
+        if label != asked or left[label] > 1:
+            free += sizes.pop(index + 1)
+            draft.parts.pop(index + 1)
+            examples.pop(index)
+            left[label] -= 1
+        index -= 1
+    heading = draft.parts[0].label
+    able = [d.index for d in context.documents(spec.language) if context.pool.estimate(d.index) > 2 * free]
+    for document in spec.rng.sample(able, min(len(able), 4)):
+        opened = context.pool.open(document)
+        starts = [a for a, _ in paragraphs(opened.text)]
+        for start in spec.rng.sample(starts, min(len(starts), 8)):
+            if opened.end_for(start, free + SLACK) < len(opened.text):
+                draft.parts[0] = Part.of(opened, start, opened.end_for(start, free - SLACK), TAIL, heading)
+                return
     raise Reject("no document could be fitted")
 
 
@@ -121,16 +128,22 @@ def _examples(context: Context, rng: random.Random, kind: str, language: str, ro
         laws = [d for d in documents if d.characters < 120_000]
         rng.shuffle(laws)
         pool: list[Example] = []
+        # No law gives more than a third of the examples, else one label would fill a short item.
+        characters = room / context.pool.tokens_per_character("zh") / 3
         for document in laws[:60]:
             opened = context.pool.open(document.index)
-            if not is_law(opened.text) or len({shown_title(d) for d in laws[:60]}) < 2:
+            if not is_law(opened.text):
                 continue
             mine = [
                 (opened, a + len(number), b, shown_title(document))
                 for number, a, b in articles(opened.text)
                 if 30 <= b - a <= 500 and shown_title(document) not in opened.text[a:b]
             ]
-            pool += mine[:40]
+            taken = 0
+            for example in rng.sample(mine, min(len(mine), 40)):
+                if (taken := taken + example[2] - example[1]) > characters:
+                    break
+                pool.append(example)
             if sum(b - a for _, a, b, _ in pool) * context.pool.tokens_per_character("zh") > 2 * room:
                 break
         yield from rng.sample(pool, len(pool))
@@ -177,13 +190,11 @@ def _examples(context: Context, rng: random.Random, kind: str, language: str, ro
 
 
 def _before(starts: list[int], place: int) -> int:
-
     return bisect.bisect_right(starts, place) - 1
 
 
 def _speakers(passage: str) -> int:
     """Speech verbs in a passage; one alone leaves no doubt who speaks."""
-
     return len(
         re.findall(r"\b(?:said|cried|replied|asked|answered|exclaimed|whispered|murmured|remarked|observed)\b", passage)
     )

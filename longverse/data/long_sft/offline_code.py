@@ -102,7 +102,6 @@ def find_code(text: str, title: str, language: str) -> list[Found]:
     lines = Lines(text)
     found: list[Found] = []
     for definition in definitions(text, tree):
-        signature = text[definition.start : definition.end]
         if not definition.name.startswith("_") and len(definition.name) > 4:
             what = ("类" if zh else "class") if definition.is_class else ("函数" if zh else "function")
             question = (
@@ -119,7 +118,8 @@ def find_code(text: str, title: str, language: str) -> list[Found]:
                     question,
                     (title,),
                     reply,
-                    once=signature,
+                    # Methods and `async def` count too: the question asks for a name, not for its arguments.
+                    once=f"class {definition.name}" if definition.is_class else f"def {definition.name}(",
                     title=title,
                 )
             )

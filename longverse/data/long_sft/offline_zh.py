@@ -20,6 +20,12 @@ _VERBS = frozenset(
 _COURTESY = re.compile(
     rf"(?:^|(?<=[。\n\u3000]))(?P<who>{_HAN}{{2,3}})，字(?P<zi>{_HAN}{{1,3}})，(?P<home>{_HAN}{{2,10}})人也?(?=[，。])"
 )
+# "休弟夤", "长子某": a relative of somebody named before, not a name. ("温子升" is one: 子 counts as a first letter.)
+_KINSHIP = re.compile(r"^子|[弟兄父母妻侄妹姊]|[长次从嫡庶少中幼季]子|曾孙|玄孙")
+# What stands before 人 without being a place: an office (太子舍人, 大夫人), or what somebody says of his origin.
+_NO_HOME = re.compile(
+    r"^(?:[其自位仕拜迁以与是为除累世少时弟兄子母]|历(?![城阳])|封(?![丘川])|任(?![城丘])|官(?!渡)|父(?!城))|[舍夫]$"
+)
 _VOLUME = re.compile(
     r"^[ \u3000]*(?:\S{1,4}[‧·・])?(?P<number>卷[一二三四五六七八九十百]+[上中下]?)[ \u3000]+"
     r"(?P<title>\S[^\n，。：]{1,24})[ \u3000]*$",
@@ -55,12 +61,14 @@ def _said(text: str) -> Iterator[Found]:
 def _people(text: str) -> Iterator[Found]:
     for match in _COURTESY.finditer(text):
         who = match["who"]
-        if _VERBS.intersection(who):
+        if _VERBS.intersection(who) or _KINSHIP.search(who):
             continue
         place = (match.start(), match.end())
         yield Found(
             "courtesy_name", *place, f"{who}的字是什么？", (match["zi"],), f"{who}字{match['zi']}。", once=f"{who}，字"
         )
+        if _NO_HOME.search(match["home"]):
+            continue
         yield Found(
             "birthplace",
             *place,
@@ -141,6 +149,7 @@ def _laws(text: str, title: str) -> Iterator[Found]:
     name = law_title(title)
     all_articles = articles(text)
     numbers = Counter(number for number, _, _ in all_articles)
+    folded = squash(text)
     for turn, (number, start, end) in enumerate(all_articles):
         body = squash(text[start + len(number) : end])
         if numbers[number] != 1 or not 20 <= len(body) <= 260 or body[-1] != "。":
@@ -151,7 +160,11 @@ def _laws(text: str, title: str) -> Iterator[Found]:
                 title=name,
             )  # fmt: skip
         else:
-            piece = body if len(body) <= 70 else body[: body.find("，", 40) + 1 or 60].rstrip("，") + "……"
+            whole = len(body) <= 70
+            piece = body if whole else body[: body.find("，", 40) + 1 or 60].rstrip("，")
+            if folded.count(piece) != 1:  # another article says the same
+                continue
+            piece += "" if whole else "……"
             yield Found(
                 "article_number", start, end, f"在《{name}》中，“{piece}”是第几条的内容？", (number,),
                 f"这是{number}的内容。", title=name,

@@ -31,10 +31,26 @@ def summary(context: Context, spec: Spec) -> Draft:
                 context, spec, rng, gather(context, rng, rng.sample(laws, min(len(laws), 300)), spec.target * 9 // 10)
             )
     opened, start, end = _stretch(context, spec, rng, spec.target * 9 // 10)
-    headings = _headings(opened.text, start, end, spec.language)
-    if len(headings) >= 4 and rng.random() < 0.5:
-        return _outline(context, spec, rng, opened, start, end, headings)
-    return _key_sentences(context, spec, rng, opened, start, end)
+    outline = rng.random() < 0.5
+    begun = rng.getstate()
+    for _ in range(4):
+        # How far the text reaches is known once the prompt and the reply are: summarise again what is really shown.
+        rng.setstate(begun)
+        headings = _headings(opened.text, start, end, spec.language) if outline else []
+        if len(headings) >= 4:
+            draft = _outline(context, spec, rng, opened, start, end, headings)
+        else:
+            draft = _key_sentences(context, spec, rng, opened, start, end)
+        reached = start + len(draft.parts[0].text)
+        if abs(reached - end) <= max(400, (end - start) // 100):
+            if draft.kind == "chapters":  # the item must show no heading that the outline leaves out
+                limit = _next_heading(opened, end, spec.language)
+                if reached > limit:
+                    raise Reject("evidence past the end")
+                draft.parts[0].tail = draft.parts[0].tail[: limit - reached]
+            return draft
+        end = reached
+    raise Reject("summary does not cover the text")
 
 
 def _stretch(context: Context, spec: Spec, rng: random.Random, room: int) -> tuple[Opened, int, int]:
@@ -95,9 +111,6 @@ def _outline(
     headings: list[tuple[int, int]],
 ) -> Draft:
     text, zh = opened.text, spec.language == "zh"
-    # The stretch must hold no heading that the outline leaves out: it ends before the first one beyond `end`.
-    following = _HEADING["zh" if zh else "en"].search(text, end)
-    limit = following.start() if following else len(text)
     lines, spans = [], []
     for number, (a, b) in enumerate(headings, start=1):
         body = re.compile(r"\S").search(text, b)
@@ -111,19 +124,14 @@ def _outline(
             f"{number}. {squash(text[a:b])}：“{opening}……”" if zh else f"{number}. {squash(text[a:b])}: “{opening} …”"
         )
         spans.append((a, stop))
-    draft = _single(
-        context,
-        spec,
-        "chapters",
-        prompt("summary_chapters", spec.language, rng),
-        opened,
-        start,
-        "\n".join(lines),
-        spans,
-    )
-    if start + len(draft.parts[0].text) + len(draft.parts[0].tail) > limit:
-        raise Reject("evidence past the end")
-    return draft
+    template = prompt("summary_chapters", spec.language, rng)
+    return _single(context, spec, "chapters", template, opened, start, "\n".join(lines), spans)
+
+
+def _next_heading(opened: Opened, end: int, language: str) -> int:
+    """Where the first heading at or behind `end` stands (the text's end when there is none)."""
+    following = _HEADING["zh" if language == "zh" else "en"].search(opened.text, end)
+    return following.start() if following else len(opened.text)
 
 
 def _raw_length(raw: str, squashed: str) -> int:
@@ -266,11 +274,17 @@ def _asked(context: Context, spec: Spec, rng: random.Random) -> Draft:
     """Hierarchical: the endpoint sums up every part, then the sums. What the student sees is the whole text."""
     assert context.asker is not None
     opened, start, end = _stretch(context, spec, rng, spec.target * 9 // 10 - 600)
-    text = context.asker.summarise(spec, opened, start, end)
     template = prompt("summary_free", spec.language, rng)
-    draft = Draft(
-        spec.task, "free", spec.language, [Part.of(opened, start, start)], [Turn(template, text)], [], split=spec.split,
-        teacher=context.asker.name,
-    )  # fmt: skip
-    draft.parts = [context.part(opened, start, spec.target - context.overhead(draft))]
-    return draft
+    for _ in range(3):
+        # Again with the end that the reply leaves room for: only the last part and the merging are asked anew.
+        text = context.asker.summarise(spec, opened, start, end)
+        draft = Draft(
+            spec.task, "free", spec.language, [Part.of(opened, start, start)], [Turn(template, text)], [],
+            split=spec.split, teacher=context.asker.name,
+        )  # fmt: skip
+        draft.parts = [context.part(opened, start, spec.target - context.overhead(draft))]
+        reached = start + len(draft.parts[0].text)
+        if abs(reached - end) <= max(400, (end - start) // 50):
+            return draft
+        end = reached
+    raise Reject("summary does not cover the text")
