@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from longverse.errors import UserError
+from longverse.errors import UserError, expand
 
 T = TypeVar("T")
 
@@ -118,5 +118,5 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def resolve(path: str, base: Path) -> Path:
     """`path` with `~` expanded; a relative one starts at the folder `base`."""
-    found = Path(path).expanduser()
+    found = expand(path)
     return found if found.is_absolute() else base / found

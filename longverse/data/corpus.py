@@ -21,7 +21,7 @@ import numpy as np
 
 from longverse.data.config import build, load_yaml, resolve
 from longverse.data.dedup import Deduplicator
-from longverse.data.lock import FolderLock, disk_errors
+from longverse.data.lock import FolderLock, disk_errors, read_claim, refuse_changes
 from longverse.data.mixture import plan_copies
 from longverse.data.report import corpus_report
 from longverse.data.shards import (
@@ -33,7 +33,7 @@ from longverse.data.shards import (
     replace_file,
     save_array,
 )
-from longverse.data.sources import Document, Skipped, SourceConfig, read_source
+from longverse.data.sources import Document, Skipped, SourceConfig, read_source, source_stamps
 from longverse.data.text import unit_hash
 from longverse.data.vocabulary import Vocabulary, load_vocabulary, require_eos
 from longverse.data.workers import ordered, start_tokenising, tokenise
@@ -124,7 +124,7 @@ def build_corpus(
     end = require_eos(vocabulary) if config.end_of_document else None
     folder = resolve(config.out, base)
     with disk_errors(folder), FolderLock(folder):
-        _claim(folder, config, vocabulary)
+        _claim(folder, config, base, vocabulary)
         if (folder / "store.json").exists():
             return TokenStore.open(folder)
         progress, skipped = _tokenise(folder, config, base, vocabulary, end, on_progress, cancelled)
@@ -132,26 +132,20 @@ def build_corpus(
         return TokenStore.open(folder)
 
 
-def _claim(folder: Path, config: CorpusConfig, vocabulary: Vocabulary) -> None:
+def _claim(folder: Path, config: CorpusConfig, base: Path, vocabulary: Vocabulary) -> None:
     """Refuse a folder that was begun with another configuration: mixed shards would be silently wrong. What only
     changes speed may differ."""
     values = dataclasses.asdict(config) | {"tokenizer": vocabulary.fingerprint}
     for free in ("processes", "out"):
         values.pop(free)
+    values["stamps"] = source_stamps(config.sources, base)
     text = json.dumps(values, sort_keys=True, ensure_ascii=False)
-    claim = folder / "config.json"
-    if claim.exists():
-        old = json.loads(claim.read_text(encoding="utf-8"))
-        changed = sorted(key for key in values if json.loads(text)[key] != old.get(key))
-        if changed:
-            raise UserError(
-                f"{folder} was begun with another configuration ({', '.join(changed)} differ); choose another 'out' or "
-                f"delete the folder."
-            )
+    if (old := read_claim(folder)) is not None:
+        refuse_changes(folder, old, json.loads(text))
         return
     if any(p.name != FolderLock.NAME for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no corpus build; choose another 'out'.")
-    replace_file(claim, text.encode())
+    replace_file(folder / "config.json", text.encode())
     (folder / "shards").mkdir(exist_ok=True)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from longverse.errors import UserError
 
@@ -46,6 +48,36 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._file)
+
+
+def read_claim(folder: Path) -> dict[str, Any] | None:
+    """What a folder was begun with (its config.json), None for a folder not begun. UserError when it is damaged."""
+    claim = folder / "config.json"
+    try:
+        values = json.loads(claim.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{claim} is damaged; delete the folder {folder} or choose another 'out'.")
+    return values
+
+
+def refuse_changes(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """UserError when a folder was begun with another configuration or its sources have changed since: what is
+    already written would not go with what follows."""
+    if changed := sorted(key for key in new if key != "stamps" and new[key] != old.get(key)):
+        raise UserError(
+            f"{folder} was begun with another configuration ({', '.join(changed)} differ); choose another 'out' or "
+            f"delete the folder."
+        )
+    before = old.get("stamps", {})
+    if changed := sorted(name for name, stamp in new["stamps"].items() if stamp != (before.get(name) or stamp)):
+        raise UserError(
+            f"{', '.join(changed)} changed since {folder} was begun (names, sizes or times of files differ); choose "
+            f"another 'out' or delete the folder."
+        )
 
 
 def _lock(file: int) -> None:

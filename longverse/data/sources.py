@@ -8,11 +8,12 @@ report; only a source that yields nothing, or a file that cannot be opened, is a
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,28 @@ def _clean(text: str) -> str:
     return text
 
 
+def stamp(paths: list[Path]) -> str:
+    """A digest of the names, sizes and times of files: equal while nobody touches them, "" where one is missing."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError:
+            return ""
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\1".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def source_stamps(sources: Sequence[SourceConfig], base: Path) -> dict[str, str]:
+    """`stamp` of each source that is a file or a folder (of a hub data set nothing is known without reading it)."""
+    stamps = {}
+    for source in sources:
+        if source.path:
+            path = resolve(source.path, base)
+            stamps[f"source {source.name!r}"] = stamp(_folder_files(source, path) if path.is_dir() else [path])
+    return stamps
+
+
 Rows = Iterator[tuple[str, dict[str, Any] | None]]  # (where, fields or None when it was skipped)
 
 
@@ -133,19 +156,27 @@ def _path_rows(config: SourceConfig, base: Path, skipped: Skipped) -> Rows:
     if path.is_file():
         yield from _file_rows(path, path.name, config, skipped)
         return
-    suffixes = config.suffixes or (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
-    excluded = {*config.exclude, "__pycache__", ".git"}
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.name.lower().endswith(suffixes)
-        and not excluded.intersection(file.relative_to(path).parts)
-        and file.is_file()
-    ]
+    files = _folder_files(config, path)
     if not files:
-        raise UserError(f"source {config.name!r}: {path} holds no file ending in {', '.join(suffixes)}.")
+        raise UserError(f"source {config.name!r}: {path} holds no file ending in {', '.join(_suffixes(config))}.")
     for file in files:
         yield from _file_rows(file, file.relative_to(path).as_posix(), config, skipped)
+
+
+def _suffixes(config: SourceConfig) -> tuple[str, ...]:
+    return config.suffixes or (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+
+
+def _folder_files(config: SourceConfig, folder: Path) -> list[Path]:
+    """The files of a folder that a source reads, in order."""
+    suffixes, excluded = _suffixes(config), {*config.exclude, "__pycache__", ".git"}
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.name.lower().endswith(suffixes)
+        and not excluded.intersection(file.relative_to(folder).parts)
+        and file.is_file()
+    ]
 
 
 def _file_rows(path: Path, name: str, config: SourceConfig, skipped: Skipped) -> Rows:
@@ -170,6 +201,26 @@ def _file_rows(path: Path, name: str, config: SourceConfig, skipped: Skipped) ->
         )
 
 
+class _Zstandard(io.RawIOBase):
+    """A zstandard stream whose damage is an EOFError, as that of gzip is."""
+
+    def __init__(self, reader: Any, damage: type[Exception]) -> None:
+        self._reader, self._damage = reader, damage
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._reader.readinto(buffer)
+        except self._damage as error:
+            raise EOFError(str(error)) from None
+
+    def close(self) -> None:
+        self._reader.close()
+        super().close()
+
+
 def _open_lines(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
@@ -178,7 +229,8 @@ def _open_lines(path: Path) -> io.BufferedIOBase:
             import zstandard
         except ModuleNotFoundError:
             raise UserError(f"{path.name} needs the package zstandard: pip install zstandard.") from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb")))
+        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+        return io.BufferedReader(_Zstandard(reader, zstandard.ZstdError))
     return path.open("rb")
 
 
@@ -191,7 +243,7 @@ def _jsonl_rows(path: Path, name: str, skipped: Skipped) -> Rows:
                 where = f"{name}:{number}"
                 try:
                     row = json.loads(line)
-                except (ValueError, UnicodeDecodeError):
+                except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested deeper than Python reads
                     skipped.add("not a JSON line", where)
                     yield where, None
                     continue

@@ -138,7 +138,9 @@ class Teacher:
 
     def _send(self, body: dict[str, Any]) -> str:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.config.key_variable):
+        if key := os.environ.get(self.config.key_variable, "").strip():
+            if not (key.isascii() and key.isprintable()):  # the client's own error would show the key
+                raise UserError(f"{self.config.key_variable} holds characters no key has; set it to the key alone.")
             headers["Authorization"] = f"Bearer {key}"
         url = self.config.url.rstrip("/") + "/chat/completions"
         problem = ""
@@ -190,7 +192,7 @@ class Teacher:
         try:
             answer = json.loads(data)
             reply = answer["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             return None
         if not isinstance(reply, str):
             return None
@@ -220,7 +222,7 @@ def _object(reply: str) -> dict[str, Any]:
     start, end = reply.find("{"), reply.rfind("}")
     try:
         value = json.loads(reply[start : end + 1])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Unusable("endpoint reply is no JSON") from None
     if not isinstance(value, dict):
         raise Unusable("endpoint reply is no JSON")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longverse.data.tokenise import LinearEncoder
-from longverse.errors import UserError
+from longverse.errors import UserError, expand
 
 if TYPE_CHECKING:
     from longverse.models.chat import ChatFormat
@@ -37,7 +37,7 @@ def load_vocabulary(model: str, base: Path | None = None) -> Vocabulary:
 
     if base is not None and not Path(model).is_absolute() and (base / model).exists():
         model = str(base / model)
-    folder = Path(model).expanduser()
+    folder = expand(model)
     config: dict[str, Any] = {}
     if folder.is_file() and folder.name == "tokenizer.json":
         folder = folder.parent

@@ -200,6 +200,17 @@ def test_the_rate_is_kept_and_the_key_sent(server, tmp_path, monkeypatch):
     assert server.requests[0][2] == "/v1/chat/completions"
 
 
+def test_a_key_with_a_line_end_is_sent_without_it_and_never_shown(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "sk-1\n")
+    made, _ = teacher(server, tmp_path, key_variable="SOME_KEY")
+    ask(made)
+    assert server.requests[0][1]["Authorization"] == "Bearer sk-1"
+    monkeypatch.setenv("SOME_KEY", "sk-1\nsk-2")
+    with pytest.raises(UserError, match="SOME_KEY holds characters") as error:
+        ask(made, attempt=1)
+    assert "sk-" not in str(error.value)
+
+
 def test_quotations_are_found_whatever_the_white_space():
     assert locate("He said\n  yes to it.", "said yes") == (3, 13)
     with pytest.raises(Reject, match="evidence is not in the passage"):

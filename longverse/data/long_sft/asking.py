@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from longverse.data.long_sft.context import Spec
 from longverse.data.long_sft.draft import Reject
 from longverse.data.long_sft.found import Found
+from longverse.data.long_sft.gates import supported
 from longverse.data.long_sft.pool import Opened
 from longverse.data.long_sft.prompts import fill, variants
 from longverse.data.teacher import Teacher, Unusable
@@ -60,6 +61,11 @@ class Asker:
         for field, (a, _), passage in zip(("evidence", "other_evidence"), chunks, passages, strict=True):
             place, stop = locate(passage, _text(reply, field))
             evidence.append((a + place, a + stop))
+        quoted = [opened.text[a:b] for (opened, _, _), (a, b) in zip(spans, evidence, strict=True)]
+        if not supported(answer, quoted, spec.language):
+            raise Reject("answer not in evidence")
+        if not any(squash(answer).casefold() in squash(text).casefold() for text in quoted):
+            _in_language(spec, answer)
         self._check(spec, spans[0][0].about.title, question, answer)
         return Asked(question, answer, evidence)
 
@@ -76,8 +82,7 @@ class Asker:
         while True:
             sums = [_text(self._ask(name, spec, title=title, passage=text), "summary") for text in texts]
             for text in sums:
-                if language_of_short(text) != spec.language:
-                    raise Reject("language does not match")
+                _in_language(spec, text)
             if len(sums) == 1:
                 return sums[0]
             name = "teacher_summary_merge"
@@ -94,8 +99,7 @@ class Asker:
         return Found("asked", start + place, start + stop, question, (answer,), answer, once=passage[place:stop])
 
     def _check(self, spec: Spec, title: str, question: str, answer: str) -> None:
-        if language_of_short(question) != spec.language:
-            raise Reject("language does not match")
+        _in_language(spec, question)
         if not self.teacher.config.closed_book:
             return
         known = _text(self._ask("teacher_closed_book", spec, title=title, question=question), "answer")
@@ -120,6 +124,12 @@ class Asker:
             raise Reject(error.gate) from None
         finally:
             self.lock.acquire()
+
+
+def _in_language(spec: Spec, text: str) -> None:
+    """Reject a text in another language than the item's; numbers and marks alone are of every language."""
+    if any(map(str.isalpha, text)) and language_of_short(text) != spec.language:
+        raise Reject("language does not match")
 
 
 def _text(reply: dict[str, object], field: str) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from longverse.data.config import resolve
-from longverse.data.lock import FolderLock, disk_errors
+from longverse.data.lock import FolderLock, disk_errors, read_claim, refuse_changes
 from longverse.data.long_sft.asking import Asker, estimate_requests
 from longverse.data.long_sft.code_completion import code_completion
 from longverse.data.long_sft.context import Context, Spec
@@ -39,6 +39,7 @@ from longverse.data.long_sft.single_doc import multi_turn, single_doc_qa
 from longverse.data.long_sft.stated_facts import stated_facts
 from longverse.data.long_sft.summary import summary
 from longverse.data.shards import replace_file
+from longverse.data.sources import source_stamps, stamp
 from longverse.data.teacher import Spent, Teacher
 from longverse.data.vocabulary import ChatCounter, Vocabulary, load_vocabulary
 from longverse.data.workers import ordered
@@ -174,17 +175,25 @@ def build_sft(
     vocabulary = vocabulary or load_vocabulary(config.tokenizer, base)
     folder = resolve(config.out, base)
     with disk_errors(folder), FolderLock(folder):
-        _claim(folder, config, vocabulary)
         files = [resolve(path, base) for path in config.decontaminate]
+        claim = _claim(folder, config, base, vocabulary, files)
+        if (finished := _finished(folder, config)) is not None:
+            return finished
         contamination = Contamination.of_files(files) if files else None
+        if claim is not None:  # written when the files it names could be read
+            replace_file(folder / "config.json", claim)
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+        vocabulary.tokenizer.save(folder / "tokenizer")
 
         def keep(text: str, language: str) -> bool:
             return contamination is None or contamination.hits(text, language) < config.decontaminate_hits
 
         skipped = write_pool(folder, config.sources, base, keep)
-        state = _resume(folder)
         specs = plan_items(config)
         _feasible(folder, config, vocabulary, specs)
+        if (folder / "items.jsonl").exists():  # finished, and damaged since
+            os.replace(folder / "items.jsonl", folder / "items.jsonl.part")
+        state = _resume(folder)
         teacher = Teacher(config.teacher, folder / "replies.jsonl") if config.teacher else None
         began = time.monotonic()
         try:
@@ -197,13 +206,18 @@ def build_sft(
             raise UserError(
                 f"no item passed the gates (most often: {why[0][0] if why else 'nothing tried'}); see docs/data.md."
             )
-        report = sft_report(folder, config, vocabulary.name, state.summaries, state.rejected, state.given_up, skipped)
-        report["seconds"] = round(time.monotonic() - began, 1)
+        seconds = time.monotonic() - began
+        report = sft_report(
+            folder, config, vocabulary.name, state.summaries, state.rejected, state.given_up, skipped, seconds
+        )
         os.replace(folder / "items.jsonl.part", folder / "items.jsonl")
         return Result(folder / "items.jsonl", report, teacher.spent if teacher else None)
 
 
-def _claim(folder: Path, config: SftConfig, vocabulary: Vocabulary) -> None:
+def _claim(
+    folder: Path, config: SftConfig, base: Path, vocabulary: Vocabulary, decontaminate: list[Path]
+) -> bytes | None:
+    """What a new folder is to be claimed with; None for one that was begun with the same. UserError for another."""
     values = json.loads(json.dumps(dataclasses.asdict(config) | {"tokenizer": vocabulary.fingerprint}))
     for free in ("processes", "out"):
         values.pop(free)
@@ -211,22 +225,26 @@ def _claim(folder: Path, config: SftConfig, vocabulary: Vocabulary) -> None:
         values["teacher"] = {
             k: values["teacher"][k] for k in ("model", "temperature", "max_tokens", "chunk_tokens", "closed_book")
         }
-    claim = folder / "config.json"
-    if claim.exists():
-        old = json.loads(claim.read_text(encoding="utf-8"))
-        if changed := sorted(key for key in values if values[key] != old.get(key)):
-            raise UserError(
-                f"{folder} was begun with another configuration ({', '.join(changed)} differ); choose another 'out' or "
-                f"delete the folder."
-            )
-    elif any(p.name != FolderLock.NAME for p in folder.iterdir()):
+    values["stamps"] = source_stamps(config.sources, base) | {str(path): stamp([path]) for path in decontaminate}
+    if (old := read_claim(folder)) is not None:
+        refuse_changes(folder, old, values)
+        return None
+    if any(p.name != FolderLock.NAME for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no build of items; choose another 'out'.")
-    else:
-        replace_file(claim, json.dumps(values, ensure_ascii=False, indent=1).encode())
-    if (folder / "items.jsonl").exists():  # a finished build resumes to the same end at once
-        os.replace(folder / "items.jsonl", folder / "items.jsonl.part")
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    vocabulary.tokenizer.save(folder / "tokenizer")
+    return json.dumps(values, ensure_ascii=False, indent=1).encode()
+
+
+def _finished(folder: Path, config: SftConfig) -> Result | None:
+    """The result of a build that ended before, with nothing touched; None where something is left to do."""
+    try:
+        with (folder / "progress.jsonl").open("rb") as lines:
+            last = json.loads(deque(lines, maxlen=1)[0])
+        if last["index"] != config.items - 1 or last["end"] != (folder / "items.jsonl").stat().st_size:
+            return None
+        report = json.loads((folder / "report.json").read_bytes())
+    except (FileNotFoundError, IndexError, KeyError, TypeError, ValueError):
+        return None
+    return Result(folder / "items.jsonl", report, Spent() if config.teacher else None)
 
 
 def _resume(folder: Path) -> _State:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,25 +66,32 @@ class Contamination:
 
 
 def _texts(path: Path) -> Iterator[str]:
+    name = path.name.lower()
+    opened = gzip.open if name.endswith(".gz") else open
     try:
-        if path.name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
-            with (
-                gzip.open(path, "rt", encoding="utf-8")
-                if path.suffix == ".gz"
-                else path.open(encoding="utf-8") as lines
-            ):
+        if name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+            with opened(path, "rt", encoding="utf-8") as lines:
                 for number, line in enumerate(lines, start=1):
                     try:
                         yield from _strings(json.loads(line))
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         raise UserError(
                             f"{path}, line {number} is no JSON; correct the decontamination file."
                         ) from None
+            return
+        with opened(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+        if name.removesuffix(".gz").endswith(".json"):  # escapes and field names are no text
+            try:
+                values = json.loads(text)
+            except (ValueError, RecursionError):
+                raise UserError(f"{path} is no JSON; correct the decontamination file.") from None
+            yield from _strings(values)
         else:
-            yield path.read_text(encoding="utf-8")
+            yield text
     except FileNotFoundError:
         raise UserError(f"the decontamination file {path} does not exist; correct its path.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"the decontamination file {path} cannot be read ({error}).") from None
 
 
@@ -113,6 +123,25 @@ def check(item: Item, questions: list[str], contamination: Contamination | None)
             raise Reject("language does not match")
         if contamination is not None and contamination.hits(" ".join((question, *accepted)), item.language):
             raise Reject("overlaps a decontamination file")
+
+
+def supported(answer: str, evidence: list[str], language: str) -> bool:
+    """Whether an answer that no passage holds word for word still rests on the passages together: every number and
+    name of it, and two thirds of its words (of Chinese: of its pairs of characters), stand in them."""
+    passages = squash(" ".join(evidence)).casefold()
+    words = squash(answer).casefold()
+    if words in passages:
+        return True
+    if any(number not in passages for number in re.findall(r"\d+", answer)):
+        return False
+    if language == "zh":
+        pairs = [run[i : i + 2] for run in re.findall(r"[\u3400-\u9fff]+", words) for i in range(len(run) - 1)]
+        return bool(pairs) and sum(pair in passages for pair in pairs) * 3 >= 2 * len(pairs)
+    known = Counter(re.findall(r"\w+", passages))
+    if any(name.casefold() not in known for name in re.findall(r"(?<=[a-z,;] )[A-Z]\w+", answer)):
+        return False
+    content = [word for word in re.findall(r"\w+", words) if len(word) > 3]
+    return bool(content) and sum(word in known for word in content) * 3 >= 2 * len(content)
 
 
 def keys_of(item: Item, questions: list[str]) -> list[str]:

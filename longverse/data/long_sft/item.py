@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from longverse.data.config import nearest
 from longverse.data.text import squash
@@ -26,6 +26,7 @@ TASKS = (
     "multi_turn",
     "stated_facts",
 )
+SPLITS = ("train", "heldout")
 Messages = list[dict[str, str]]
 
 
@@ -103,26 +104,52 @@ def parse_item(values: Any) -> Item:
             raise UserError(f"the field {name!r} is {type(values[name]).__name__}, not {kind.__name__}.")  # type: ignore[union-attr]
     if extra := [name for name in values if name not in _FIELDS]:
         raise UserError(f"the field {extra[0]!r} is not known{nearest(extra[0], _FIELDS)}")
-    try:
-        item = Item(
-            **{
-                **values,
-                "documents": tuple(ShownDocument(**d) for d in values["documents"]),
-                "evidence": tuple(Evidence(**e) for e in values["evidence"]),
-                "answers": tuple(tuple(a) for a in values["answers"]),
-            }
-        )
-    except TypeError as error:
-        raise UserError(f"a document, evidence or answer has wrong fields ({error}).") from None
+    for i, message in enumerate(values["messages"]):
+        if not isinstance(message, dict) or any(not isinstance(message.get(key), str) for key in ("role", "content")):
+            raise UserError(f"message {i} must be an object with a text as role and one as content.")
+    for i, accepted in enumerate(values["answers"]):
+        if not isinstance(accepted, list) or any(not isinstance(answer, str) or not answer for answer in accepted):
+            raise UserError(f"answers {i} must be a list of texts that are not empty.")
+    item = Item(
+        **{
+            **values,
+            "documents": tuple(_part(ShownDocument, d, f"document {i}") for i, d in enumerate(values["documents"])),
+            "evidence": tuple(_part(Evidence, e, f"evidence {i}") for i, e in enumerate(values["evidence"])),
+            "answers": tuple(map(tuple, values["answers"])),
+        }
+    )
     if problem := problem_of(item):
         raise UserError(problem)
     return item
+
+
+def _part(cls: Any, values: Any, where: str) -> Any:
+    """A ShownDocument or Evidence from a JSON object. UserError names the field that is wrong."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must be an object.")
+    hints = get_type_hints(cls)
+    if extra := [name for name in values if name not in hints]:
+        raise UserError(f"{where}: the field {str(extra[0])!r} is not known{nearest(str(extra[0]), hints)}")
+    for one in fields(cls):
+        if one.name not in values:
+            if one.default is MISSING:
+                raise UserError(f"{where}: the field {one.name!r} is missing.")
+            continue
+        value, kind = values[one.name], hints[one.name]
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{where}: {one.name} is {type(value).__name__}, not {kind.__name__}.")
+    return cls(**values)
 
 
 def problem_of(item: Item) -> str | None:
     """The first thing wrong with an item, in words, or None. Checks everything that needs no tokenizer."""
     if item.task not in TASKS:
         return f"task {item.task!r} is not known{nearest(item.task, TASKS)}"
+    if item.language not in ("en", "zh"):
+        return f"language must be en or zh, not {item.language!r}."
+    if item.split not in SPLITS:
+        return f"split must be train or heldout, not {item.split!r}."
     roles = [message.get("role") for message in item.messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
@@ -141,15 +168,21 @@ def problem_of(item: Item) -> str | None:
             return f"document {i} is in message {document.message}, which does not exist."
         if not 0 <= document.start <= document.end <= len(item.messages[document.message]["content"]):
             return f"document {i} lies outside its message."
+        if document.origin < 0:
+            return f"document {i} begins at {document.origin} of its source, which is before its beginning."
+    sizes = [document.end - document.start for document in item.documents]
     for i, evidence in enumerate(item.evidence):
         if not 0 <= evidence.document < len(item.documents):
             return f"evidence {i} is of document {evidence.document}, which does not exist."
         document = item.documents[evidence.document]
         shown = item.messages[document.message]["content"][document.start : document.end]
+        if not 0 <= evidence.start < evidence.end <= len(shown):
+            return f"evidence {i} lies outside its document."
         if shown[evidence.start : evidence.end] != evidence.text or not evidence.text:
             return f"evidence {i} is not what stands at its offsets."
-        if not 0 <= evidence.depth <= 1:
-            return f"evidence {i} has depth {evidence.depth}, which is not in 0 to 1."
+        middle = sum(sizes[: evidence.document]) + (evidence.start + evidence.end) / 2
+        if not abs(evidence.depth - middle / sum(sizes)) <= 2e-4:
+            return f"evidence {i} has depth {evidence.depth} and lies at {middle / sum(sizes):.4f}."
         if not 0 <= evidence.question < len(replies):
             return f"evidence {i} is for question {evidence.question}, which does not exist."
     for reply, accepted in zip(replies, item.answers, strict=True):
@@ -170,7 +203,7 @@ def read_items(path: str | Path) -> Iterator[tuple[int, Item | None, str]]:
                     yield number, parse_item(json.loads(line)), ""
                 except UserError as error:
                     yield number, None, str(error)
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield number, None, "the line is no JSON."
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None

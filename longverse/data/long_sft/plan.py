@@ -10,8 +10,7 @@ from pathlib import Path
 
 from longverse.data.config import build, load_yaml, nearest
 from longverse.data.long_sft.context import Spec
-from longverse.data.long_sft.item import TASKS
-from longverse.data.long_sft.stated import SPLITS
+from longverse.data.long_sft.item import SPLITS, TASKS
 from longverse.data.sources import SourceConfig
 from longverse.data.teacher import TeacherConfig
 from longverse.errors import UserError

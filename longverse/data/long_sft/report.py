@@ -26,8 +26,9 @@ def sft_report(
     rejected: Counter[str],
     given_up: list[int],
     skipped: dict[str, Skipped],
+    seconds: float,
 ) -> dict[str, Any]:
-    """Write report.json and report.md into `folder`; returns the JSON's content."""
+    """Write report.json and report.md into `folder` (seconds: of this run); returns the JSON's content."""
     depths = np.histogram([d for s in summaries for d in s["depths"]], bins=10, range=(0, 1))[0]
     lengths = Counter(int(np.searchsorted(LENGTH_EDGES, s["tokens"], side="right")) - 1 for s in summaries)
     content: dict[str, Any] = {
@@ -47,6 +48,7 @@ def sft_report(
         "evidence_by_depth": depths.tolist(),
         "rejected": dict(sorted(rejected.items())),
         "given_up": given_up,
+        "seconds": round(seconds, 1),
         "skipped": {
             name: {"counts": dict(sorted(s.counts.items())), "examples": s.examples}
             for name, s in skipped.items()

@@ -18,10 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from longverse.data.long_sft.item import SPLITS
 from longverse.data.long_sft.prompts import variants
 from longverse.errors import UserError
 
-SPLITS = ("train", "heldout")
 HELD_OUT_EVERY = 4
 
 
