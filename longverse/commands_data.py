@@ -72,6 +72,11 @@ def sft(
     console.line((result.path.parent / "report.md").read_text(encoding="utf-8"))
     if result.spent is not None and settings.teacher is not None:
         console.note(_spending(result.spent, settings.teacher), quiet=quiet)
+    if (made := result.report["items"]) < settings.items:
+        console.error(
+            f"warning: only {made:,} of {settings.items:,} items were built; the gates turned down every attempt "
+            f"at the others (see {result.path.parent / 'report.md'})."
+        )
     console.note(f"The items are in {result.path}.", quiet=quiet)
 
 

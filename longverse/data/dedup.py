@@ -1,6 +1,7 @@
 """Exact and near-duplicate removal, in one pass and bounded memory.
 
-Exact: a 64-bit hash of the letters and digits of a document (case, spacing and punctuation aside).
+Exact: a 64-bit hash of the letters and digits of a document (case, spacing and punctuation aside; the marks
+themselves where there is no letter).
 
 Near: MinHash by one permutation (Li, Owen, Zhang 2012): every shingle's hash falls into one of `SLOTS` slots by its
 top bits and each slot keeps its smallest; slots left empty borrow from the right (rotation densification, Shrivastava
@@ -13,16 +14,17 @@ leave it, which the report states, since near-duplicates farther apart than that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from longverse.data.text import shingle_hashes
+from longverse.data.text import hash64, hashes_of_letters, letters_of, squash
 
 SLOTS = 128
 BANDS = 16
 ROWS = SLOTS // BANDS
-_BLOCK = 250_000  # characters hashed at a time, so that one giant document does not set the peak memory
+_BLOCK = 250_000  # letters hashed at a time, so that one giant document does not set the peak memory
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _SLOT_BITS = np.uint64(64 - 7)
 _BYTES_PER_DOCUMENT = SLOTS * 4 + BANDS * 16
@@ -39,12 +41,10 @@ def signature(text: str, language: str) -> tuple[int, np.ndarray]:
     width = shingle_width(language)
     slots = np.full(SLOTS, _EMPTY, dtype=np.uint64)
     exact = np.uint64(0)
-    for start in range(0, len(text), _BLOCK):
-        block = text[start : start + _BLOCK]
-        hashes = shingle_hashes(block, width)
-        if hashes.size == 0:
-            hashes = shingle_hashes(block, 1)
-            exact = _chain(exact, hashes)
+    for block in _letter_blocks(text, width - 1):
+        hashes = hashes_of_letters(block, width)
+        if hashes.size == 0:  # the only block, and shorter than a shingle
+            exact = _chain(exact, hashes_of_letters(block, 1))
             continue
         exact = _chain(exact, hashes)
         # Only small values can be a slot's smallest: keeping 1 in 16 of a long block leaves each slot's minimum
@@ -60,7 +60,25 @@ def signature(text: str, language: str) -> tuple[int, np.ndarray]:
             part = np.full(SLOTS, _EMPTY, dtype=np.uint64)
             np.minimum.at(part, (hashes >> _SLOT_BITS).astype(np.intp), low)
         slots = np.minimum(slots, part)
+    if not exact:  # not one letter: the marks themselves are compared
+        return hash64(squash(text)), _densify(slots)
     return int(exact), _densify(slots)
+
+
+def _letter_blocks(text: str, overlap: int) -> Iterator[np.ndarray]:
+    """The letters of a text in blocks of `_BLOCK`, each beginning with the last `overlap` letters of the one before:
+    where a block ends depends on letters alone, so that spacing changes no hash."""
+    held = np.zeros(0, dtype=np.uint32)
+    fresh = 0  # letters held that no block has shown
+    for start in range(0, len(text), _BLOCK):
+        letters = letters_of(text[start : start + _BLOCK])
+        held, fresh = np.concatenate([held, letters]), fresh + letters.size
+        while fresh > _BLOCK:
+            cut = held.size - fresh + _BLOCK
+            yield held[:cut]
+            held, fresh = held[max(0, cut - overlap) :], fresh - _BLOCK
+    if fresh:
+        yield held
 
 
 def _chain(exact: np.uint64, hashes: np.ndarray) -> np.uint64:

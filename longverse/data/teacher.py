@@ -7,9 +7,11 @@ the server names, or after 1, 2, 4 ... seconds; what cannot pass (a wrong key, a
 
 from __future__ import annotations
 
+import email.utils
 import hashlib
 import http.client
 import json
+import math
 import os
 import random
 import threading
@@ -24,6 +26,7 @@ from typing import Any
 from longverse.errors import UserError
 
 Messages = list[dict[str, str]]
+_LONGEST_WAIT = 3_600.0  # seconds that a build waits because an endpoint asks it to
 
 
 @dataclass(frozen=True)
@@ -161,9 +164,13 @@ class Teacher:
                     raise UserError(
                         f"the endpoint {url} refused the request ({problem}); correct url, model or key."
                     ) from None
-                named = error.headers.get("Retry-After", "") if error.headers else ""
-                if named.replace(".", "", 1).isdigit():
-                    wait = min(float(named), 300.0)
+                named = _named_wait(error.headers.get("Retry-After", "") if error.headers else "")
+                if named is not None and named > _LONGEST_WAIT:
+                    raise UserError(
+                        f"the endpoint {url} asks to wait {named / 60:,.0f} minutes ({problem}); run the same command "
+                        f"again after that: what was paid for is kept."
+                    ) from None
+                wait = wait if named is None else named
             except TimeoutError:
                 problem = f"no answer within {self.config.timeout_seconds:g} s"
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
@@ -203,6 +210,18 @@ class Teacher:
             self.spent.prompt_tokens += int(usage.get("prompt_tokens") or 0)
             self.spent.reply_tokens += int(usage.get("completion_tokens") or 0)
         return reply
+
+
+def _named_wait(header: str) -> float | None:
+    """Seconds that a Retry-After header names, as a number or as a date (RFC 9110, 10.2.3); None for neither."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -129,16 +129,30 @@ def _keep_table() -> np.ndarray:
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
+def letters_of(text: str) -> np.ndarray:
+    """uint32[n]: the code points of the letters and digits of a text, lower-cased, in order."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    high = points >= 0x10000
+    letters = _keep_table()[np.where(high, 0, points)].astype(np.uint32)
+    if high.any():  # rare Han characters and the like
+        rare = [point for point in np.unique(points[high]).tolist() if chr(point).isalnum()]
+        letters = np.where(high & np.isin(points, rare), points, letters)
+    return letters[letters > 0]
+
+
 def shingle_hashes(text: str, width: int) -> np.ndarray:
-    """uint64[n]: a hash of every run of `width` letters and digits, case, space and punctuation aside.
+    """uint64[n]: a hash of every run of `width` letters and digits, case, space and punctuation aside. Empty when the
+    text holds fewer than `width`."""
+    return hashes_of_letters(letters_of(text), width)
+
+
+def hashes_of_letters(letters: np.ndarray, width: int) -> np.ndarray:
+    """uint64[n - width + 1]: a hash of every run of `width` of the n letters.
 
     A run is hashed by prefix doubling: h(2k)[i] mixes h(k)[i] and h(k)[i + k], so a width costs log2(width) numpy
-    passes and no state. Empty when the text holds fewer than `width` letters.
+    passes and no state.
     """
-    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    points = np.where(points < 0x10000, points, 0xFFFD)  # rare planes count as one unknown letter
-    letters = _keep_table()[points]
-    letters = letters[letters > 0].astype(np.uint64)
+    letters = letters.astype(np.uint64)
     if letters.size < width:
         return np.zeros(0, dtype=np.uint64)
     with np.errstate(over="ignore"):

@@ -172,3 +172,37 @@ def test_answers_in_another_language_are_rejected():
     _in_language(spec("multi_doc_qa", "zh", 2_000), "1871")
     with pytest.raises(Reject, match="language does not match"):
         _in_language(spec("multi_doc_qa", "zh", 2_000), "the bridge")
+
+
+def test_code_without_calls_across_files_is_refused_at_once(sources):
+    (sources / "repo").mkdir()
+    for n in range(30):
+        (sources / "repo" / f"m{n}.py").write_text(f"def only_{n}(x):\n    return x + {n}\n\n\n" * 40)
+    code = {"name": "code", "path": "repo", "suffixes": [".py"], "language": "code"}
+    with pytest.raises(UserError, match="code_completion needs Python files that import one another"):
+        build_sft(sft(sources, tasks={"code_completion": 1}, sources=[code]), sources)
+
+
+def test_a_short_count_is_said_on_the_screen(sources, monkeypatch):
+    from typer.testing import CliRunner
+
+    from longverse.commands_data import app
+    from longverse.data.long_sft import builder
+
+    real = builder.build_one
+
+    def fails_once(context, spec, attempts, contamination):
+        made = real(context, spec, attempts, contamination)
+        return builder.Built("", (), {"x": 1}, attempts, {"task": spec.task, "language": "en"}) if spec.index else made
+
+    monkeypatch.setattr(builder, "build_one", fails_once)
+    values = {
+        "out": "out", "tokenizer": "tok", "items": 3, "processes": 1, "languages": {"en": 1},
+        "tasks": {"single_doc_qa": 1}, "lengths": [{"low": 1500, "high": 2000}],
+        "sources": [{"name": "en", "path": "en.jsonl"}],
+    }  # fmt: skip
+    (sources / "recipe.yaml").write_text(json.dumps(values))
+    result = CliRunner().invoke(app, ["sft", str(sources / "recipe.yaml"), "-q"])
+    assert result.exit_code == 0, result.output
+    assert "warning: only 1 of 3 items were built" in result.output
+    assert "1 of 3 items" in (sources / "out" / "report.md").read_text()

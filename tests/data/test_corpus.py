@@ -11,7 +11,7 @@ import pytest
 
 from longverse.data.config import build
 from longverse.data.corpus import CorpusConfig, build_corpus, load_corpus_config
-from longverse.data.dedup import Deduplicator, signature, similarity
+from longverse.data.dedup import _BLOCK, Deduplicator, signature, similarity
 from longverse.data.lock import FolderLock
 from longverse.data.mixture import plan_copies
 from longverse.data.shards import TokenStore
@@ -305,3 +305,25 @@ def test_workers_import_no_torch():
     code = "import sys, longverse.data.workers; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     environment = {"LONGVERSE_COMMAND": "1", "PATH": "", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_texts_without_letters_differ():
+    marks = [signature(text, "en")[0] for text in ("*** ---", "???", "... !!!", "", "*** \n ---")]
+    assert len(set(marks)) == 4
+    assert marks[0] == marks[4]  # spacing aside
+    assert 0 not in marks
+
+
+def test_rare_letters_count():
+    one, two = "\U00020000" * 40 + "\U00020001", "\U00020000" * 40 + "\U00020002"
+    assert signature(one, "zh")[0] != signature(two, "zh")[0]
+    assert signature(one, "zh")[1].any()
+
+
+def test_blocks_are_of_letters():
+    text = novel(4, 3_000)
+    assert len(text) > 2 * _BLOCK
+    spaced = text.replace(" ", "  ").replace(".", " .\n")
+    (exact, slots), (other, others) = signature(text, "en"), signature(spaced, "en")
+    assert exact == other
+    assert (slots == others).all()

@@ -1,5 +1,7 @@
 """The teacher against a real local server that misbehaves on purpose: refusals, hangs, rubbish, limits."""
 
+import dataclasses
+import email.utils
 import json
 import re
 import threading
@@ -15,7 +17,7 @@ from longverse.data.long_sft.builder import build_sft, estimate
 from longverse.data.long_sft.draft import Reject
 from longverse.data.long_sft.item import read_items
 from longverse.data.long_sft.plan import SftConfig
-from longverse.data.teacher import Teacher, TeacherConfig, Unusable
+from longverse.data.teacher import Teacher, TeacherConfig, Unusable, _named_wait
 from longverse.errors import UserError
 from tests.data.texts import history, novel, tokenizer_folder, write_jsonl
 
@@ -159,6 +161,49 @@ def test_a_refusal_is_not_repeated(server, tmp_path, status):
         ask(made)
     assert len(server.requests) == 1
     assert waits == []
+
+
+@pytest.mark.parametrize(
+    ("header", "low", "high"),
+    [("0.05", 0.05, 0.05), ("900", 900, 900), ("date", 600, 1200), ("soon", None, None), ("nan", None, None)],
+)
+def test_the_time_the_server_names(header, low, high):
+    header = email.utils.formatdate(time.time() + 1000, usegmt=True) if header == "date" else header
+    named = _named_wait(header)
+    assert named is None if low is None else low <= named <= high
+
+
+def test_a_wait_too_long_ends_the_build(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("longverse.data.teacher._LONGEST_WAIT", 0.01)
+    server.script = lambda n, body: 429
+    made, waits = teacher(server, tmp_path)
+    with pytest.raises(UserError, match=r"asks to wait .* minutes .* run the same command again after that"):
+        ask(made)
+    assert waits == []
+
+
+def test_an_interrupt_does_not_wait_for_the_endpoint(server, sources, tmp_path, quick):
+    release, hold, held = threading.Event(), threading.Event(), threading.Event()
+
+    def script(n, body):
+        if hold.is_set():
+            held.set()
+            release.wait(20)
+
+    def on_progress(done, total):
+        hold.set()
+        held.wait(5)
+        raise KeyboardInterrupt
+
+    server.script = script
+    made = config(server, sources, tmp_path / "out", items=40, tasks={"single_doc_qa": 1})
+    made = dataclasses.replace(made, teacher=dataclasses.replace(made.teacher, timeout_seconds=30.0))
+    with pytest.raises(KeyboardInterrupt):
+        build_sft(made, sources, on_progress=on_progress)
+    assert held.is_set()
+    assert not release.is_set()  # the request was still under way
+    assert any(thread.daemon and "serve" in thread.name for thread in threading.enumerate())
+    release.set()
 
 
 def test_nobody_there(tmp_path):

@@ -9,15 +9,17 @@ stands in both, and goes on. Replies of an endpoint are kept by `Teacher`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import queue
 import shutil
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 from longverse.data.config import resolve
 from longverse.data.lock import FolderLock, disk_errors, read_claim, refuse_changes
 from longverse.data.long_sft.asking import Asker, estimate_requests
-from longverse.data.long_sft.code_completion import code_completion
+from longverse.data.long_sft.code_completion import calls_across_files, code_completion
 from longverse.data.long_sft.context import Context, Spec
 from longverse.data.long_sft.draft import Reject, fit
 from longverse.data.long_sft.few_shot import few_shot
@@ -283,6 +285,11 @@ def _feasible(folder: Path, config: SftConfig, vocabulary: Vocabulary, specs: li
                 f"{task} in {language} needs documents of the kind {kind!r} and the sources have none; add a source or "
                 f"take the family or the language out."
             )
+        if task == "code_completion" and not calls_across_files(context):
+            raise UserError(
+                "code_completion needs Python files that import one another and call what they import, and the sources "
+                "have none; add a repository or take the family out."
+            )
         if task in ("single_doc_qa", "multi_turn", "stated_facts", "summary"):
             longest = max(documents, key=lambda d: d.characters)
             has = context.pool.estimate(longest.index)
@@ -355,6 +362,10 @@ def _grow(
                         f"stopped after {state.done} of {len(specs)} items; "
                         f"run the same command again to go on from there."
                     )
+        except KeyboardInterrupt:
+            with contextlib.suppress(KeyboardInterrupt):
+                results.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
+            raise
         finally:
             results.close()  # type: ignore[attr-defined]
 
@@ -369,19 +380,44 @@ def _threads(
         with lock:
             return build_one(context, spec, config.attempts, contamination)
 
-    pool = ThreadPoolExecutor(config.teacher.concurrency)
+    # Daemon threads, which a ThreadPoolExecutor's are not: Ctrl-C ends the build without waiting for an endpoint that
+    # takes its time. What `cancelled` stops waits for the replies under way, which are paid for.
+    jobs: queue.SimpleQueue[tuple[Spec, Future[Built]] | None] = queue.SimpleQueue()
+
+    def serve() -> None:
+        while (job := jobs.get()) is not None:
+            spec, future = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(spec))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(config.teacher.concurrency)]
+    for thread in threads:
+        thread.start()
     waiting: deque[tuple[Spec, Future[Built]]] = deque()
+    interrupted = False
     try:
         for spec in todo:
-            waiting.append((spec, pool.submit(work, spec)))
+            waiting.append((spec, Future()))
+            jobs.put(waiting[-1])
             if len(waiting) >= 2 * config.teacher.concurrency:
-                first, future = waiting.popleft()
-                yield first, future.result()
+                yield waiting[0][0], waiting[0][1].result()
+                waiting.popleft()
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield waiting[0][0], waiting[0][1].result()
+            waiting.popleft()
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for _, future in waiting:
+            future.cancel()
+        for _ in threads:
+            jobs.put(None)
+        for thread in threads if not interrupted else ():
+            thread.join()
 
 
 def estimate(config: SftConfig) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import random
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -155,8 +154,10 @@ def _draft(context: Context, spec: Spec, rng: random.Random, user: int, use: _Us
     return draft
 
 
-def much_used(context: Context, count: int = 5) -> list[tuple[str, int]]:
-    """The most imported files of the pool, for the report."""
-    graph = _graph(context)
-    ranks = Counter({m: len(graph.importers[m]) for m in graph.modules})
-    return [(context.pool.documents[m].title, n) for m, n in ranks.most_common(count)]
+def calls_across_files(context: Context) -> bool:
+    """Whether any file can be continued by a call of what another file defines."""
+    try:
+        graph = _graph(context)
+    except Reject:
+        return False
+    return any(_uses(context, user, module) for module in graph.modules for user in graph.importers[module])

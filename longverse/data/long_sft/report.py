@@ -39,6 +39,7 @@ def sft_report(
         if config.teacher and config.teacher.closed_book
         else "not made: no endpoint",
         "items": len(summaries),
+        "wanted": config.items,
         "tokens": sum(s["tokens"] for s in summaries),
         "by_task": dict(sorted(Counter(s["task"] for s in summaries).items())),
         "by_kind": dict(sorted(Counter(f"{s['task']}: {s['kind']}" for s in summaries).items())),
@@ -64,8 +65,8 @@ def _markdown(content: dict[str, Any]) -> str:
     lines = [
         "# Instruction data report",
         "",
-        f"{content['items']:,} items, {content['tokens']:,} tokens under `{content['tokenizer']}`; teacher: "
-        f"{content['teacher']}; closed-book check: {content['closed_book_check']}; "
+        f"{content['items']:,} of {content['wanted']:,} items, {content['tokens']:,} tokens under "
+        f"`{content['tokenizer']}`; teacher: {content['teacher']}; closed-book check: {content['closed_book_check']}; "
         f"{content['recite_first']:,} recite first.",
     ]
     for title, key in (
