@@ -72,6 +72,14 @@ class CorpusConfig:
             raise UserError(f"fraction must be in (0, 1], not {self.fraction}; 0.2 keeps a fifth of the documents.")
         if self.near_duplicates is not None and not 0.3 <= self.near_duplicates <= 1:
             raise UserError(f"near_duplicates must be 0.3 to 1 or null, not {self.near_duplicates}.")
+        if not self.out.strip():
+            raise UserError("out is empty; give the folder that the store is to be written to.")
+        if not self.max_copies >= 1:
+            raise UserError(f"max_copies must be at least 1, not {self.max_copies}; 1 repeats no document.")
+        if self.min_characters < 0:
+            raise UserError(f"min_characters must not be negative, not {self.min_characters}.")
+        if self.long_tokens is not None and self.long_tokens < 1:
+            raise UserError(f"long_tokens must be at least 1, not {self.long_tokens}; leave it out for none.")
         if not self.long_factor > 0:
             raise UserError(f"long_factor must be above 0, not {self.long_factor}; 1 leaves lengths as they are.")
         for name in ("shard_tokens", "processes", "dedup_memory_mb"):

@@ -66,6 +66,10 @@ class SourceConfig:
             raise UserError(f"source {self.name!r}: weight must be above 0, not {self.weight}; drop the source.")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise UserError(f"source {self.name!r}: fraction must be in (0, 1], not {self.fraction}.")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise UserError(
+                f"source {self.name!r}: max_documents must be at least 1, not {self.max_documents}; drop the source."
+            )
         if self.language != "auto" and self.language not in LANGUAGES:
             raise UserError(
                 f"source {self.name!r}: unknown language {self.language!r}{nearest(self.language, LANGUAGES)}"

@@ -55,6 +55,9 @@ class TeacherConfig:
         for name in ("concurrency", "retries", "max_tokens", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"teacher: {name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("temperature", "price_in", "price_out"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"teacher: {name} must not be negative, not {getattr(self, name)}.")
         if self.requests_per_minute < 0 or not self.timeout_seconds > 0:
             raise UserError("teacher: requests_per_minute must not be negative and timeout_seconds must be above 0.")
 

@@ -21,19 +21,18 @@ Out = TypeVar("Out")
 
 # One document's (exact hash, signature [SLOTS], ids as bytes).
 Tokenised = tuple[int, np.ndarray, bytes]
-_encoder: LinearEncoder | None = None
+_own: list[LinearEncoder] = []  # a worker's encoder
 
 
 def start_tokenising(tokenizer_json: str) -> None:
     """Initialise a worker: its own encoder, with its own dictionary of units."""
-    global _encoder
-    _encoder = LinearEncoder(tokenizer_json)
+    _own[:] = [LinearEncoder(tokenizer_json)]
 
 
 def tokenise(texts: list[tuple[str, str]]) -> list[Tokenised]:
     """(text, language) pairs to what the builder stores."""
-    assert _encoder is not None
-    return [(*signature(text, language), _encoder.encode_bytes(text)) for text, language in texts]
+    [encoder] = _own
+    return [(*signature(text, language), encoder.encode_bytes(text)) for text, language in texts]
 
 
 def ordered(

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from longverse.data.config import build
@@ -13,6 +14,7 @@ from longverse.data.long_sft.gates import Contamination, supported
 from longverse.data.long_sft.item import Evidence, Item, ShownDocument, parse_item, read_items
 from longverse.data.long_sft.plan import SftConfig
 from longverse.data.sources import Skipped, SourceConfig, read_source
+from longverse.data.text import shingle_hashes
 from longverse.errors import UserError
 from tests.data.texts import novel, tokenizer_folder, write_jsonl
 
@@ -206,3 +208,63 @@ def test_a_short_count_is_said_on_the_screen(sources, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "warning: only 1 of 3 items were built" in result.output
     assert "1 of 3 items" in (sources / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_copies": -1}, "max_copies must be at least 1"),
+        ({"max_copies": float("nan")}, "max_copies must be a finite number"),
+        ({"long_factor": float("inf")}, "long_factor must be a finite number"),
+        ({"out": " "}, "out is empty"),
+        ({"min_characters": -1}, "min_characters must not be negative"),
+        ({"long_tokens": 0}, "long_tokens must be at least 1"),
+        ({"sources": [{"name": "a", "path": "a", "max_documents": 0}]}, "max_documents must be at least 1"),
+        ({"sources": [{"name": "a", "path": "a", "weight": float("nan")}]}, "weight must be a finite number"),
+    ],
+)
+def test_bad_numbers_of_a_corpus(changes, message):
+    values = {"out": "x", "sources": [{"name": "a", "path": "a"}]}
+    with pytest.raises(UserError, match=message):
+        build(CorpusConfig, values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": ""}, "out is empty"),
+        ({"decontaminate_hits": 0}, "decontaminate_hits must be at least 1"),
+        ({"recite": float("nan")}, "recite must be a finite number"),
+        ({"teacher": {"url": "http://x", "model": "m", "temperature": -1}}, "temperature must not be negative"),
+        ({"teacher": {"url": "http://x", "model": "m", "price_in": float("inf")}}, "price_in must be a finite"),
+    ],
+)
+def test_bad_numbers_of_a_build(sources, changes, message):
+    with pytest.raises(UserError, match=message):
+        sft(sources, **changes)
+
+
+def test_nobody_has_such_a_home(tmp_path):
+    from longverse.data.config import resolve
+
+    with pytest.raises(UserError, match="nobody's home folder"):
+        resolve("~nobody-of-this-name/x", tmp_path)
+
+
+def test_decontamination_keeps_one_in_eight_and_maps_it(tmp_path, monkeypatch):
+    texts = [novel(n, 120) for n in range(3)]
+    for n, text in enumerate(texts):
+        (tmp_path / f"{n}.txt").write_text(text)
+    files = [tmp_path / f"{n}.txt" for n in range(3)]
+    whole = Contamination.of_files(files)
+    every = np.unique(np.concatenate([shingle_hashes(text, 60) for text in texts]))
+    assert (whole.grams["en"] == every[every & np.uint64(7) == 0]).all()
+    monkeypatch.setattr("longverse.data.long_sft.gates._FOLD", 100)  # folded many times on the way
+    folded = Contamination.of_files(files)
+    mapped = folded.mapped(tmp_path)
+    for name in ("en", "zh"):
+        assert (whole.grams[name] == folded.grams[name]).all()
+        assert (whole.grams[name] == mapped.grams[name]).all()
+    assert isinstance(mapped.grams["en"], np.memmap)
+    assert 0.8 < mapped.hits(texts[1], "en") / np.unique(shingle_hashes(texts[1], 60)).size < 1.2
+    assert mapped.hits(novel(9, 40), "en") < 64

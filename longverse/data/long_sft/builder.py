@@ -105,8 +105,7 @@ def _summary(item: Item) -> dict[str, Any]:
 
 # ---- worker processes: a context each, built once
 
-_context: Context | None = None
-_rules: tuple[int, Contamination | None] = (1, None)
+_own: list[tuple[Context, int, Contamination | None]] = []
 
 
 def _vocabulary(folder: Path, name: str, config: dict[str, Any]) -> Vocabulary:
@@ -125,15 +124,14 @@ def make_context(folder: Path, vocabulary: Vocabulary, asker: Asker | None = Non
     return Context(Pool(folder, counter), chat, counter, asker)
 
 
-def _start(folder: Path, name: str, config: dict[str, Any], attempts: int, contamination: Contamination | None) -> None:
-    global _context, _rules
-    _context = make_context(folder, _vocabulary(folder, name, config))
-    _rules = (attempts, contamination)
+def _start(folder: Path, name: str, config: dict[str, Any], attempts: int, decontaminate: bool) -> None:
+    context = make_context(folder, _vocabulary(folder, name, config))
+    _own[:] = [(context, attempts, Contamination.load(folder) if decontaminate else None)]
 
 
 def _work(spec: Spec) -> Built:
-    assert _context is not None
-    return build_one(_context, spec, *_rules)
+    [(context, attempts, contamination)] = _own
+    return build_one(context, spec, attempts, contamination)
 
 
 # ---- the build
@@ -181,7 +179,7 @@ def build_sft(
         claim = _claim(folder, config, base, vocabulary, files)
         if (finished := _finished(folder, config)) is not None:
             return finished
-        contamination = Contamination.of_files(files) if files else None
+        contamination = Contamination.of_files(files).mapped(folder) if files else None
         if claim is not None:  # written when the files it names could be read
             replace_file(folder / "config.json", claim)
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
@@ -332,7 +330,7 @@ def _grow(
         results = _threads(todo, context(), lock, config, contamination)
     else:
         settings = {"model_type": "xverse"} if vocabulary.chat.kind == "xverse" else {}
-        arguments = (folder, vocabulary.name, settings, config.attempts, contamination)
+        arguments = (folder, vocabulary.name, settings, config.attempts, contamination is not None)
         results = ordered(todo, _work, min(config.processes, max(len(todo), 1)), _start, arguments, ahead=3)
     with (folder / "items.jsonl.part").open("ab") as items, (folder / "progress.jsonl").open("ab") as progress:
         try:

@@ -16,53 +16,73 @@ import numpy as np
 
 from longverse.data.long_sft.draft import Reject
 from longverse.data.long_sft.item import Item, problem_of
+from longverse.data.shards import save_array
 from longverse.data.text import hash64, language_of_short, shingle_hashes, squash
 from longverse.errors import UserError
 
 _WIDTH = {"zh": 24, "en": 60}  # letters: about 24 characters of Chinese, 13 words of English
 _BLOCK = 500_000
-_SAMPLED = 20_000  # characters from which n-grams are sampled
+_FOLD = 2_000_000  # n-grams held before they are sorted into the others
 
 
 @dataclass(frozen=True)
 class Contamination:
-    """Hashed n-grams of the files an item must not overlap, by script."""
+    """Hashed n-grams of the files an item must not overlap, by script: one in eight, chosen by its hash.
+
+    An overlap by a passage has dozens of them. One by 13 words alone is seen in one case of eight.
+    """
 
     grams: dict[str, np.ndarray]
 
     @classmethod
     def of_files(cls, paths: list[Path]) -> Contamination:
-        """From texts, or the strings of JSONL rows. UserError for a file that cannot be read or holds no text."""
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in _WIDTH}
+        """From texts, or the strings of JSON(L). UserError for a file that cannot be read or holds no text."""
+        grams = {name: np.zeros(0, dtype=np.uint64) for name in _WIDTH}
         for path in paths:
-            before = sum(map(len, parts.values()))
+            fresh: dict[str, list[np.ndarray]] = {name: [] for name in _WIDTH}
+            held = dict.fromkeys(_WIDTH, 0)
+            any_text = False
             for text in _texts(path):
                 for name, width in _WIDTH.items():
                     for start in range(0, len(text), _BLOCK):
-                        grams = shingle_hashes(text[start : start + _BLOCK], width)
-                        if grams.size:
-                            parts[name].append(np.unique(grams))
-            if sum(map(len, parts.values())) == before:
+                        found = shingle_hashes(text[start : start + _BLOCK], width)
+                        any_text = any_text or found.size > 0
+                        fresh[name].append(_sample(found))
+                        held[name] += fresh[name][-1].size
+                    if held[name] > _FOLD:
+                        grams[name] = np.unique(np.concatenate([grams[name], *fresh[name]]))
+                        fresh[name], held[name] = [], 0
+            if not any_text:
                 raise UserError(f"{path} holds no text long enough to decontaminate against; drop it from the list.")
-        empty = np.zeros(0, dtype=np.uint64)
-        return cls({name: np.unique(np.concatenate([empty, *found])) for name, found in parts.items()})
+            grams = {name: np.unique(np.concatenate([grams[name], *fresh[name]])) for name in _WIDTH}
+        return cls(grams)
+
+    def mapped(self, folder: Path) -> Contamination:
+        """The same n-grams, written into `folder` and mapped from there: all processes share one copy."""
+        for name, grams in self.grams.items():
+            save_array(folder / f"contamination.{name}.npy", grams)
+        return self.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Contamination:
+        """What `mapped` wrote."""
+        return cls({name: np.load(folder / f"contamination.{name}.npy", mmap_mode="r") for name in _WIDTH})
 
     def hits(self, text: str, language: str) -> int:
-        """How many n-grams of the text occur in the files (of a long text, an estimate)."""
+        """About how many n-grams of the text occur in the files: eight times the sampled ones that do."""
         grams = self.grams["zh" if language == "zh" else "en"]
         if not grams.size:
             return 0
         width, found = _WIDTH["zh" if language == "zh" else "en"], 0
-        # A whole document is looked at by one n-gram in eight, chosen by its hash: what overlaps by a passage is seen.
-        sampled = len(text) > _SAMPLED
         for start in range(0, len(text), _BLOCK):
-            own = shingle_hashes(text[start : start + _BLOCK], width)
-            if sampled:
-                own = own[own & np.uint64(7) == 0]
-            own = np.unique(own)
+            own = np.unique(_sample(shingle_hashes(text[start : start + _BLOCK], width)))
             place = np.minimum(np.searchsorted(grams, own), grams.size - 1)
             found += int((grams[place] == own).sum())
-        return found * 8 if sampled else found
+        return found * 8
+
+
+def _sample(hashes: np.ndarray) -> np.ndarray:
+    return hashes[hashes & np.uint64(7) == 0]
 
 
 def _texts(path: Path) -> Iterator[str]:
@@ -79,16 +99,18 @@ def _texts(path: Path) -> Iterator[str]:
                             f"{path}, line {number} is no JSON; correct the decontamination file."
                         ) from None
             return
+        if not name.removesuffix(".gz").endswith(".json"):
+            with opened(path, "rt", encoding="utf-8") as file:
+                while text := file.read(_BLOCK):
+                    yield text
+            return
         with opened(path, "rt", encoding="utf-8") as file:
             text = file.read()
-        if name.removesuffix(".gz").endswith(".json"):  # escapes and field names are no text
-            try:
-                values = json.loads(text)
-            except (ValueError, RecursionError):
-                raise UserError(f"{path} is no JSON; correct the decontamination file.") from None
-            yield from _strings(values)
-        else:
-            yield text
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            raise UserError(f"{path} is no JSON; correct the decontamination file.") from None
+        yield from _strings(values)  # escapes and field names are no text
     except FileNotFoundError:
         raise UserError(f"the decontamination file {path} does not exist; correct its path.") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:

@@ -78,6 +78,8 @@ class SftConfig:
         for name, shares in (("tasks", self.tasks), ("languages", self.languages)):
             if not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
                 raise UserError(f"{name} needs shares that are not negative and add up to more than 0.")
+        if not self.out.strip():
+            raise UserError("out is empty; give the folder that the items are to be written to.")
         if not self.lengths:
             raise UserError("lengths needs at least one bucket of low, high and weight.")
         if not 0 <= self.recite <= 1:
@@ -86,7 +88,7 @@ class SftConfig:
             raise UserError("questions_low and questions_high must be 1 to 24, the low one not above the high one.")
         if self.split not in SPLITS:
             raise UserError(f"split must be train or heldout, not {self.split!r}.")
-        for name in ("items", "attempts", "processes"):
+        for name in ("items", "attempts", "processes", "decontaminate_hits"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
 

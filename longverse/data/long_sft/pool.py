@@ -41,7 +41,6 @@ def write_pool(
     sources: Sequence[SourceConfig],
     base: Path,
     keep: Callable[[str, str], bool],
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Skipped]:
     """Read all sources into `folder`/pool.txt and pool.jsonl, unless they are there. keep(text, language): False drops
     a document (contamination). Returns what was skipped, by source."""
@@ -71,8 +70,6 @@ def write_pool(
                 )  # fmt: skip
                 lines.append(json.dumps(asdict(row), ensure_ascii=False))
                 place += len(encoded)
-                if on_progress is not None:
-                    on_progress(len(lines), 0)
             if len(lines) == before:
                 why = "; ".join(skipped[source.name].examples[:2]) or "it is empty"
                 raise UserError(f"source {source.name!r} gave no document ({why}); correct it or drop it.")
