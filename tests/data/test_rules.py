@@ -73,13 +73,14 @@ def test_no_relatives_and_offices_as_names_and_places():
             "温子升，字鹏举，自云太原人，晋大将军之后。",
             "裴松之，字世期，河东闻喜人也，少孤。",
             "孙权，字仲谋，吴郡富春人也，坚次子。",
+            "孟鸾，字龙儿，不知何许人也，少勇。",
             "长子恪，字元逊，琅邪阳都人，有名。",
         ]
     )
     found = find_chinese(text, "史书")
     homes = {f.question: f.answers[0] for f in found if f.kind == "birthplace"}
     assert homes == {"文中介绍孙权是哪里人？": "吴郡富春"}
-    assert {f.reply for f in found if f.kind == "courtesy_name"} == {"温子升字鹏举。", "孙权字仲谋。"}
+    assert {f.reply for f in found if f.kind == "courtesy_name"} == {"温子升字鹏举。", "孟鸾字龙儿。", "孙权字仲谋。"}
 
 
 def test_definitions_are_asked_by_name():

@@ -122,6 +122,11 @@ def _lay_out(draft: Draft, ending: str) -> _Layout:
     return _Layout(messages, spans, content[spans[elastic][1] :])
 
 
+def messages_of(draft: Draft) -> Messages:
+    """The conversation as it stands, before the exact fit."""
+    return _lay_out(draft, "").messages
+
+
 _MARKS = {
     "en": (" […]", " [...]", "\n[...]", "…", " ...", "\n\n[…]"),
     "zh": ("……", "……\n", "\n……", "…", "（略）", "（下略）"),

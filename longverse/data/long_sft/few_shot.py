@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from longverse.data.long_sft.context import SLACK, TAIL, Context, Spec
-from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn
+from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn, messages_of
 from longverse.data.long_sft.multi_doc import shown_title
 from longverse.data.long_sft.offline_zh import articles, is_law
 from longverse.data.long_sft.pool import Opened
@@ -58,7 +58,7 @@ def _draft(context: Context, spec: Spec, rng: random.Random, kind: str) -> Draft
             continue
         seen.add(passage)
         examples.append(example)
-        left -= context.counter.count(f"{passage}\n{before}{label}") + 3
+        left -= context.counter.count(f"{passage}\n{before}{label}") + 1
         if left < 0:
             break
     if left > 0 or len(examples) < 8:
@@ -92,6 +92,10 @@ def _draft(context: Context, spec: Spec, rng: random.Random, kind: str) -> Draft
     return draft
 
 
+def _left(context: Context, spec: Spec, draft: Draft) -> int:
+    return spec.target - context.chat.count(messages_of(draft), counter=context.counter.count)
+
+
 _FREE = 200  # tokens that the text without a label has at least
 
 
@@ -99,7 +103,7 @@ def _trim(context: Context, spec: Spec, draft: Draft, examples: list[Example], a
     """Drop examples (never the last one with the label asked for) until the first part, which has no label, has room;
     it then begins at a paragraph of its document and stops SLACK tokens short of the target."""
     sizes = [context.counter.count(part.text) + context.counter.count(part.after) + 2 for part in draft.parts]
-    free = spec.target - context.overhead(draft) - sum(context.counter.count(part.text) for part in draft.parts)
+    free = _left(context, spec, draft)
     left = Counter(label for *_, label in examples)
     index = len(examples) - 1
     while free < _FREE + SLACK and index >= 0:
@@ -110,6 +114,8 @@ def _trim(context: Context, spec: Spec, draft: Draft, examples: list[Example], a
             examples.pop(index)
             left[label] -= 1
         index -= 1
+        if free >= _FREE + SLACK:  # the sum of hundreds of small counts is off by as many: count the whole
+            free = _left(context, spec, draft)
     heading = draft.parts[0].label
     able = [d.index for d in context.documents(spec.language) if context.pool.estimate(d.index) > 2 * free]
     for document in spec.rng.sample(able, min(len(able), 4)):

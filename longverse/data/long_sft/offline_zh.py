@@ -22,9 +22,9 @@ _COURTESY = re.compile(
 )
 # "休弟夤", "长子某": a relative of somebody named before, not a name. ("温子升" is one: 子 counts as a first letter.)
 _KINSHIP = re.compile(r"^子|[弟兄父母妻侄妹姊]|[长次从嫡庶少中幼季]子|曾孙|玄孙")
-# What stands before 人 without being a place: an office (太子舍人, 大夫人), or what somebody says of his origin.
+# Before 人, and no place: an office (太子舍人, 大夫人), or words about an origin (自云, 本, 不知何许).
 _NO_HOME = re.compile(
-    r"^(?:[其自位仕拜迁以与是为除累世少时弟兄子母]|历(?![城阳])|封(?![丘川])|任(?![城丘])|官(?!渡)|父(?!城))|[舍夫]$"
+    r"^(?:[其自位仕拜迁以与是为除累世少时弟兄子母本不何]|历(?![城阳])|封(?![丘川])|任(?![城丘])|官(?!渡)|父(?!城))|[舍夫人]$"
 )
 _VOLUME = re.compile(
     r"^[ \u3000]*(?:\S{1,4}[‧·・])?(?P<number>卷[一二三四五六七八九十百]+[上中下]?)[ \u3000]+"
