@@ -91,6 +91,44 @@ def demo_seeds(chinese: bool) -> str:
     )
 
 
+def load_convert(chinese: bool) -> str:
+    """Peak memory and speed of loading and converting, beside transformers."""
+    results = load("load_convert")
+    gigabyte, size = 1e9, results["shape"]["input_bytes"]
+    rows = []
+    for name, job in results["jobs"].items():
+        final, peak = job["final_bytes"] / gigabyte, job["peak_bytes"] / gigabyte
+        speed = f"{size / job['seconds'] / 1e6:,.0f}" if "load" not in name else "–"
+        rows.append([name, f"{job['seconds']:.1f}", f"{final:.2f}", f"{peak:.2f}", f"{peak - final:+.2f}", speed])
+    header = ["", "seconds", "final GB", "peak GB", "peak − final", "MB/s of input"]
+    return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def quant_quality(chinese: bool) -> str:
+    """What quantised weights cost and give on smol."""
+    results = load("quant_quality")
+    texts = list(results["tokens"])
+    rows = []
+    for name, form in results["formats"].items():
+        speed = form["tokens_per_second"]
+        rows.append(
+            [name, f"{form['weight_bytes'] / 1e6:.0f}"]
+            + [f"{form['kl'][text]:.4f}" for text in texts]
+            + [f"{form['perplexity'][text]:.1f}" for text in texts]
+            + [f"{speed['prefill']:,.0f}", f"{speed['decode']:.1f}", f"{100 * form['needles']:.0f} %"]
+        )
+    kl, perplexity = [f"KL {text}" for text in texts], [f"perplexity {text}" for text in texts]
+    header = ["weights", "MB", *kl, *perplexity, "read tok/s", "write tok/s", "facts found"]
+    return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def round_trip(chinese: bool) -> str:
+    """Perplexity at each step of smol's round through the formats."""
+    results = load("round_trip")
+    rows = [[name, f"{s['perplexity']:.2f}", f"{s['bytes'] / 1e6:.0f}"] for name, s in results["round"].items()]
+    return f"{table(['step', 'perplexity', 'MB'], rows)}\n"
+
+
 WRITERS: dict[str, Callable[[bool], str]] = {
     "first_light": first_light,
     "needle": needle,
