@@ -134,6 +134,9 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "needle": needle,
     "transcript": transcript,
     "demo_seeds": demo_seeds,
+    "load_convert": load_convert,
+    "quant_quality": quant_quality,
+    "round_trip": round_trip,
 }
 
 
