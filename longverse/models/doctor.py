@@ -322,7 +322,7 @@ def tokenizer_findings(folder: Path, config: dict[str, Any]) -> Iterator[Finding
         return
     try:
         tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception:
+    except Exception:  # the tokenizers library raises nothing narrower for a file it cannot read
         yield Finding(
             "error",
             "tokenizer",

@@ -217,16 +217,8 @@ def plain_config(config: dict[str, Any], plan: RopePlan, window: int) -> dict[st
     elif shape.qkv_bias and not shape.output_bias:
         family, architecture = "qwen2", "Qwen2ForCausalLM"
     written: dict[str, Any] = {"model_type": family, "architectures": [architecture]}
-    written |= {key: config[key] for key in SHARED_KEYS if config.get(key) is not None}
+    written |= shared_fields(config, shape)
     written |= {
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.norm_eps,
-        "tie_word_embeddings": shape.tied,
-        "attention_bias": shape.output_bias,
-        "mlp_bias": shape.mlp_bias,
-        "use_cache": True,
         # Dynamic NTK takes L0 from this field; everything else reads it as the window.
         "max_position_embeddings": plan.original_window if plan.kind == "dynamic" else window,
     }
@@ -262,23 +254,30 @@ def xverse_config(config: dict[str, Any], plan: RopePlan | None = None, window: 
             "AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM",
         },
     }
-    written |= {key: config[key] for key in SHARED_KEYS if config.get(key) is not None}
+    written |= shared_fields(config, shape)
     written |= {
+        "qkv_bias": shape.qkv_bias,
+        "qk_norm": shape.qk_norm,
+        "context_window": window or shape.window,
+        "max_position_embeddings": plan.original_window if plan.kind == "dynamic" else window or shape.window,
+        "rope_parameters": plan.to_rope_parameters(),
+    }
+    return written
+
+
+def shared_fields(config: dict[str, Any], shape: NetworkConfig) -> dict[str, Any]:
+    """What every layout's config.json states alike."""
+    return {
+        **{key: config[key] for key in SHARED_KEYS if config.get(key) is not None},
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": shape.norm_eps,
         "tie_word_embeddings": shape.tied,
         "attention_bias": shape.output_bias,
-        "qkv_bias": shape.qkv_bias,
         "mlp_bias": shape.mlp_bias,
-        "qk_norm": shape.qk_norm,
         "use_cache": True,
-        "context_window": window or shape.window,
-        "max_position_embeddings": plan.original_window if plan.kind == "dynamic" else window or shape.window,
-        "rope_parameters": plan.to_rope_parameters(),
     }
-    return written
 
 
 def write_remote_code(folder: Path) -> None:

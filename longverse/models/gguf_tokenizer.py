@@ -190,7 +190,7 @@ def _byte_level(metadata: dict[str, Any], vocab: dict[str, int], source: str) ->
     try:
         # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
-    except Exception as error:
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"{source} has merges that do not fit its vocabulary ({error}); convert it again.") from None
     backend = Backend(model)
     if pre == "qwen2" and metadata.get("tokenizer.ggml.pre") == "qwen2":

@@ -168,7 +168,7 @@ def licence_shown(notes: Iterable[str]) -> None:
             _licence_marker(release).parent.mkdir(parents=True, exist_ok=True)
             _licence_marker(release).touch()
         except OSError:
-            pass
+            pass  # a cache that cannot be written only means that the note is shown again
 
 
 def _licence_marker(release: Release) -> Path:

@@ -118,7 +118,7 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, str, dict[str, Path], lis
         raise UserError(f"{file} cannot be read as a tokenizer: it is not UTF-8 text; fetch it again.") from None
     try:
         return tokenizers.Tokenizer.from_str(text), text, chosen, notes
-    except Exception as error:
+    except Exception as error:  # the library raises nothing narrower for a file it cannot read
         reason = " ".join(str(error).split())[:200]
     try:
         state = json.loads(text)
@@ -130,7 +130,7 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, str, dict[str, Path], lis
     text = json.dumps(state, ensure_ascii=False)
     try:
         return tokenizers.Tokenizer.from_str(text), text, chosen, [*notes, *changes]
-    except Exception:
+    except Exception:  # as above
         raise UserError(
             f"{file} cannot be read as a tokenizer ({reason}), and it is no file of an older version that can be"
             " rewritten; fetch it again."
