@@ -12,33 +12,31 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from . import __version__, commands_data, commands_eval, commands_models, commands_train, console
+from .commands_ask import ask
+from .commands_common import (
+    AsJson,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    MinP,
+    Model,
+    Penalty,
+    Quiet,
+    Rope,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    load_engine,
+    make_sampling,
+)  # fmt: skip
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .inference.engine import Engine
-    from .inference.sampling import Sampling
-
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="An embedded name, a folder, a .gguf file or a hub id.", show_default=True)
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="The longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest word; higher varies more.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens up to this probability.")]
-MinP = Annotated[float, typer.Option(min=0, max=1, help="Drop tokens below this share of the likeliest one.")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", min=0, help="Above 1 repeats less.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="The same seed draws the same answer.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; may be repeated.")]
-Rope = Annotated[str | None, typer.Option("--rope", help="Change the RoPE plan, such as abf:500000 or dynamic:2.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no figures.")]
 
 # typer carries click inside itself and names few of its exceptions; this is the base of all wrong options.
 UsageError = typer.BadParameter.__base__
@@ -75,66 +73,7 @@ def start(
         print(GREETING)
 
 
-@app.command()
-def ask(
-    file: Annotated[str, typer.Argument(help="A .txt or .md file, or - for standard input.")],
-    questions: Annotated[list[str], typer.Argument(help="One or more questions, in quotes.")],
-    model: Model = "smol",
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
-    system: Annotated[str | None, typer.Option("--system", help="Other instructions than the built-in ones.")] = None,
-    rope: Rope = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Ask one or more questions about a document.
-
-    The document is read once; every further question costs only its own words.
-
-    [bold]Examples[/bold]
-
-    longverse ask report.txt "Who is the chair?" "What did the audit cost?"
-
-    longverse ask notes.md "What was decided?" --json
-
-    cat letter.txt | longverse ask - "Who wrote this?"
-    """
-    from .documents.reader import read
-
-    document = read(file)
-    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    engine = _load(model, dtype, device, rope, quiet)
-    from .documents.ask import prepare
-
-    prompts = prepare(engine, document, questions, max_new_tokens, system=system)
-    session = engine.session(prompts.planned_tokens)
-    for number, (question, ids) in enumerate(zip(prompts.questions, prompts.ids, strict=True)):
-        if not as_json and len(questions) > 1:
-            console.out().print(console.Text(("\n" if number else "") + question, style="bold"))
-        with console.Task(f"Reading {document.name}", quiet=quiet) as task:
-            answer = ""
-            for piece in session.stream(ids, sampling, on_progress=task):
-                task.close()
-                piece = piece if answer else piece.lstrip()
-                answer += piece
-                if not as_json:
-                    console.write(piece)
-        if as_json:
-            about = {"name": document.name, "title": document.title, "encoding": document.encoding}
-            about |= {"words": document.words, "language": document.language}  # type: ignore[dict-item]
-            record = {"question": question, "answer": answer.strip(), "model": engine.name, "document": about}
-            console.json_line(record | {"stats": console.stats_record(session.stats)})
-            continue
-        console.write("" if answer.endswith("\n") else "\n")
-        console.note(console.figures(session.stats), quiet=quiet)
+app.command()(ask)
 
 
 @app.command()
@@ -173,9 +112,9 @@ def chat(
     if file == "-":
         raise UserError("The chat reads your turns from standard input, so the document must be a file.")
     document = read(file) if file is not None else None
-    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    engine = _load(model, dtype, device, rope, quiet)
-    Chat(engine, sampling, system=system, quiet=quiet).run(document)
+    settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    engine = load_engine(model, dtype, device, rope, quiet)
+    Chat(engine, settings, system=system, quiet=quiet).run(document)
 
 
 @app.command()
@@ -211,8 +150,8 @@ def generate(
         prompt = read("-").text
     if not prompt:
         raise UserError("The prompt is empty: give a text to continue.")
-    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    engine = _load(model, dtype, device, rope, quiet)
+    settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    engine = load_engine(model, dtype, device, rope, quiet)
     ids = engine.chat.encode([{"role": "user", "content": prompt}]) if as_chat else engine.tokenizer.encode(prompt)
     if len(ids) + max_new_tokens > engine.window:
         raise UserError(
@@ -223,7 +162,7 @@ def generate(
     session = engine.session(len(ids) + max_new_tokens)
     text = ""
     with console.Task("Reading the prompt", quiet=quiet) as task:
-        for piece in session.stream(ids, sampling, on_progress=task):
+        for piece in session.stream(ids, settings, on_progress=task):
             task.close()
             text += piece
             if not as_json:
@@ -327,31 +266,8 @@ def demo(
     from .commands_demo import check, run
 
     check(folder, language)
-    engine = _load(model, dtype, device, rope, quiet)
+    engine = load_engine(model, dtype, device, rope, quiet)
     run(engine, seed, tokens, questions, language, folder, as_json=as_json, quiet=quiet)
-
-
-def _sampling(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seed: int | None,
-    stop: list[str] | None,
-) -> Sampling:  # fmt: skip
-    from .inference.sampling import Sampling
-
-    return Sampling(max_new_tokens, temperature, top_k, top_p, min_p, penalty, seed, tuple(stop or ()))
-
-
-def _load(model: str, dtype: str, device: str, rope: str | None, quiet: bool) -> Engine:
-    with console.Task(f"Loading {Path(model).name}", unit="bytes", quiet=quiet, at_once=True) as task:
-        from .inference.engine import Engine
-
-        engine = Engine.load(model, dtype=dtype, device=device, rope=rope, on_progress=task)
-    for remark in engine.notes:
-        console.note(remark, quiet=quiet)
-    if not quiet:
-        from .models.releases import licence_shown
-
-        licence_shown(engine.notes)
-    return engine
 
 
 app.add_typer(commands_eval.app, name="eval")
