@@ -2,7 +2,7 @@
 
 Every configuration of `longverse.data` is a frozen dataclass whose `__post_init__` checks its own values; this
 module only turns plain mappings into them. Relative paths are relative to the file they stand in, so a recipe can
-be run from anywhere.
+be run from anywhere; `${NAME:-default}` in any text of a file is filled in from the environment as it is read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -97,8 +99,46 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
 
 
+_VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_]\w*)(?P<default>:-[^{}]*)?\}|(?P<broken>\$\{)")
+
+
+def fill_variables(value: Any, where: str) -> Any:
+    """`value` with the environment filled into all its texts, keys excepted.
+
+    `${NAME:-default}` becomes the variable NAME, or the default where NAME is unset or empty; `${NAME}` alone must be
+    set. A text that begins with a variable and goes on with `/` is a path: a relative folder out of the environment
+    then starts where the command is run, as it would in a shell (a default starts, like all paths, at the file it
+    stands in). `$${` is written for a plain `${`. UserError for a variable that is not set and for a `${` of another
+    form.
+    """
+    if isinstance(value, dict):
+        return {key: fill_variables(inner, f"{where}: {key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [fill_variables(inner, f"{where}[{i}]") for i, inner in enumerate(value)]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+
+    def one(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        if match["broken"]:
+            raise UserError(
+                f"{where} holds a ${{ that is no ${{NAME}} or ${{NAME:-default}}; write $${{ for a plain one."
+            )
+        if name is None:
+            return "${"
+        if not (found := os.environ.get(name, "")):
+            if default is None:
+                raise UserError(f"{where} needs the environment variable {name}, which is not set; set it.")
+            return default.removeprefix(":-")
+        begins_path = match.start() == 0 and value[match.end() :].startswith("/")
+        return os.path.abspath(found) if begins_path and not found.startswith("~") else found
+
+    return _VARIABLE.sub(one, value)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. UserError for a missing file, a syntax error (with its line) or another shape."""
+    """The mapping in a YAML file, variables of the environment filled in (see `fill_variables`). UserError for a
+    missing file, a syntax error (with its line) or another shape."""
     import yaml
 
     path = Path(path)
@@ -116,7 +156,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}, line {line}: {problem}; correct the YAML.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of names to values, not {_kind(values)}.")
-    return values
+    return fill_variables(values, str(path))
 
 
 def resolve(path: str, base: Path) -> Path:
