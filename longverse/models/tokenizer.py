@@ -356,6 +356,13 @@ class Tokenizer:
         """A fresh stream for one answer."""
         return TextStream(self, skip_special=skip_special)
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes one token adds in the middle of a text; None for special tokens and for ids past the vocabulary.
+        UserError for a tokenizer whose decoder is not spelled here."""
+        if self._spelling is None:
+            raise UserError("This tokenizer's decoder does not tell the bytes of single tokens.")
+        return self._piece(token_id, False, True)
+
     def _piece(self, token_id: int, first: bool, skip_special: bool) -> bytes | None:
         """Bytes of one token; None for a special token to be skipped and for ids past the vocabulary (padding of
         the embedding).
