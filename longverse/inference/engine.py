@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..models.cache import KVCache
+from ..models.cache import Allocate, KVCache
 from ..models.chat import ChatFormat, cut_at_stop, may_stop
 from ..models.checkpoint import load
 from ..models.network import CausalLM
@@ -29,6 +29,7 @@ from .sampling import Sampler, Sampling
 # on_progress(done, total): tokens of the prompt held and tokens of the whole prompt
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
+ATTENTIONS = ("exact",)
 CHUNK = 512  # tokens a forward reads at once: large enough for matrix products to run at full speed
 
 
@@ -43,6 +44,7 @@ class Stats:
     decode_seconds: float = 0.0
     peak_memory_bytes: int = 0  # of the whole process (CPU) or of torch's allocations (GPU)
     attention: str = "exact"
+    cache: str = "full"  # the format of the keys and values
     finish_reason: str = ""  # "stop": end token or stop text; "length": max_new_tokens; "cancelled"
     rope_base: float = 0.0  # the effective base, pinned for the session
 
@@ -108,15 +110,24 @@ class Engine:
             loaded.network, loaded.tokenizer, loaded.chat, loaded.name, loaded.config, list(loaded.notes), window
         )
 
-    def session(self, planned_tokens: int) -> "Session":
+    def session(
+        self, planned_tokens: int, *, attention: str = "exact", cache: str = "full", allocate: Allocate | None = None
+    ) -> "Session":
         """A conversation of at most `planned_tokens` tokens, prompt and answers together. The RoPE base is chosen
-        from that number and stays for the session's life. Raises UserError past the window."""
+        from that number and stays for the session's life. Raises UserError past the window.
+
+        attention  "exact"
+        cache      format of the keys and values, one of models.cache.FORMATS
+        allocate   where the cache's storage comes from; memory when left out
+        """
+        if attention not in ATTENTIONS:
+            raise UserError(f"There is no attention {attention!r}: choose one of {', '.join(ATTENTIONS)}.")
         if planned_tokens > self.window:
             raise UserError(
                 f"The conversation needs {planned_tokens:,} tokens and {self.name} reads {self.window:,}:"
                 " shorten the text, or use a model with a larger window."
             )
-        return Session(self, planned_tokens)
+        return Session(self, planned_tokens, cache_format=cache, allocate=allocate)
 
 
 @dataclass
@@ -127,13 +138,14 @@ class Session:
     planned_tokens: int
     tokens: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
+    cache_format: str = "full"
+    allocate: Allocate | None = None
 
     def __post_init__(self) -> None:
         network = self.engine.network
         shape = network.config
-        self.cache = KVCache(
-            shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens, network.dtype, network.device
-        )
+        sizes = (shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens)
+        self.cache = KVCache(*sizes, network.dtype, network.device, format=self.cache_format, allocate=self.allocate)
 
     def complete(
         self,
@@ -193,7 +205,7 @@ class Session:
         self, prompt: list[int], sampling: Sampling, on_progress: Progress | None, cancelled: Cancelled | None
     ) -> Iterator[int]:
         network, end_ids = self.engine.network, self.engine.tokenizer.eos_ids
-        self.stats = stats = Stats(prompt_tokens=len(prompt))
+        self.stats = stats = Stats(prompt_tokens=len(prompt), cache=self.cache_format)
         stats.rope_base = network.config.rope.base(self.planned_tokens)
         # At least the last token of the prompt is read anew: its logits begin the answer.
         held = min(_common_prefix(self.tokens, prompt), len(prompt) - 1)
