@@ -155,13 +155,13 @@ def needle(
 
     Example: longverse eval needle --lengths 2K,8K --language en,zh
     """
-    from longverse.errors import UserError
-    from longverse.evaluation.haystack import read_haystack
+    from longverse.errors import UserError, expand
     from longverse.evaluation.needle import NeedleSettings, default_lengths, run_needle
+    from longverse.textfiles import read_text
 
     if depths < 1:
         raise UserError("--depths must be at least 1.")
-    text = None if haystack is None else read_haystack(haystack)
+    text = None if haystack is None else read_text(expand(haystack))
     chosen = None if lengths is None else _numbers(lengths, "--lengths")
     NeedleSettings(
         lengths=chosen or (1,), languages=tuple(language.split(",")), mode=mode, repeats=repeats,
@@ -406,12 +406,13 @@ def loss(
 
     Example: longverse eval loss book.txt --length 8192 --by-length
     """
-    from longverse.errors import UserError
+    from longverse.errors import UserError, expand
     from longverse.evaluation.backends import EngineBackend
-    from longverse.evaluation.haystack import generated_text, read_haystack
+    from longverse.evaluation.haystack import generated_text
     from longverse.evaluation.perplexity import loss_by_length, loss_by_position, sliding_loss
+    from longverse.textfiles import read_text
 
-    words = None if text is None else read_haystack(text)
+    words = None if text is None else read_text(expand(text))
     asked = _backend(model, rope, window, dtype, device, "engine", None, None, "", 1, 1.0, 0)
     assert isinstance(asked, EngineBackend)
     engine = asked.engine

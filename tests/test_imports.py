@@ -14,12 +14,13 @@ PACKAGE = ROOT / "longverse"
 # What each room may import from the others. The command files (cli, console, commands_*) may import everything.
 MAY_IMPORT = {
     "errors": set(),
+    "textfiles": {"errors"},
     "models": {"errors"},
     "inference": {"errors", "models"},
-    "documents": {"errors", "models", "inference"},
+    "documents": {"errors", "textfiles", "models", "inference"},
     "data": {"errors", "models"},
     "train": {"errors", "models", "data", "inference", "evaluation"},  # extend measures what it trained
-    "evaluation": {"errors", "models", "inference"},
+    "evaluation": {"errors", "textfiles", "models", "inference"},
     "server": {"errors", "models", "inference", "documents"},
 }
 OPTIONAL = {"triton", "numba", "fastapi", "matplotlib", "pyarrow", "datasets", "peft", "jieba", "rouge"}

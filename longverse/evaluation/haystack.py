@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from longverse.errors import UserError
 
@@ -189,20 +188,3 @@ def language_of(text: str) -> str:
     letters = [c for c in text[:20000] if c.isalpha()]
     chinese = sum("\u4e00" <= c <= "\u9fff" for c in letters)
     return "zh" if letters and chinese * 10 >= len(letters) else "en"
-
-
-def read_haystack(path: Path) -> str:
-    """The user's text file; UserError when it is missing, empty or not UTF-8, UTF-16 or GB18030 text."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path.") from None
-    codec = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    for name in (codec, "gb18030"):
-        try:
-            text = raw.decode(name)
-        except UnicodeDecodeError:
-            continue
-        if "\x00" not in text:
-            return text
-    raise UserError(f"{path} is no text: give a file in UTF-8, UTF-16 or GB18030.")

@@ -18,7 +18,6 @@ from longverse.evaluation.haystack import (
     generated,
     generated_text,
     language_of,
-    read_haystack,
 )
 
 
@@ -69,18 +68,6 @@ def test_a_short_text_is_read_again(tmp_path: Path) -> None:
     assert list(islice(from_text("One. Two.", "a.txt"), 4)) == ["One. ", "Two.\n\n", "One. ", "Two.\n\n"]
     with pytest.raises(UserError, match=r"a\.txt holds no text"):
         from_text(" \n", "a.txt")
-
-
-def test_reading_the_users_text(tmp_path: Path) -> None:
-    for codec in ("utf-8", "utf-8-sig", "utf-16", "gb18030"):
-        path = tmp_path / f"{codec}.txt"
-        path.write_bytes("河水记得旧河道。".encode(codec))
-        assert read_haystack(path) == "河水记得旧河道。"
-    (tmp_path / "b.bin").write_bytes(b"\x00\x01\xff\xfe\x80" * 20)
-    with pytest.raises(UserError, match="is no text"):
-        read_haystack(tmp_path / "b.bin")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_haystack(tmp_path / "absent.txt")
 
 
 def test_paraphrased_questions_share_no_word_with_the_fact() -> None:
