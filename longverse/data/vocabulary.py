@@ -76,20 +76,26 @@ class ChatCounter:
         self.encoder = LinearEncoder(vocabulary.tokenizer.backend)
         tokenizer = vocabulary.tokenizer
         added = tokenizer.backend.get_added_tokens_decoder().values()
-        # The rendered text is counted between its control strings. A token that eats the space beside it makes no clean
-        # cut, and a document that spells a control string needs care: then the format's own `encode` counts.
+        template = self.chat.kind == "template"
+        # The rendered text is counted between its control strings. A token that eats the space beside it, or that is
+        # looked for in the normalised text, makes no clean cut, and a document that spells a control string needs
+        # care: then the format's own `encode` counts.
         self._clean = not any(token.lstrip or token.rstrip or token.single_word for token in added)
-        strings = sorted({*tokenizer.control_strings, *(token.content for token in added)}, key=len, reverse=True)
-        self._foreign = re.compile("|".join(map(re.escape, strings)))
+        if tokenizer.backend.normalizer is not None:
+            self._clean = self._clean and not any(t.normalized and (template or not t.special) for t in added)
+        strings = {*tokenizer.control_strings, *(token.content for token in added)}
         self._special: re.Pattern[str] | None = None
-        self._begin = 0
-        if self.chat.kind == "template":
-            self._special = self._foreign if strings else None
-        else:
-            self._begin = len(tokenizer.encode(""))
-            if self.chat.kind == "xverse":
-                end = tokenizer.backend.id_to_token(min(tokenizer.eos_ids)) or ""
+        self._begin = 0 if template else int(tokenizer.add_bos and tokenizer.bos_id is not None)
+        if self.chat.kind == "xverse":
+            answer = self.chat.render([{"role": "assistant", "content": ""}], add_generation_prompt=False)
+            if end := answer.removeprefix("Assistant: "):
                 self._special = re.compile(re.escape(end))
+                strings.add(end)  # it need not be an added token
+            else:
+                self._clean = False  # an end without a string
+        self._foreign = re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))))
+        if template and strings:
+            self._special = self._foreign
 
     def count(
         self,

@@ -167,17 +167,6 @@ def test_killed_and_resumed_gives_the_same_file(built, sources, tmp_path):
     assert result.path.read_bytes() == built.path.read_bytes()
 
 
-def test_counts_equal_the_chat_format(sources):
-    vocabulary = load_vocabulary(str(sources / "tok"))
-    counter = ChatCounter(vocabulary)
-    for content in ("hello there", "", " x", "a <|im_end|> b", "第一条\n\n<|im_start|>", novel(9, 12)):
-        messages = [{"role": "user", "content": content + "?"}, {"role": "assistant", "content": "yes"}]
-        for prompt in (False, True):
-            assert counter.count(messages, add_generation_prompt=prompt) == len(
-                vocabulary.chat.encode(messages, add_generation_prompt=prompt)
-            )
-
-
 @pytest.fixture(scope="module")
 def context(sources, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
