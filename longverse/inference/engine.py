@@ -29,7 +29,7 @@ from .sampling import Sampler, Sampling
 # on_progress(done, total): tokens of the prompt held and tokens of the whole prompt
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
-ATTENTIONS = ("exact",)
+ATTENTIONS = ("exact", "pages")
 CHUNK = 512  # tokens a forward reads at once: large enough for matrix products to run at full speed
 
 
@@ -114,14 +114,18 @@ class Engine:
         self, planned_tokens: int, *, attention: str = "exact", cache: str = "full", allocate: Allocate | None = None
     ) -> "Session":
         """A conversation of at most `planned_tokens` tokens, prompt and answers together. The RoPE base is chosen
-        from that number and stays for the session's life. Raises UserError past the window.
+        from that number and stays for the session's life. Raises UserError past the window, but for pages.
 
-        attention  "exact"
+        attention  "exact", or "pages": in linear time, for documents past the window (inference/pages.py)
         cache      format of the keys and values, one of models.cache.FORMATS
         allocate   where the cache's storage comes from; memory when left out
         """
         if attention not in ATTENTIONS:
             raise UserError(f"There is no attention {attention!r}: choose one of {', '.join(ATTENTIONS)}.")
+        if attention == "pages":
+            from .pages import PagesSession
+
+            return PagesSession(self, planned_tokens, cache_format=cache, allocate=allocate)
         if planned_tokens > self.window:
             raise UserError(
                 f"The conversation needs {planned_tokens:,} tokens and {self.name} reads {self.window:,}:"
@@ -206,21 +210,16 @@ class Session:
     ) -> Iterator[int]:
         network, end_ids = self.engine.network, self.engine.tokenizer.eos_ids
         self.stats = stats = Stats(prompt_tokens=len(prompt), cache=self.cache_format)
-        stats.rope_base = network.config.rope.base(self.planned_tokens)
-        # At least the last token of the prompt is read anew: its logits begin the answer.
-        held = min(_common_prefix(self.tokens, prompt), len(prompt) - 1)
-        stats.reused_tokens = held
-        self.cache.truncate(held)
-        del self.tokens[held:]
+        held = stats.reused_tokens = self._begin(prompt, stats, sampling.max_new_tokens)
         started = time.perf_counter()
         try:
-            for begin in range(held, len(prompt), CHUNK):
+            for begin, end in self._pieces(held, len(prompt)):
                 if cancelled is not None and cancelled():
                     stats.finish_reason = "cancelled"
                     return
                 if on_progress is not None:
                     on_progress(begin, len(prompt))
-                hidden = self._forward(prompt[begin : begin + CHUNK])
+                hidden = self._forward(prompt[begin:end])
             if on_progress is not None:
                 on_progress(len(prompt), len(prompt))
             sampler = Sampler(sampling, prompt, network.device)
@@ -246,6 +245,21 @@ class Session:
                 stats.prefill_seconds = time.perf_counter() - started
             stats.finish_reason = stats.finish_reason or "cancelled"
             stats.peak_memory_bytes = peak_memory(network.device)
+
+    def _begin(self, prompt: list[int], stats: Stats, new_tokens: int) -> int:
+        """Keep of the cache what begins the prompt, forget the rest; returns how many tokens are held.
+        `new_tokens` is the longest answer."""
+        stats.rope_base = self.engine.network.config.rope.base(self.planned_tokens)
+        # At least the last token of the prompt is read anew: its logits begin the answer.
+        held = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
+        self.cache.truncate(held)
+        del self.tokens[held:]
+        return held
+
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Where the prompt is cut: (begin, end) of each forward."""
+        for start in range(begin, end, CHUNK):
+            yield start, min(start + CHUNK, end)
 
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> torch.Tensor:
@@ -292,7 +306,8 @@ class Session:
                 self.stats.finish_reason = reason
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists share at their beginning."""
     for n, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return n

@@ -1,0 +1,376 @@
+"""Pages: documents longer than the trained window, read in linear time and asked about in a window's worth of them.
+
+    session = engine.session(planned_tokens=262_144, attention="pages")
+    for piece in session.stream(prompt_ids): ...
+
+Reading. Each chunk sees the first tokens and a local window (PageCache), so its cost does not grow with its place.
+
+Asking. The end of the prompt, from the last blank line on, is the question. Its queries weigh the pages of the far past
+(pages_choice); the pages of most attention mass are laid out in their order between the first tokens and the newest
+ones, at positions 0, 1, 2 ... : a working set shorter than the trained window, in which the question is read
+and the answer written with exact attention. What was read plainly stays; the question and its answer are no part of
+it, so the next question finds the document as a first one would, and an answer never depends on what was asked before.
+
+Sources: first tokens that must be seen, Xiao et al. 2023 (arXiv 2309.17453); pages by their queries' mass, in the line
+of InfLLM (arXiv 2402.04617) and Quest (arXiv 2406.10774). Constants and variants were chosen by benchmarks/pages.py.
+Not done: choosing pages while reading; what takes two far places to be understood is left to the question.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..models.attention import chunk_attention
+from .engine import Session, Stats, common_prefix
+from .pages_cache import Angles, PageCache
+from .pages_choice import SCORES, Score, best_pages, page_mass
+
+Scope = Literal["all", "layer", "head"]
+SCOPES: tuple[Scope, ...] = ("all", "layer", "head")
+Positions = Literal["renumbered", "clamped"]
+HALVED = ("window", "chunk", "budget", "newest", "reserve")  # for a shorter trained window
+LEAST, MOST = 12, 256  # tokens of a question that was not named
+# choose(layer, q [1, H, T, D] unrotated, T tokens of the question) -> pages [G, count]
+Choose = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PagesSettings:
+    """How a document is read and how pages are chosen. Lengths in tokens.
+
+    first      tokens at the beginning that everything sees
+    window     local window of a chunk
+    chunk      tokens read at once
+    page       a page; a multiple of block
+    block      keys of a summary
+    budget     tokens of chosen pages
+    newest     tokens before the question that it always sees
+    reserve    positions kept for a question and its answer; longer ones leave room for fewer pages
+    scope      who chooses: "all" layers by one vote, every "layer", or every key/value "head" of every layer
+    rounds     votes in a row, each by a question that saw the pages of the one before it; for scope "all"
+    score      how a page is weighed (pages_choice.page_mass)
+    shortlist  pages that "two-step" weighs exactly
+    distance   how far before the question every far key is taken to be when it is weighed
+    positions  "renumbered": chosen pages one after another; "clamped": all at one place before the newest tokens
+    draft      tokens of a hidden first answer that choose the pages once more before the real one; 0: none
+    """
+
+    first: int = 64
+    window: int = 3072
+    chunk: int = 1024
+    page: int = 64
+    block: int = 16
+    budget: int = 2048
+    newest: int = 1024
+    reserve: int = 1024
+    scope: Scope = "all"
+    rounds: int = 1
+    score: Score = "two-step"
+    shortlist: int = 256
+    distance: int = 1536
+    positions: Positions = "renumbered"
+    draft: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("first", "page", "block", "rounds", "shortlist", *HALVED):
+            if getattr(self, name) < 1:
+                raise UserError(f"The setting {name} of pages is {getattr(self, name)} and must be at least 1.")
+        if self.page % self.block:
+            raise UserError(f"A page of {self.page} tokens must be a multiple of its blocks of {self.block}.")
+        if self.budget < self.page:
+            raise UserError(f"A budget of {self.budget} tokens holds no page of {self.page}: raise it.")
+        if self.scope not in SCOPES or self.score not in SCORES or self.positions not in ("renumbered", "clamped"):
+            raise UserError(
+                f"Pages know the scopes {', '.join(SCOPES)}, the scores {', '.join(SCORES)} and the positions"
+                f" renumbered and clamped, not {self.scope}, {self.score}, {self.positions}."
+            )
+
+    @property
+    def reach(self) -> int:
+        """Positions in use, by reading or by asking, whichever needs more."""
+        asking = self.first + self.budget + self.newest + self.page + self.reserve
+        return max(self.first + self.window + self.chunk, asking)
+
+    def within(self, window: int) -> "PagesSettings":
+        """These settings, or their halves, quarters ... until they reach no further than a trained window."""
+        settings = self
+        while settings.reach > window:
+            half = {name: getattr(settings, name) // 2 for name in HALVED}
+            if min(half.values()) < self.page:
+                raise UserError(f"A window of {window} tokens is too short for pages: ask without them.")
+            settings = replace(settings, **half)
+        return settings
+
+
+@dataclass
+class PagesSession(Session):
+    """Session's surface over a PageCache. `tokens` are those read plainly.
+
+    settings         by default the tuned ones, made smaller where the model's window is short
+    question_tokens  tokens at the end of the next prompts that are the question; None: from the last blank line on
+    chosen           pages of the latest question: int64 [layers, G, count], counted from the end of the first tokens
+    """
+
+    settings: PagesSettings | None = None
+    question_tokens: int | None = None
+    chosen: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        network = self.engine.network
+        shape = network.config
+        self.pages = settings = self.settings or PagesSettings().within(self.engine.window)
+        self.reach = settings.reach
+        self.rope_length = min(self.planned_tokens, self.reach)
+        self.angles = Angles(shape.rope, self.reach, self.rope_length, network.dtype, network.device)
+        self.cache = PageCache(  # type: ignore[assignment]
+            *(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens, network.dtype, network.device),
+            angles=self.angles,
+            first=settings.first,
+            window=settings.window,
+            chunk=settings.chunk,
+            block=settings.block,
+            bounds=settings.score == "bounds",
+            allocate=self.allocate,
+        )
+        self.working: WorkingSet | None = None
+
+    # ---- what Session calls -----------------------------------------------------------------------------
+
+    def _begin(self, prompt: list[int], stats: Stats, new_tokens: int) -> int:
+        stats.attention, stats.cache = "pages", self.cache.format
+        stats.rope_base = self.engine.network.config.rope.base(self.rope_length)
+        asked = self.question_tokens or self._question(prompt)
+        self.plain = len(prompt) - min(max(asked, 1), len(prompt))
+        held = min(common_prefix(self.tokens, prompt), self.plain)
+        self.cache.truncate(held)
+        del self.tokens[held:]
+        self.working, self.new_tokens = None, new_tokens
+        self._count(len(prompt) - self.plain, new_tokens)  # refuses before any work
+        return held
+
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        while begin < self.plain:
+            stop = min((begin // self.pages.chunk + 1) * self.pages.chunk, self.plain)
+            yield begin, stop
+            begin = stop
+        yield begin, end
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int]) -> Tensor:
+        if self.cache.length < self.plain:
+            hidden = self._run_network(ids, self.cache.attend)
+            self.cache.advance(len(ids))
+            self.tokens.extend(ids)
+        elif self.working is None:
+            hidden = self._ask(ids)
+        else:
+            hidden = self._run_network(ids, self.working.attend)
+            self.working.length += len(ids)
+        return hidden[:, -1]
+
+    def _run_network(self, ids: list[int], attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Hidden states [1, T, C]. At position 0 a rotation does nothing: `attend` gets keys and queries unrotated."""
+        network = self.engine.network
+        input_ids = torch.tensor([ids], device=network.device)  # [1, T]
+        return network.model(input_ids, torch.zeros_like(input_ids), self.rope_length, attend)
+
+    # ---- asking -----------------------------------------------------------------------------------------
+
+    def _question(self, prompt: list[int]) -> int:
+        """Tokens after the last blank line that leaves at least LEAST of them; at most MOST."""
+        tail = prompt[-MOST:]
+        pieces = [self.engine.tokenizer.decode([token], skip_special=False) for token in tail]
+        text = "".join(pieces[:-LEAST])
+        end = text.rfind("\n\n")
+        if end < 0:
+            return min(len(prompt), MOST)
+        size = 0
+        for number, piece in enumerate(pieces):  # the first token that begins after the blank line
+            if size >= end + 2:
+                return len(tail) - number
+            size += len(piece)
+        return LEAST
+
+    def _count(self, question: int, new_tokens: int) -> tuple[int, int]:
+        """Pages of the far past, and how many of them a question may take."""
+        settings = self.pages
+        far = max(0, self.plain - settings.newest - settings.first) // settings.page
+        near = self.plain - far * settings.page  # tokens seen besides pages
+        count = min(settings.budget, self.reach - near - question - new_tokens) // settings.page
+        if count < min(far, 1):
+            raise UserError(
+                f"A question of {question:,} tokens and {new_tokens:,} for the answer leave no room for pages in a"
+                f" working set of {self.reach:,}: ask for a shorter answer."
+            )
+        return far, min(far, count)
+
+    def _ask(self, ids: list[int]) -> Tensor:
+        """Choose pages for the question `ids` and read it over them; hidden states [1, T, C]."""
+        settings = self.pages
+        far, count = self._count(len(ids), self.new_tokens)
+        self.working = working = WorkingSet(self.cache, self.angles, settings, far, count, self.reach)  # type: ignore[arg-type]
+        every = torch.arange(far)[None].expand(self.cache.keys.shape[2], -1)
+        if count == far:
+            working.choose = lambda layer, q: every
+            return self._read_question(ids)
+        if settings.scope != "all":
+            working.choose = self._by_layer
+            hidden = self._read_question(ids)
+            if settings.draft:
+                # The draft's tokens join the question's in choosing; then the question is read over their choice.
+                drafted = ids + self._draft(hidden)
+                working.choose = self._by_layer
+                self._read_question(drafted)
+                return self._read_over(ids, working.chosen)
+            return hidden
+        working.choose = self._by_layer
+        self._read_question(ids)
+        for _ in range(settings.rounds - 1):
+            self._read_over(ids, self._vote(), weigh=True)
+        hidden = self._read_over(ids, self._vote())
+        if settings.draft:
+            drafted = ids + self._draft(hidden)
+            self._read_over(drafted, self._vote(), weigh=True)
+            hidden = self._read_over(ids, self._vote())
+        return hidden
+
+    def _read_question(self, ids: list[int]) -> Tensor:
+        assert self.working is not None
+        self.working.restart()
+        hidden = self._run_network(ids, self.working.attend)
+        self.working.length += len(ids)
+        self.working.choose = None  # what follows attends what was chosen
+        self.chosen = self.working.chosen
+        return hidden
+
+    def _read_over(self, ids: list[int], chosen: Tensor, weigh: bool = False) -> Tensor:
+        """Read the question over given pages [layers, G, count]; weigh: and weigh all pages by the way."""
+        assert self.working is not None
+        working, chosen = self.working, chosen.clone()
+
+        def choose(layer: int, q: Tensor) -> Tensor:
+            if weigh:
+                working.weigh(layer, q)
+            return chosen[layer]
+
+        working.choose = choose
+        return self._read_question(ids)
+
+    def _by_layer(self, layer: int, q: Tensor) -> Tensor:
+        assert self.working is not None
+        mass = self.working.weigh(layer, q)
+        if self.pages.scope != "head":
+            mass = mass.sum(0, keepdim=True).expand_as(mass)
+        return best_pages(mass, self.working.count)
+
+    def _vote(self) -> Tensor:
+        """The pages of most mass over all layers and heads, for every layer: [layers, G, count]."""
+        assert self.working is not None
+        layers, groups, _ = self.working.mass.shape
+        return best_pages(self.working.mass.sum((0, 1)), self.working.count).expand(layers, groups, -1)
+
+    def _draft(self, hidden: Tensor) -> list[int]:
+        """The likeliest continuation of a question just read, at most `draft` tokens."""
+        assert self.working is not None
+        written: list[int] = []
+        state = hidden[:, -1]
+        while len(written) < self.pages.draft:
+            token = int(self._logits(state).argmax())
+            if token in self.engine.tokenizer.eos_ids:
+                break
+            written.append(token)
+            state = self._run_network([token], self.working.attend)[:, -1]
+            self.working.length += 1
+        return written
+
+
+class WorkingSet:
+    """Per layer, what a question sees: first tokens, chosen pages, newest tokens, and then itself and its answer.
+
+    Keys are rotated to the positions 0, 1, 2 ... in that order. far, count: pages there are, and pages it holds.
+    choose is called once a layer, by the first pass over the question; mass keeps what `weigh` found.
+    """
+
+    def __init__(
+        self, cache: PageCache, angles: Angles, settings: PagesSettings, far: int, count: int, reach: int
+    ) -> None:
+        self.cache, self.angles, self.settings, self.far, self.count = cache, angles, settings, far, count
+        first = min(settings.first, cache.length)
+        self.pages_end = first + count * settings.page
+        self.newest = first + far * settings.page  # where the newest tokens begin in the document
+        self.begin = self.pages_end + cache.length - self.newest  # position of the question's first token
+        self.first, self.length = first, self.begin
+        layers, _, groups, _, size = cache.keys.shape
+        self.keys = cache.keys.new_empty(layers, 1, groups, reach, size)
+        self.values = torch.empty_like(self.keys)
+        self.choose: Choose | None = None
+        self.chosen = torch.zeros(layers, groups, count, dtype=torch.int64)
+        self.mass = torch.zeros(layers, groups, far)
+
+    def restart(self) -> None:
+        """Forget the question, to read it anew."""
+        self.length = self.begin
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append unrotated k, v [1, G, T, D] and attend unrotated q [1, H, T, D] over all: [1, H, T, D]."""
+        begin, end = self.length, self.length + k.shape[2]
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, begin:end] = self.angles.rotate(k, begin)
+        values[:, :, begin:end] = v
+        if self.choose is not None:
+            self._fill_seen_anyway(layer)
+            self.chosen[layer] = self.choose(layer, q)
+            self._fill_pages(layer)
+        return chunk_attention(self.angles.rotate(q, begin), keys[:, :, :end], values[:, :, :end])
+
+    def weigh(self, layer: int, q: Tensor) -> Tensor:
+        """Mass [G, far] of every page, from the question's unrotated queries [1, H, T, D]; kept in `mass`."""
+        groups, size = self.keys.shape[2], q.shape[-1]
+        scale = size**-0.5
+        distance = min(self.settings.distance, self.angles.cos.shape[2] - 1)
+
+        def rows(x: Tensor) -> Tensor:  # [1, H, T, D] -> [G, H / G * T, D]
+            return (x[0] * scale).reshape(groups, -1, size)
+
+        tokens = q.shape[2]
+        near = self._near(layer, rows(self.angles.rotate(q, self.begin)), tokens)
+        far = self.cache.far(layer, self.far, self.settings.page)
+        rotated = rows(self.angles.rotate_all_to(q, distance))
+        self.mass[layer] = page_mass(rotated, near, far, self.settings.score, self.settings.shortlist)
+        return self.mass[layer]
+
+    def _near(self, layer: int, q: Tensor, tokens: int) -> Tensor:
+        """Log-sum-exps [G, R] of rotated rows q [G, R, D] over the first and newest tokens and the question itself."""
+        keys = self.keys[layer, 0]  # [G, reach, D]
+        seen = torch.cat((keys[:, : self.first], keys[:, self.pages_end : self.begin + tokens]), dim=1)
+        scores = (q @ seen.transpose(1, 2)).float()  # [G, R, first + newest + T]
+        future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+        own = scores[:, :, -tokens:].unflatten(1, (-1, tokens))  # [G, H / G, T, T]
+        own.masked_fill_(future, float("-inf"))
+        return scores.logsumexp(-1)
+
+    def _fill_seen_anyway(self, layer: int) -> None:
+        cache, angles = self.cache, self.angles
+        for own, stored in ((self.keys, cache.keys), (self.values, cache.values)):
+            first = stored[layer, :, :, : self.first]
+            newest = stored[layer, :, :, self.newest : cache.length]
+            if own is self.keys:
+                first, newest = angles.rotate(first, 0), angles.rotate(newest, self.pages_end)
+            own[layer, :, :, : self.first] = first
+            own[layer, :, :, self.pages_end : self.begin] = newest
+
+    def _fill_pages(self, layer: int) -> None:
+        cache, page, span = self.cache, self.settings.page, slice(self.first, self.pages_end)
+        for own, stored in ((self.keys, cache.keys), (self.values, cache.values)):
+            pages = stored[layer, 0, :, self.first : self.newest].unflatten(1, (self.far, page))  # [G, far, page, D]
+            taken = torch.stack([pages[group, which] for group, which in enumerate(self.chosen[layer])])
+            taken = taken.flatten(1, 2)[None]  # [1, G, count * page, D]
+            if own is self.keys and self.settings.positions == "renumbered":
+                taken = self.angles.rotate(taken, self.first)
+            elif own is self.keys:
+                taken = self.angles.rotate_all_to(taken, max(self.first, self.pages_end - 1))
+            own[layer, :, :, span] = taken
