@@ -137,6 +137,9 @@ def needle(
     haystack: Annotated[Path | None, typer.Option("--haystack", help="Your own text to hide the facts in.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 24,
     seed: Seed = 0,
+    attention: Annotated[
+        str, typer.Option("--attention", help="exact, or pages: in linear time, past the window too.")
+    ] = "exact",
     out: Out = None,
     as_json: AsJson = False,
     rope: Rope = None,
@@ -170,6 +173,12 @@ def needle(
     asked = _backend(
         model, rope, window, dtype, device, backend, endpoint, tokenizer, key_env, concurrency, timeout, retries
     )
+    if attention != "exact":
+        from longverse.evaluation.backends import EngineBackend
+
+        if not isinstance(asked, EngineBackend):
+            raise UserError("--attention changes a model loaded here: leave out --endpoint and --backend.")
+        asked.attention = attention
     settings = NeedleSettings(
         lengths=chosen or default_lengths(asked.window, max_new_tokens),
         depths=tuple(i / (depths - 1) for i in range(depths)) if depths > 1 else (0.5,),

@@ -176,10 +176,13 @@ def load_tokenizer(model: str) -> tuple[Any, Any]:
 
 @dataclass
 class EngineBackend:
-    """Our own engine. The session of the last request is kept, so a common beginning is read only once."""
+    """Our own engine. The session of the last request is kept, so a common beginning is read only once.
+
+    attention: how the engine attends (Engine.session); with "pages" there is no window to keep within."""
 
     engine: Engine
     concurrency: int = 1
+    attention: str = "exact"
     _session: Session | None = field(default=None, repr=False)
 
     @property
@@ -188,7 +191,7 @@ class EngineBackend:
 
     @property
     def window(self) -> int | None:
-        return self.engine.window
+        return None if self.attention == "pages" else self.engine.window
 
     def describe(self) -> dict[str, Any]:
         rope = self.engine.network.config.rope
@@ -198,7 +201,7 @@ class EngineBackend:
             "window": self.engine.window,
             "rope": {"kind": rope.kind, "theta": rope.theta, "factor": rope.factor},
             "chat": self.engine.chat.kind,
-            "attention": "exact",
+            "attention": self.attention,
         }
 
     def encode(self, text: str) -> list[int]:
@@ -221,10 +224,12 @@ class EngineBackend:
 
         ids = self._ids(request)
         check_window(self, len(ids), request.max_new_tokens)
+        if request.end_line and self.attention == "pages":
+            raise UserError("Tasks whose answer ends with its line are not done with pages: use exact attention.")
         planned = request.planned_tokens or len(ids) + request.max_new_tokens
         if self._session is None or planned != self._session.planned_tokens or not request.reuse:
             self._session = None  # frees the old cache before the new one is made
-            self._session = self.engine.session(planned)
+            self._session = self.open_session(planned)
         session = self._session
         start = time.perf_counter()
         if request.end_line:
@@ -240,6 +245,9 @@ class EngineBackend:
             seconds=time.perf_counter() - start,
             reused_tokens=session.stats.reused_tokens,
         )
+
+    def open_session(self, planned_tokens: int) -> Session:
+        return self.engine.session(planned_tokens, attention=self.attention)
 
     def _one_line(self, session: Session, ids: list[int], limit: int) -> tuple[str, int, str]:
         """Greedy answer that never begins with, and ends at, the line feed's token or an end token."""
