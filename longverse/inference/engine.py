@@ -144,6 +144,9 @@ class Session:
     stats: Stats = field(default_factory=Stats)
     cache_format: str = "full"
     allocate: Allocate | None = None
+    # A forward always ends after this many tokens: the document's, so that an answer has the same bits whether the
+    # document was read just before it or kept (inference/store.py).
+    boundary: int = 0
 
     def __post_init__(self) -> None:
         network = self.engine.network
@@ -203,6 +206,26 @@ class Session:
             )
         return self._run(list(prompt_ids), sampling, on_progress, cancelled)
 
+    def read(self, ids: list[int], *, on_progress: Progress | None = None, cancelled: Cancelled | None = None) -> bool:
+        """Read `ids`, the beginning of prompts to come, and write nothing. Returns whether all were read; where it was
+        cancelled, the next call goes on from there. on_progress comes before every forward and at the end."""
+        if len(ids) > self.planned_tokens:
+            raise UserError(
+                f"The document has {len(ids):,} tokens and {self.planned_tokens:,} were planned: plan a longer session."
+            )
+        held = common_prefix(self.tokens, ids)
+        self.cache.truncate(held)
+        del self.tokens[held:]
+        for begin, end in self._read_pieces(held, len(ids)):
+            if cancelled is not None and cancelled():
+                return False
+            if on_progress is not None:
+                on_progress(begin, len(ids))
+            self._forward(ids[begin:end])
+        if on_progress is not None:
+            on_progress(len(ids), len(ids))
+        return True
+
     # ---- reading and writing ----------------------------------------------------------------------------
 
     def _run(
@@ -258,8 +281,14 @@ class Session:
 
     def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Where the prompt is cut: (begin, end) of each forward."""
-        for start in range(begin, end, CHUNK):
-            yield start, min(start + CHUNK, end)
+        middle = min(max(begin, self.boundary), end)
+        for first, last in ((begin, middle), (middle, end)):
+            for start in range(first, last, CHUNK):
+                yield start, min(start + CHUNK, last)
+
+    def _read_pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Where a document is cut that is read without a question."""
+        return self._pieces(begin, end)
 
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> torch.Tensor:

@@ -143,7 +143,9 @@ class PagesSession(Session):
     def _begin(self, prompt: list[int], stats: Stats, new_tokens: int) -> int:
         stats.attention, stats.cache = "pages", self.cache.format
         stats.rope_base = self.engine.network.config.rope.base(self.rope_length)
-        asked = self.question_tokens or self._question(prompt)
+        # After a document whose end is known everything is the question.
+        after = len(prompt) - self.boundary if 0 < self.boundary < len(prompt) else 0
+        asked = self.question_tokens or after or self._question(prompt)
         self.plain = len(prompt) - min(max(asked, 1), len(prompt))
         held = min(common_prefix(self.tokens, prompt), self.plain)
         self.cache.truncate(held)
@@ -152,12 +154,19 @@ class PagesSession(Session):
         self._count(len(prompt) - self.plain, new_tokens)  # refuses before any work
         return held
 
+    def _read_pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        self.working, self.plain = None, end
+        return self._plain_pieces(begin)
+
     def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        yield from self._plain_pieces(begin)
+        yield max(begin, self.plain), end
+
+    def _plain_pieces(self, begin: int) -> Iterator[tuple[int, int]]:
         while begin < self.plain:
             stop = min((begin // self.pages.chunk + 1) * self.pages.chunk, self.plain)
             yield begin, stop
             begin = stop
-        yield begin, end
 
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> Tensor:
