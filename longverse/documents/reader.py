@@ -1,23 +1,32 @@
-"""From a file to text with paragraphs: .txt, .md and other plain text, in UTF-8, UTF-16 or GB18030.
+"""From a file to a document: PDF, DOCX, EPUB, HTML, Markdown, CSV, source code and plain text in UTF-8, UTF-16 or
+GB18030; folders and several files at once.
 
-What cannot be read is named as what it is (a PDF, a picture, an empty file); bytes are never replaced or dropped. Not
-done here: PDF, DOCX, EPUB and HTML.
+What a file is, its bytes say; the name only tells kinds of text apart. What cannot be read is named as what it is (a
+scan, a picture, a locked file, an empty one); bytes are never replaced or dropped.
 """
 
+import os
 import re
 import sys
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError, expand
 from ..textfiles import LIMIT, decoded, read_bytes
+from .document import Block, Document, Paragraph, assemble
+from .plain import kind_of, plain_document
+
+__all__ = ["Block", "Document", "Paragraph", "assemble", "decode", "read", "read_many"]
+
+FOLDER_FILES = 10_000  # files of one folder
+FOLDER_BYTES = 1024 * 2**20  # and their bytes
 
 # What a file is by its first bytes, and how people call it. Where they are words that a text may begin with (RIFF,
-# GGUF), they count only when the rest is no text; a PDF or RTF file is mostly printable and is none all the same.
+# GGUF), they count only when the rest is no text; an RTF file is mostly printable and is none all the same.
 _MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"%PDF-", "a PDF; the PDF reader is not in this version, so save its text as .txt first"),
     (b"PK\x03\x04", "a ZIP archive"),
-    (b"\xd0\xcf\x11\xe0", "an old Office file; save it as plain text first"),
+    (b"\xd0\xcf\x11\xe0", "an old Office file; save it as .docx or as plain text first"),
     (b"\x89PNG", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),
     (b"GIF8", "a GIF picture"),
@@ -33,33 +42,12 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"{\\rtf", "an RTF file; save it as plain text first"),
 )
 _ZIPPED = {
-    ".docx": "a Word file", ".xlsx": "an Excel file", ".pptx": "a PowerPoint file", ".epub": "an EPUB book",
-    ".odt": "an OpenDocument text",
+    ".docx": "a Word file, and a damaged one; save it anew", ".xlsx": "an Excel file; save it as .csv first",
+    ".pptx": "a PowerPoint file; save it as a PDF first", ".epub": "an EPUB book, and a damaged one; get it anew",
+    ".odt": "an OpenDocument text; save it as .docx or as a PDF first",
 }  # fmt: skip
-_PRINTABLE_FORMATS = (b"%PDF-", b"{\\rtf")
-_HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """A stretch of text between blank lines: `document.text[start:end] == text`, no white space at its edges."""
-
-    start: int  # characters
-    end: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and what is known of it."""
-
-    name: str  # the file's name, or "standard input"
-    title: str  # its first Markdown heading, else the name
-    text: str  # newlines are \n
-    paragraphs: tuple[Paragraph, ...]
-    encoding: str  # utf-8, utf-8-sig, utf-16, utf-16-le, utf-16-be, gb18030
-    words: int  # runs of letters and digits, and single Chinese characters
-    language: str  # en or zh: a guess by the share of Chinese characters
+_PRINTABLE_FORMATS = (b"{\\rtf",)
+_SKIPPED_FOLDERS = frozenset(("__pycache__", "node_modules"))
 
 
 def read(source: str | Path) -> Document:
@@ -74,39 +62,106 @@ def read(source: str | Path) -> Document:
     return decode(read_bytes(path), path.name)
 
 
+def read_many(sources: Sequence[str | Path], *, skipped: Callable[[str, str], None] | None = None) -> list[Document]:
+    """Read files and folders, in order; `-` is standard input. A folder gives its files, also of folders in it, by
+    name; hidden ones are passed over, and `skipped(name, reason)` hears of those that are no documents.
+
+    Raises UserError for a named file that cannot be read, a folder without any document, or one far too large.
+    """
+    found: list[Document] = []
+    seen: set[Path] = set()
+    for source in sources:
+        path = expand(source)
+        if str(source) == "-" or not path.is_dir():
+            if path.exists() and (real := path.resolve()) in seen:
+                continue
+            if path.exists():
+                seen.add(real)
+            found.append(read(source))
+            continue
+        before = len(found)
+        for file in _files(path):
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            name = file.relative_to(path).as_posix()
+            try:
+                found.append(decode(read_bytes(file), name))
+            except UserError as error:
+                if skipped is not None:
+                    skipped(name, str(error))
+        if len(found) == before:
+            raise UserError(f"{path} is a folder without a document in it: give one that holds some.")
+    if not found:
+        raise UserError("There is no document: name a file or a folder.")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """The regular files under a folder, links to folders not followed. UserError past the limits."""
+    files: list[Path] = []
+    size = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS)
+        for name in sorted(names):
+            file = Path(place, name)
+            if name.startswith(".") or not file.is_file():
+                continue
+            files.append(file)
+            size += file.stat().st_size
+            if len(files) > FOLDER_FILES or size > FOLDER_BYTES:
+                raise UserError(
+                    f"{folder} holds more than {FOLDER_FILES:,} files or {FOLDER_BYTES // 2**20:,} MB, the most that is"
+                    " read at once: give a part of it."
+                )
+    return files
+
+
 def decode(data: bytes, name: str) -> Document:
-    """The document in `data`; `name` is for its title and for messages. Raises UserError as `read` does."""
+    """The document in `data`; `name` is for its title, its kind of text, and messages. Raises UserError as `read`."""
+    if len(data) > LIMIT:
+        raise UserError(f"{name} is larger than {LIMIT // 2**20} MB, the most that is read: give a part of it.")
     if not data:
         raise UserError(f"{name} is empty: give a file with text.")
+    if data.startswith(b"%PDF-") or (b"%PDF-" in data[:1024] and name.lower().endswith(".pdf")):
+        from .pdf import pdf_document
+
+        return pdf_document(data, name)
+    if data.startswith(b"PK"):
+        kind = _zip_kind(data)
+        if kind == "docx":
+            from .docx import docx_document
+
+            return docx_document(data, name)
+        if kind == "epub":
+            from .epub import epub_document
+
+            return epub_document(data, name)
+    if data.startswith(b"\xd0\xcf\x11\xe0") and "EncryptedPackage".encode("utf-16-le") in data:
+        raise UserError(f"{name} is an Office file locked with a password: save a copy without one.")
+    markup = re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", data[:512], re.IGNORECASE)
+    if (kind_of(name) == "html" and not any(data.startswith(magic) for magic, _ in _MAGIC)) or markup:
+        from .markup import html_document
+
+        return html_document(data, name)
     text, encoding = _text(data, name)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise UserError(f"{name} holds only white space: give a file with text.")
-    heading = re.search(r"^#{1,6}[ \t]+(\S.*?)[ \t#]*$", text, re.MULTILINE)
-    han = len(re.findall(f"[{_HAN}]", text))
-    words = han + len(re.findall(rf"[^\W_{_HAN}]+", text))
-    return Document(
-        name=name,
-        title=heading[1] if heading else name,
-        text=text,
-        paragraphs=tuple(_paragraphs(text)),
-        encoding=encoding,
-        words=words,
-        language="zh" if han * 5 > words else "en",
-    )
+    return plain_document(text, name, encoding)
 
 
-def _paragraphs(text: str) -> list[Paragraph]:
-    found = []
-    begin = 0
-    for gap in [*re.finditer(r"\n(?:[^\S\n]*\n)+", text), None]:
-        end = gap.start() if gap else len(text)
-        block = text[begin:end]
-        if inner := block.strip():
-            start = begin + block.index(inner)
-            found.append(Paragraph(start, start + len(inner), inner))
-        begin = gap.end() if gap else end
-    return found
+def _zip_kind(data: bytes) -> str:
+    """docx, epub, or nothing, by the files that the archive lists."""
+    import io
+
+    try:
+        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError):
+        return ""
+    if "META-INF/container.xml" in names:
+        return "epub"
+    return "docx" if any(re.fullmatch(r"word/document\d*\.xml", name) for name in names) else ""
 
 
 def _text(data: bytes, name: str) -> tuple[str, str]:

@@ -95,7 +95,7 @@ def test_words_and_language() -> None:
     [
         (b"", "is empty"),
         (b" \n\t\n", "only white space"),
-        (b"%PDF-1.7\n...", "a PDF; the PDF reader is not in this version"),
+        (b"%PDF-1.7\n...", "a damaged PDF"),
         (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
         (b"\xff\xd8\xff\xe0", "a JPEG picture"),
         (b"PK\x03\x04rest", "a ZIP archive"),
