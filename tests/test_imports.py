@@ -15,12 +15,13 @@ PACKAGE = ROOT / "longverse"
 MAY_IMPORT = {
     "errors": set(),
     "textfiles": {"errors"},
+    "web": set(),
     "models": {"errors"},
     "inference": {"errors", "models"},
     "documents": {"errors", "textfiles", "models", "inference"},
-    "data": {"errors", "models"},
+    "data": {"errors", "web", "models"},
     "train": {"errors", "models", "data", "inference", "evaluation"},  # extend measures what it trained
-    "evaluation": {"errors", "textfiles", "models", "inference"},
+    "evaluation": {"errors", "textfiles", "web", "models", "inference"},
     "server": {"errors", "models", "inference", "documents"},
 }
 OPTIONAL = {"triton", "numba", "fastapi", "matplotlib", "pyarrow", "datasets", "peft", "jieba", "rouge"}

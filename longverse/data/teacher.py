@@ -7,11 +7,9 @@ the server names, or after 1, 2, 4 ... seconds; what cannot pass (a wrong key, a
 
 from __future__ import annotations
 
-import email.utils
 import hashlib
 import http.client
 import json
-import math
 import os
 import random
 import threading
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from longverse.errors import UserError
+from longverse.web import error_text, named_wait
 
 Messages = list[dict[str, str]]
 _LONGEST_WAIT = 3_600.0  # seconds that a build waits because an endpoint asks it to
@@ -162,12 +161,12 @@ class Teacher:
                     return reply
                 problem = "its answer is no chat completion"
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {_reason(error)}"
+                problem = f"HTTP {error.code}: {error_text(error)}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     raise UserError(
                         f"the endpoint {url} refused the request ({problem}); correct url, model or key."
                     ) from None
-                named = _named_wait(error.headers.get("Retry-After", "") if error.headers else "")
+                named = named_wait(error.headers.get("Retry-After", "") if error.headers else "")
                 if named is not None and named > _LONGEST_WAIT:
                     raise UserError(
                         f"the endpoint {url} asks to wait {named / 60:,.0f} minutes ({problem}); run the same command "
@@ -213,30 +212,6 @@ class Teacher:
             self.spent.prompt_tokens += int(usage.get("prompt_tokens") or 0)
             self.spent.reply_tokens += int(usage.get("completion_tokens") or 0)
         return reply
-
-
-def _named_wait(header: str) -> float | None:
-    """Seconds that a Retry-After header names, as a number or as a date (RFC 9110, 10.2.3); None for neither."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    try:
-        text = error.read(2_000).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    try:
-        message = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = text.strip() or str(error.reason)
-    return " ".join(str(message).split())[:200]
 
 
 def _object(reply: str) -> dict[str, Any]:

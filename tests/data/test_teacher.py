@@ -17,8 +17,9 @@ from longverse.data.long_sft.builder import build_sft, estimate
 from longverse.data.long_sft.draft import Reject
 from longverse.data.long_sft.item import read_items
 from longverse.data.long_sft.plan import SftConfig
-from longverse.data.teacher import Teacher, TeacherConfig, Unusable, _named_wait
+from longverse.data.teacher import Teacher, TeacherConfig, Unusable
 from longverse.errors import UserError
+from longverse.web import named_wait
 from tests.data.texts import history, novel, tokenizer_folder, write_jsonl
 
 
@@ -169,7 +170,7 @@ def test_a_refusal_is_not_repeated(server, tmp_path, status):
 )
 def test_the_time_the_server_names(header, low, high):
     header = email.utils.formatdate(time.time() + 1000, usegmt=True) if header == "date" else header
-    named = _named_wait(header)
+    named = named_wait(header)
     assert named is None if low is None else low <= named <= high
 
 
