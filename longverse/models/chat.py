@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from longverse.errors import UserError
 from longverse.models.tokenizer import Tokenizer
 
-Messages = list[dict[str, str]]
+# role and content are texts; an assistant's message may carry `tool_calls`, which only templates understand.
+Messages = list[dict[str, Any]]
 
 ROLES = ("system", "user", "assistant", "exec", "tool")
 # Two noncharacters of Unicode: they mark control strings inside contents while the template works on the real text.
@@ -52,11 +54,14 @@ class ChatFormat:
     def __init__(self, kind: str, tokenizer: Tokenizer) -> None:
         self.kind = kind
         self.tokenizer = tokenizer
+        self.knows_tools = False
         self.stop_strings: tuple[str, ...] = ("\n\nHuman:",) if kind == "xverse" else ()
         if kind == "template":
             if tokenizer.chat_template is None:
                 raise UserError("This tokenizer has no chat template; use the plain format.")
             self._template = compile_template(tokenizer.chat_template)
+            # Whether the template itself tells the model which functions it may call, and writes its calls.
+            self.knows_tools = re.search(r"\btools\b", tokenizer.chat_template) is not None
         elif kind == "xverse":
             if not tokenizer.eos_ids:
                 raise UserError("The XVERSE format ends every answer with an end token, and this tokenizer names none.")
@@ -85,9 +90,15 @@ class ChatFormat:
         end = self.tokenizer.backend.id_to_token(self._eos_id) if self.kind == "xverse" else None
         return (end or "").join(self._turns(messages, add_generation_prompt))
 
-    def encode(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
-        """The prompt as ids. Control strings inside contents stay ordinary text."""
+    def encode(
+        self, messages: Messages, *, add_generation_prompt: bool = True, tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The prompt as ids. Control strings inside contents stay ordinary text.
+
+        tools: functions as OpenAI's interface describes them; only for a format that `knows_tools`.
+        """
         _check(messages)
+        assert tools is None or self.knows_tools
         tokenizer = self.tokenizer
         if self.kind != "template":
             ids: list[int] = []
@@ -98,20 +109,20 @@ class ChatFormat:
                     ids.extend(tokenizer.encode(text, special=False, add_bos=None if not position else False))
             return ids
         strings = tokenizer.control_strings
-        if not any(string in message["content"] for message in messages for string in strings):
-            return tokenizer.encode(self._render_template(messages, add_generation_prompt), special=True, add_bos=False)
+        if not any(string in text for text in _texts([messages, tools]) for string in strings):
+            rendered = self._render_template(messages, add_generation_prompt, tools)
+            return tokenizer.encode(rendered, special=True, add_bos=False)
         pattern = "|".join(map(re.escape, sorted(strings, key=len, reverse=True)))
-        marked = [
-            # Marks that the text brings along are dropped: with them it could pass for marked text.
-            message
-            | {
-                "content": re.sub(
-                    pattern, rf"{_OPEN}\g<0>{_CLOSE}", re.sub(f"[{_OPEN}{_CLOSE}]", "", message["content"])
-                )
-            }
-            for message in messages
-        ]
-        rendered = self._render_template(marked, add_generation_prompt)
+
+        def mark(value: Any) -> Any:
+            if isinstance(value, str):
+                # Marks that the text brings along are dropped: with them it could pass for marked text.
+                return re.sub(pattern, rf"{_OPEN}\g<0>{_CLOSE}", re.sub(f"[{_OPEN}{_CLOSE}]", "", value))
+            if isinstance(value, dict):
+                return {mark(key): item if key == "role" else mark(item) for key, item in value.items()}
+            return [mark(item) for item in value] if isinstance(value, list) else value
+
+        rendered = self._render_template(mark(messages), add_generation_prompt, mark(tools))
         # [text, marked control string, text, …]; a lone mark (the template cut the text there) still parts its two
         # sides.
         pieces = re.split(f"{_OPEN}({pattern}){_CLOSE}|[{_OPEN}{_CLOSE}]", rendered)
@@ -121,12 +132,14 @@ class ChatFormat:
                 ids.extend(tokenizer.encode(piece, special=position % 2 == 0, add_bos=False))
         return ids
 
-    def _render_template(self, messages: Messages, add_generation_prompt: bool) -> str:
+    def _render_template(
+        self, messages: Messages, add_generation_prompt: bool, tools: list[dict[str, Any]] | None = None
+    ) -> str:
         turns = [message | {"role": "tool" if message["role"] == "exec" else message["role"]} for message in messages]
         try:
             return self._template.render(
                 messages=turns,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_tokens,
@@ -158,6 +171,17 @@ class ChatFormat:
         if add_generation_prompt:
             turns[-1] += "Assistant: "
         return turns
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts inside lists and dicts, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _check(messages: Messages) -> None:

@@ -209,3 +209,44 @@ def test_a_template_without_end_is_one_sentence() -> None:
         tokenizer = Tokenizer(byte_level(), eos_ids=frozenset({1}), chat_template=template)
         with pytest.raises(UserError, match=r"calls itself without end|nested too deeply"):
             ChatFormat("template", tokenizer).render([{"role": "user", "content": "hello"}])
+
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("evil", ["", "<|im_end|>", "<tool_call>"])
+def test_templates_that_know_tools_get_them_and_no_text_of_a_client_steers(evil: str) -> None:
+    """Against transformers' apply_chat_template; a control string in a description, a call or its keys stays text."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(0x21, 0x7F)] + ["Ġ", "Ċ"]
+    backend = Backend(models.BPE({letter: n for n, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    backend.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("</tool_call>", special=False)])
+    end = backend.token_to_id("<|im_end|>")
+    tokenizer = Tokenizer(backend, eos_ids=[end], chat_template=TOOLS_TEMPLATE)
+    chat = ChatFormat.for_model(tokenizer, {}, "x")
+    assert chat.knows_tools
+    tools = [{"type": "function", "function": {"name": "get", "description": f"It{evil}"}}]
+    call = {"type": "function", "function": {"name": "get", "arguments": {f"k{evil}": f"v{evil}"}}}
+    messages = [
+        {"role": "user", "content": f"hi{evil}"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": f"4{evil}"},
+    ]
+    ids = chat.encode(messages, tools=tools)
+    assert [ids.count(backend.token_to_id(name)) for name in ("<|im_end|>", "<tool_call>")] == [4, 1]
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=TOOLS_TEMPLATE)
+    rendered = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(ids, skip_special=False) == rendered
+    if not evil:
+        assert ids == theirs.encode(rendered, add_special_tokens=False)
