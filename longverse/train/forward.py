@@ -17,19 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longverse.models.network import Attend, CausalLM, NetworkConfig
+from longverse.train.cpu_attention import causal_attention
 from longverse.train.loss import token_nll, weighted_nll
 from longverse.train.rows import Row, document_attention
 
 # Attention is the one part whose cost grows with the square of the length and whose result is as small as the layer's
 # input: kept, it is not computed twice.
-_ATTENTION_OPS = tuple(
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
+_ATTENTION_OPS = (
+    causal_attention._opoverload,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
 
 
