@@ -108,8 +108,8 @@ def finished(
     name: str, text: str, paragraphs: Sequence[Paragraph], *, title: str = "", format: str, pages: int = 1,
     unit: str = "", encoding: str = "", notes: Sequence[str] = (), opened: Mapping[int, tuple[int, str]] | None = None,
 ) -> Document:  # fmt: skip
-    """A document of a text and its paragraphs: the heading paths filled in, the words counted. `opened` names the
-    paragraphs that begin something (level, name) without being headings: definitions in code."""
+    """A document of a text and its paragraphs: the heading paths filled in, the words counted. `opened` tells of
+    paragraphs that are no headings and yet begin something (level, name) or, without a name, end it: code."""
     title = " ".join(title.split()) or first_heading(text) or name
     words, han = count_words(text)
     return Document(
@@ -135,11 +135,12 @@ def _with_headings(paragraphs: Sequence[Paragraph], opened: Mapping[int, tuple[i
     path: list[tuple[int, str]] = []  # level and text of the open headings
     made = []
     for paragraph in paragraphs:
-        level, name = opened.get(paragraph.number, (paragraph.level, ""))
+        level, name = opened.get(paragraph.number, (paragraph.level, heading_text(paragraph.text)))
         if level:
             while path and path[-1][0] >= level:
                 path.pop()
-            path.append((level, name or heading_text(paragraph.text)))
+            if name:
+                path.append((level, name))
         made.append(replace(paragraph, heading=tuple(text for _, text in path)))
     return made
 

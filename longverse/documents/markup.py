@@ -24,6 +24,15 @@ _CHARSET = re.compile(
     rb"""|^\s*<\?xml[^>]{0,100}?encoding\s*=\s*["']([\w.:-]+)""",
     re.IGNORECASE,
 )
+# What a start tag ends, and the elements that shield what is outside of them.
+_ENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "li": (("li",), ("ul", "ol", "menu")),
+    "dt": (("dt", "dd"), ("dl",)),
+    "dd": (("dt", "dd"), ("dl",)),
+    "tr": (("tr",), ("table",)),
+    "td": (("td", "th"), ("tr", "table")),
+    "th": (("td", "th"), ("tr", "table")),
+}
 _UNSEEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 
 
@@ -87,6 +96,7 @@ class Blocks(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         values = {key: value or "" for key, value in attributes}
+        self._end_implied(tag)
         self._page_mark(values)
         if tag == "br":
             self.parts.append("\n")
@@ -119,6 +129,19 @@ class Blocks(HTMLParser):
         self.handle_starttag(tag, attributes)
         if tag not in _VOID:
             self.handle_endtag(tag)
+
+    def _end_implied(self, tag: str) -> None:
+        """Close what this tag ends without an end tag of its own: `<li>` an open item, `<tr>` an open row."""
+        ends, within = _ENDS.get(tag, ((), ()))
+        if tag in _BLOCKS:
+            ends = (*ends, "p")
+        for place in range(len(self.stack) - 1, max(-1, len(self.stack) - 12), -1):
+            open_tag = self.stack[place][0]
+            if open_tag in ends:
+                self.handle_endtag(open_tag)
+                break
+            if open_tag in within or (not within and open_tag in _BLOCKS):
+                break
 
     def handle_endtag(self, tag: str) -> None:
         if not any(open_tag == tag for open_tag, _ in self.stack[-64:]):

@@ -9,7 +9,6 @@ has its page. Not done: text in pictures (a page without a text layer is named),
 import re
 from collections import Counter
 from itertools import pairwise
-from statistics import median
 
 from ..errors import UserError
 from .document import HAN, Block, Document, assemble
@@ -124,11 +123,9 @@ def _rounded(size: float) -> float:
 def _paragraphs(page: list[Line]) -> list[list[Line]]:
     if not page:
         return []
-    pitches = [a.base - b.base for a, b in pairwise(page) if 0.5 * a.size < a.base - b.base < 4 * a.size]
-    pitch = median(pitches) if pitches else 14.0
-    # The least of the usual pitches is that of lines inside a paragraph, where half of the paragraphs have one line.
-    close = [p for p in pitches if p <= pitch]
-    pitch = median(close) if close else pitch
+    # Distances of lines in units of their size; the lower ones are those inside paragraphs, however many have one line.
+    pitches = sorted((a.base - b.base) / a.size for a, b in pairwise(page) if 0.9 < (a.base - b.base) / a.size < 4)
+    pitch = min(pitches[len(pitches) // 5 if len(pitches) >= 15 else 0], 2.1) if pitches else 1.4
     right = max(line.right for line in page)
     groups = [[page[0]]]
     for before, line in pairwise(page):
@@ -141,7 +138,7 @@ def _paragraphs(page: list[Line]) -> list[list[Line]]:
 
 def _begins(group: list[Line], before: Line, line: Line, pitch: float, right: float) -> bool:
     """Whether `line` begins a paragraph after `before`, the last of `group`."""
-    size = max(before.size, 1.0)
+    size = before.size
     drop = before.base - line.base
     if abs(drop) < 0.4 * size:  # the same row: cells of a table, or a change of font
         return False
@@ -149,8 +146,7 @@ def _begins(group: list[Line], before: Line, line: Line, pitch: float, right: fl
         return True
     if drop < 0:  # a new column, or a box: a sentence may go on there
         return bool(_ENDS.search(before.text)) or not re.match(rf"[a-z{HAN}]", line.text)
-    usual = pitch * max(1.0, size / max(1.0, min(size, line.size)))
-    if drop > max(1.3 * usual, usual + 0.25 * size) and drop > 1.25 * size:
+    if drop > max(1.3 * pitch, pitch + 0.25) * size:
         return True
     if _BULLET.match(line.text):
         return True
@@ -170,7 +166,7 @@ def _joined(lines: list[Line]) -> str:
     text = lines[0].text
     for before, line in pairwise(lines):
         following = line.text
-        same_row = abs(before.base - line.base) < 0.4 * max(before.size, 1.0)
+        same_row = abs(before.base - line.base) < 0.4 * before.size
         if text.endswith("\x02"):  # PDFium's mark for a hyphen that parts a word
             text = text[:-1] + following if following[:1].islower() else f"{text[:-1]}-{following}"
         elif text.endswith("\xad"):

@@ -29,7 +29,7 @@ class Line:
     left: float
     right: float
     base: float  # y of the base line
-    size: float  # of its first character's font
+    size: float  # of the font in its middle
     bold: bool
 
 
@@ -124,9 +124,10 @@ def _page(pdf: Any, number: int) -> tuple[list[Line], bool]:
             raw.FPDFText_GetCharOrigin(handle, first, *references[:2])
             left, base = boxes[0].value, boxes[1].value
             raw.FPDFText_GetCharBox(handle, last, *references)
-            size = raw.FPDFText_GetFontSize(handle, first) * _scale(raw, ctypes, handle, first)
+            middle = places[len(places) // 2]  # not the first: a bullet has a size of its own
+            size = raw.FPDFText_GetFontSize(handle, middle) * _scale(raw, ctypes, handle, middle)
             bold = all(_bold(raw, ctypes, handle, place) for place in (first, last))
-            left, right, base, size = (round(value, 2) for value in (left, boxes[1].value, base, size))
+            left, right, base, size = (round(value, 2) for value in (left, boxes[1].value, base, max(size, 1.0)))
             lines.append(Line(written.strip(" \t"), left, right, base, size, bold))
         characters.clear()
         places.clear()

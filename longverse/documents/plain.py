@@ -32,7 +32,7 @@ _ZH_CHAPTERS = (
     re.compile(r"第[一二三四五六七八九十百千零〇两\d]+节(?:[\s\u3000：:]?[^\n]{0,40})?"),
 )
 _DEFINITION = re.compile(
-    r"(?m:^)(?P<indent>[ \t]*)(?:(?:export|default|pub(?:\([^)]*\))?|public|private|protected|internal|static|final|"
+    r"[ \t]*(?:(?:export|default|pub(?:\([^)]*\))?|public|private|protected|internal|static|final|"
     r"abstract|async|unsafe|override|inline|extern|virtual|sealed|data|open)\s+)*"
     r"(?:def|class|function\*?|func|fun|fn|struct|impl|interface|trait|enum|module|namespace|package|type|object|sub)"
     r"\s+(?P<name>[\w.:<>$*&\[\], ]*\w)"
@@ -60,7 +60,7 @@ def plain_document(text: str, name: str, encoding: str) -> Document:
     elif kind == "csv":
         spans = list(_records(text, "\t" if name.lower().endswith(".tsv") else ""))
     else:
-        spans = list(_blocks(text, _definition_level if kind == "code" else _chapter_level))
+        spans = list(_blocks(text, _no_heading if kind == "code" else _chapter_level))
     paragraphs: list[Paragraph] = []
     opened = {}  # definitions: what code under them belongs to
     page, seen = 1, 0
@@ -68,10 +68,11 @@ def plain_document(text: str, name: str, encoding: str) -> Document:
         page += text.count("\f", seen, start)
         seen = start
         number = len(paragraphs) + 1
-        if kind == "code" and level:
-            found = _DEFINITION.search(text, start, end)
-            opened[number] = (level, found["name"].strip()[:80] if found else "")
-            level = 0  # a block of code is no heading
+        if kind == "code":
+            margin = text.rfind("\n", 0, start) + 1
+            found = _DEFINITION.match(text, margin, end)
+            depth = 1 + len(text[margin:start].expandtabs(4)) // 2
+            opened[number] = (min(6, depth), found["name"].strip()[:80] if found else "")
         paragraphs.append(Paragraph(number, page, start, end, text[start:end], (), level))
     pages = text.rstrip("\f \n").count("\f") + 1
     unit = "page" if pages > 1 else ""
@@ -96,13 +97,17 @@ def _blocks(text: str, level: Callable[[str, int, int], int]) -> Iterator[Span]:
         begin = gap.end() if gap else end
 
 
+def _no_heading(text: str, begin: int, end: int) -> int:
+    return 0
+
+
 def _chapter_level(text: str, begin: int, end: int) -> int:
     if end - begin > 120:
         return 0
     line = text[begin:end].strip()
     for patterns in (_CHAPTERS, _ZH_CHAPTERS):
         for level, pattern in enumerate(patterns, start=1):
-            # A sentence that begins with "Part two" ends with a point, or a comma stands in it.
+            # A sentence that begins with "Part two" ends with a point.
             if pattern.fullmatch(line) and line[-1] not in ".,;。，；":
                 return level
     return 0
@@ -157,12 +162,6 @@ def _records(text: str, delimiter: str) -> Iterator[Span]:
     except csv.Error:  # a field past csv's limit, a lone quote: lines are records then
         for number in range(done, len(lines)):
             yield from _trimmed(text, offsets[number], offsets[number + 1])
-
-
-def _definition_level(text: str, begin: int, end: int) -> int:
-    """1, 2, 3 … by indentation for a block that begins a definition."""
-    found = _DEFINITION.search(text, begin, min(end, begin + 400))
-    return min(6, 1 + len(found["indent"].expandtabs(4)) // 2) if found else 0
 
 
 def is_han(character: str) -> bool:
