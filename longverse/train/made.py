@@ -3,6 +3,9 @@
     copy   a run of random tokens, and the same run again: the second is learned. What induction heads grow on.
     facts  a stretch of the user's texts with invented facts in it, and their questions: looking back for a purpose.
 
+Half of the facts are of the builder's kinds (data/long_sft/stated.py), whose values a model could come to guess; the
+other half are put together from words of the text and numbers, which it can only look up.
+
 Example n is a function of (seed, n) alone.
 """
 
@@ -15,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from longverse.data.long_sft.stated import Fact, FactMaker
+from longverse.data.long_sft.prompts import fill, prompt
+from longverse.data.long_sft.stated import FactMaker, plain_facts
 from longverse.errors import UserError
 from longverse.models.chat import ChatFormat
 from longverse.models.tokenizer import Tokenizer
@@ -25,6 +29,25 @@ from longverse.train.new import read_texts
 KINDS = ("copy", "facts")
 SENTENCE = re.compile(r"(?<=[。！？；])|(?<=[.!?;] )|(?<=\n)")
 HELD = 4_000_000  # characters of each text file kept for fillers
+Told = tuple[str, str, str]  # a sentence, the question about it, the answer
+# {e} has or is told to have {v} as its {a}: each a name, a value or a thing drawn from the text's own words.
+OPEN = {
+    "en": (
+        ("The {a} of {e} is {v}.", "What is the {a} of {e}?"),
+        ("The {a} that belongs to {e} is called {v}.", "What is the {a} of {e} called?"),
+        ("{e} keeps {v} in the {a}.", "What does {e} keep in the {a}?"),
+        ("For {e} the {a} was always {v}.", "What was the {a} for {e}?"),
+        ("{e} chose {v} as the {a}.", "What did {e} choose as the {a}?"),
+    ),
+    "zh": (
+        ("{e}的{a}是{v}。", "{e}的{a}是什么？"),
+        ("{e}把{a}叫做{v}。", "{e}把{a}叫做什么？"),
+        ("{e}在{a}里找到了{v}。", "{e}在{a}里找到了什么？"),
+        ("{e}的{a}换成了{v}。", "{e}的{a}换成了什么？"),
+        ("{e}用{a}记下了{v}。", "{e}用{a}记下了什么？"),
+    ),
+}
+WORDS = {"en": re.compile(r"\b[a-z]{4,9}\b"), "zh": re.compile(r"[\u4e00-\u9fff]{2,3}")}
 
 
 class Made:
@@ -44,14 +67,20 @@ class Made:
         self.lengths = np.zeros(0, dtype=np.int64)
         self.tokenizer, self.chat = tokenizer, chat
         self.low, self.high = min_tokens, max_tokens
-        self._texts: list[str] = []
+        self._texts: list[tuple[str, str, list[str]]] = []  # language, text, words of it
         if kind == "facts":
             if not texts:
                 raise UserError("A made source of facts needs 'texts', the files that the facts are put into.")
             if max_tokens < 96:
                 raise UserError(f"Facts do not fit into {max_tokens} tokens: max_tokens must be at least 96.")
             for path in texts:
-                self._texts.append(_beginning(Path(path)))
+                text = _beginning(Path(path))
+                chinese = sum("\u4e00" <= letter <= "\u9fff" for letter in text[:2000]) > 600
+                language = "zh" if chinese else "en"
+                words = sorted(set(WORDS[language].findall(text[:400_000])))
+                if not words:
+                    raise UserError(f"{path} holds no words to put facts together from: give a text in prose.")
+                self._texts.append((language, text, words))
         self._ordinary = [n for n in range(tokenizer.vocab_size) if n not in tokenizer.special_ids]
 
     def get(self, index: int) -> Example:
@@ -75,27 +104,47 @@ class Made:
         return Example(ids, ((len(run) + 2, len(ids), 1.0),), f"copy {index}")
 
     def _facts(self, rng: random.Random, target: int, index: int) -> Example:
-        text = rng.choice(self._texts)
-        chinese = sum("\u4e00" <= letter <= "\u9fff" for letter in text[:2000]) > 600
-        language = "zh" if chinese else "en"
+        language, text, words = rng.choice(self._texts)
         start = rng.randrange(max(1, len(text) - 6 * target))
         maker = FactMaker(language, "train", rng, text[start : start + 6 * target])
-        facts = [maker.plain() for _ in range(rng.randint(1, max(1, min(6, target // 96))))]
-        size = target * (1 if chinese else 3)
-        ids, spans = self._tell(rng, text[start : start + size], facts, chinese)
+        facts: list[Told] = []
+        for _ in range(rng.randint(1, max(1, min(6, target // 96)))):
+            known = plain_facts(maker, 1) if rng.random() < 0.5 else []
+            facts += [(fact.sentences[0], fact.question, fact.answers[0]) for fact in known] or [
+                _open_fact(rng, language, words)
+            ]
+        frame = prompt("stated_facts", language, rng) if rng.random() < 0.6 else "{documents}\n\n{question}"
+        size = target * (1 if language == "zh" else 3)
+        ids, spans = self._tell(rng, text[start : start + size], facts, frame, language)
         for _ in range(3):  # towards the target, then within the limit
             if 0.9 * target <= len(ids) <= target:
                 break
             size = max(0, int(size * 0.97 * target / len(ids)))
-            ids, spans = self._tell(rng, text[start : start + size], facts, chinese)
+            ids, spans = self._tell(rng, text[start : start + size], facts, frame, language)
         while len(ids) > self.high:
-            size, facts = (size * 3 // 4, facts) if size > 60 else (0, facts[: max(1, len(facts) - 1)])
-            ids, spans = self._tell(rng, text[start : start + size], facts, chinese)
-            assert size or len(facts) > 1 or len(ids) <= self.high, "one fact alone exceeds max_tokens"
+            if size > 60:
+                size = size * 3 // 4
+            elif len(facts) > 1 or size:
+                size, facts = 0, facts[: max(1, len(facts) - 1)]
+            else:
+                frame, facts = "{documents}\n\n{question}", [_open_fact(rng, language, words)]
+            ids, spans = self._tell(rng, text[start : start + size], facts, frame, language)
         return Example(np.array(ids, dtype=np.int64), tuple(spans), f"facts {index}")
 
-    def _tell(self, rng: random.Random, text: str, facts: list[Fact], chinese: bool) -> Any:
-        return encode_conversation(_conversation(rng, text, facts, chinese), self.chat)
+    def _tell(self, rng: random.Random, text: str, facts: list[Told], frame: str, language: str) -> Any:
+        return encode_conversation(_conversation(rng, text, facts, frame, language), self.chat)
+
+
+def _open_fact(rng: random.Random, language: str, words: list[str]) -> Told:
+    sentence, question = rng.choice(OPEN[language])
+    if language == "zh":
+        bearer, value = rng.choice(words), rng.choice(words)
+    else:
+        bearer, value = " ".join(rng.choice(words).capitalize() for _ in range(rng.randint(1, 2))), rng.choice(words)
+    if rng.random() < 0.4:
+        value = str(rng.randint(10, 9999))
+    filled = {"e": bearer, "a": rng.choice(words), "v": value}
+    return fill(sentence, **filled), fill(question, **filled), value
 
 
 def _beginning(path: Path) -> str:
@@ -108,14 +157,13 @@ def _beginning(path: Path) -> str:
     return "\n".join(parts)
 
 
-def _conversation(rng: random.Random, text: str, facts: list[Fact], chinese: bool) -> list[dict[str, Any]]:
+def _conversation(rng: random.Random, text: str, facts: list[Told], frame: str, language: str) -> list[dict[str, Any]]:
     sentences = [part for part in re.split(SENTENCE, text)[1:] if part]
-    for fact in facts:
-        sentences.insert(rng.randint(0, len(sentences)), fact.sentences[0] + ("" if chinese else " "))
-    asked = rng.sample(facts, len(facts))
+    for sentence, _, _ in facts:
+        sentences.insert(rng.randint(0, len(sentences)), sentence + ("" if language == "zh" else " "))
     messages = []
-    for n, fact in enumerate(asked):
-        content = fact.question if n else "".join(sentences) + "\n\n" + fact.question
+    for n, (_, question, answer) in enumerate(rng.sample(facts, len(facts))):
+        content = question if n else fill(frame, documents="".join(sentences), question=question)
         messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": fact.answers[0]})
+        messages.append({"role": "assistant", "content": answer})
     return messages
