@@ -1,83 +1,184 @@
 """The model card's claims on a small model: what does each step of the recipe bring, at 1 to 128 times the base window?
 
-    longverse extend build/tiny/base --recipe recipes/tiny_cpu.yaml --out runs/tiny     (first, about two hours)
-    python benchmarks/recipe_study.py runs/tiny --factors 1 2 4 8
+    longverse extend build/tiny/base --recipe recipes/tiny_cpu.yaml --out runs/tiny          (first)
+    python benchmarks/recipe_study.py runs/tiny --window 2048 --factors 1 2 4 8 16
 
-Variants, all from the stages that the run kept:
+Variants, all from the stages that the run kept (--base, --cpt, --sft name them; the last three when left out, and for
+a run of adapters the model it began with, the first and the last stage):
 
-    base                 as pre-trained, window 2K, base 10,000
+    base                 as pre-trained
     abf, ntk, linear, yarn   the base with the RoPE plan alone changed, nothing trained
     abf+cpt              ABF and continued pre-training
     abf+cpt+ntk          that with dynamic NTK, nothing trained since
     abf+cpt+ntk+sft      the whole recipe
-    stock                the whole recipe read in chunks with the base recomputed from what has been read so far, as
+    stock                the whole recipe, the base recomputed at every forward from what has been read so far, as
                          transformers' dynamic RoPE does it
 
-For each: loss by length of the context on held-out text (the same 256 last tokens, so that lengths compare), the
-share of invented facts found (four depths, two languages), and the loss on short texts. Writes
-benchmarks/results/recipe_study.json and, with matplotlib, recipe_study.png. `--quick` takes few texts and facts.
+For each: the loss of the same last 256 tokens with more and more text before them; the loss by position in the longest
+text; the share of invented facts found (four depths, two languages); the loss of short texts. A variant and length that
+is done is kept in RUN/study.jsonl, so a run that was stopped goes on. Writes benchmarks/results/recipe_study.json
+(--name gives another name) with the claims judged, and with matplotlib the pictures beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, table, write_results
 
-from longverse.evaluation.backends import EngineBackend
+from longverse.evaluation.engine_backend import EngineBackend
 from longverse.evaluation.needle import NeedleSettings, run_needle
-from longverse.inference.engine import CHUNK, Engine
+from longverse.evaluation.perplexity import loss_by_length, loss_by_position
+from longverse.inference.engine import Engine
+from longverse.models.adapters import is_adapter, merge_adapter
+from longverse.models.checkpoint import build, open_model
+from longverse.models.network import NetworkConfig
+from longverse.models.rope import RopePlan, Rotary
 from longverse.train.new import read_texts
 
 SCORED = 256  # tokens whose loss is compared at every length
+DEPTHS = (0.1, 0.4, 0.6, 0.9)
+FAR = 1 << 24  # the window is what is studied, so none is enforced
 
 
-def variants(run: Path, window: int, factor: int) -> Iterator[tuple[str, Engine, bool]]:
-    """Name, engine, and whether the base is recomputed on the way."""
-    stages = {path.name.split("-", 1)[1]: path / "model" for path in sorted((run / "stages").iterdir())}
-    order = list(stages)
-    base, cpt, sft = str(stages[order[-3]]), str(stages[order[-2]]), str(stages[order[-1]])
-    far = 1 << 24  # the window is what is studied, so none is enforced
+class StockRotary(Rotary):
+    """The base from what the forward has reached, whatever was planned: what transformers does."""
 
-    def engine(model: str, rope: str | None = None) -> Engine:
-        return Engine.load(model, dtype="float32", rope=rope, window=far)
+    def forward(self, positions: torch.Tensor, rope_length: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(positions, int(positions.max()) + 1)
 
-    yield "base", engine(base), False
-    yield "abf", engine(base, "abf:500000"), False
+
+@dataclass(frozen=True)
+class Places:
+    """Where the three stages are: a checkpoint folder or a name, and for a run of adapters the one to merge."""
+
+    base: tuple[str, Path | None]
+    cpt: tuple[str, Path | None]
+    sft: tuple[str, Path | None]
+
+    @classmethod
+    def find(cls, run: Path, names: tuple[str | None, str | None, str | None]) -> Places:
+        stages = {path.name.split("-", 1)[1]: path for path in sorted((run / "stages").iterdir())}
+        order = list(stages)
+        model = json.loads((run / "run.json").read_text())["recipe"]["model"]
+        adapters = is_adapter(stages[order[-1]] / "adapter")
+        chosen = [order[0], order[-1]] if adapters else [order[-2], order[-1]]
+        base, cpt, sft = names[0], names[1] or chosen[0], names[2] or chosen[1]
+        if adapters:
+            return cls((base or model, None), (model, stages[cpt] / "adapter"), (model, stages[sft] / "adapter"))
+        base = str(stages[base or order[-3]] / "model")
+        return cls((base, None), (str(stages[cpt] / "model"), None), (str(stages[sft] / "model"), None))
+
+
+def engine(place: tuple[str, Path | None], rope: str | None = None, stock: bool = False) -> Engine:
+    """The plain model, without what its name may bring along, in float32."""
+    name, adapter = place
+    opened = open_model(name)
+    shape = NetworkConfig.from_dict(opened.config)
+    network = build(shape, opened.tensors, torch.float32, torch.device("cpu"), opened.form)
+    if adapter is not None:
+        merge_adapter(network, adapter)
+    if rope is not None:
+        plan = RopePlan.parse(rope, network.config.rope, network.config.window)
+        network.config = replace(network.config, rope=plan)
+        network.model.rotary.plan = plan
+    if stock:
+        network.model.rotary = StockRotary(network.config.rope)
+    return Engine(network, opened.tokenizer, opened.chat(), opened.name, opened.config, window=FAR)
+
+
+def variants(places: Places, window: int, factor: int, asked: argparse.Namespace) -> Iterator[tuple[str, Engine]]:
+    """What is studied at `factor` times the base window."""
+    yield "base", engine(places.base)
+    yield "abf", engine(places.base, f"abf:{asked.theta:g}")
     if factor > 1:
-        yield "ntk", engine(base, f"ntk:{factor}"), False
-        yield "linear", engine(base, f"linear:{factor}"), False
-        yield "yarn", engine(base, f"yarn:{factor}:{window}"), False
-    yield "abf+cpt", engine(cpt), False
-    yield "abf+cpt+ntk", engine(cpt, "dynamic:2:8192"), False
-    yield "abf+cpt+ntk+sft", engine(sft), False
-    yield "stock", engine(sft), True
+        yield "ntk", engine(places.base, f"ntk:{factor}")
+        yield "linear", engine(places.base, f"linear:{factor}")
+        yield "yarn", engine(places.base, f"yarn:{factor}:{window}")
+    yield "abf+cpt", engine(places.cpt)
+    final = engine(places.sft)
+    dynamic = final.network.config.rope
+    if dynamic.kind == "dynamic":
+        yield "abf+cpt+ntk", engine(places.cpt, f"dynamic:{dynamic.factor:g}:{dynamic.original_window}")
+    yield "abf+cpt+ntk+sft" if dynamic.kind == "dynamic" else "abf+cpt+sft", final
+    if dynamic.kind == "dynamic":
+        yield "stock", engine(places.sft, stock=True)
 
 
-@torch.inference_mode()
-def last_loss(engine: Engine, ids: list[int], stock: bool) -> float:
-    """Mean loss in nats of the last SCORED tokens of ids, given all before them."""
-    network, session = engine.network, engine.session(len(ids))
-    cache, losses = session.cache, []
-    for begin in range(0, len(ids) - 1, CHUNK):
-        part = torch.tensor([ids[begin : min(begin + CHUNK, len(ids) - 1)]])
-        end = begin + part.shape[1]
-        planned: Any = end if stock else cache.rope_length
-        logits = network(part, torch.arange(begin, end)[None], planned, cache.attend)[0]
-        cache.advance(end - begin)
-        losses.append(
-            torch.nn.functional.cross_entropy(logits, torch.tensor(ids[begin + 1 : end + 1]), reduction="none")
-        )
-    return float(torch.cat(losses)[-SCORED:].mean())
+def measure(model: Engine, ids: list[int], length: int, texts: int, repeats: int, curve: bool) -> dict[str, Any]:
+    """All figures of one variant at one length."""
+    backend = EngineBackend(model)
+    row: dict[str, Any] = {"length": length}
+    row["loss"] = loss_by_length(backend, ids, lengths=[length], scored=SCORED, texts=texts).mean
+    row["short_loss"] = loss_by_position(backend, ids, length=2 * SCORED, texts=4 * texts, blocks=1).mean
+    if curve:
+        found = loss_by_position(backend, ids, length=length, texts=texts, blocks=16)
+        row["curve"] = [(begin, end, round(loss, 4)) for begin, end, loss, _ in found.blocks]
+    result = run_needle(backend, NeedleSettings((length,), DEPTHS, ("en", "zh"), repeats=repeats))
+    row |= {"found_en": result.found("en"), "found_zh": result.found("zh"), "facts": len(result.trials)}
+    return row
 
 
-def held_out(path: Path, characters: int) -> str:
-    """The end of a text file, which few training steps see."""
-    return "\n".join(read_texts(path))[-characters:]
+# ---- the card's claims ----------------------------------------------------------------------------------
+
+# A claim, the variant it speaks for, the one it is held against, the figure. Each is judged at the length where the two
+# differ most, whichever way.
+CLAIMS = (
+    ("ABF alone lets far tokens be used: nothing trained", "abf", "base", "loss"),
+    ("ABF alone finds facts past the base window: nothing trained", "abf", "base", "found"),
+    ("A little continued pre-training after ABF lowers the loss of long texts", "abf+cpt", "abf", "loss"),
+    ("A little continued pre-training after ABF finds more facts", "abf+cpt", "abf", "found"),
+    ("Dynamic NTK lowers the loss past the trained length, nothing trained", "abf+cpt+ntk", "abf+cpt", "loss"),
+    ("Dynamic NTK finds more facts, nothing trained", "abf+cpt+ntk", "abf+cpt", "found"),
+    ("Fine-tuning on long instructions finds more facts", "abf+cpt+ntk+sft", "abf+cpt+ntk", "found"),
+    ("Short texts lose nothing by the whole recipe", "abf+cpt+ntk+sft", "base", "short_loss"),
+    ("The base chosen once finds more than the base recomputed at every forward", "abf+cpt+ntk+sft", "stock", "found"),
+)
+NATS = 0.02  # a smaller difference of mean losses decides nothing
+
+
+def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each claim with its two figures at the length where they differ most, and a verdict."""
+    by = {(row["variant"], row["factor"]): row for row in rows}
+    judged = []
+    for claim, one, other, figure in CLAIMS:
+        best: dict[str, Any] | None = None
+        for factor in sorted({factor for _, factor in by}):
+            a, b = by.get((one, factor)), by.get((other, factor))
+            if a is None or b is None:
+                continue
+            if figure == "found":
+                x, y = _share(a), _share(b)
+                doubt = 2 * math.sqrt(max(x * (1 - x) / a["facts"] + y * (1 - y) / b["facts"], 0.25 / a["facts"] / 4))
+                gain = x - y
+            else:
+                x, y, doubt = a[figure], b[figure], NATS
+                gain = y - x
+            if figure == "short_loss":  # claimed is that nothing is lost
+                verdict = "refuted" if gain < -doubt else "confirmed"
+            else:
+                verdict = "confirmed" if gain > doubt else "refuted" if gain < -doubt else "undecided"
+            found = {"claim": claim, "of": one, "against": other, "figure": figure, "factor": factor}
+            found |= {"value": x, "other": y, "gain": gain, "verdict": verdict}
+            if best is None or (abs(gain), factor) > (abs(best["gain"]), best["factor"]):
+                best = found
+        judged.append(best or {"claim": claim, "verdict": "not measured"})
+    return judged
+
+
+def _share(row: dict[str, Any]) -> float:
+    return float(row["found_en"] + row["found_zh"]) / 2
+
+
+# ---- from the command line ------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -85,41 +186,87 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--window", type=int, default=2048, help="the base window in tokens")
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--texts", type=Path, default=Path("../shared/corpora/en_novels.jsonl.gz"))
-    parser.add_argument("--repeats", type=int, default=4, help="texts, and facts at each depth")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--theta", type=float, default=500_000, help="the base of the variant abf")
+    parser.add_argument("--base")
+    parser.add_argument("--cpt")
+    parser.add_argument("--sft")
+    parser.add_argument("--text", type=Path, help="held-out text, its end is read [novels of $LONGVERSE_SHARED]")
+    parser.add_argument("--texts", type=int, default=4, help="stretches of text a loss is the mean of")
+    parser.add_argument("--repeats", type=int, default=4, help="facts at each depth and language")
+    parser.add_argument("--name", default="recipe_study")
     asked = parser.parse_args()
-    repeats = 1 if asked.quick else asked.repeats
-    text = held_out(asked.texts, 8 * asked.window * max(asked.factors) + 400_000)
+    places = Places.find(asked.run, (asked.base, asked.cpt, asked.sft))
+    factors = sorted(asked.factors)
+    ids = held_out(asked.text or shared() / "corpora" / "en_novels.jsonl.gz", engine(places.base), asked, factors[-1])
+    settings = {"window": asked.window, "texts": asked.texts, "repeats": asked.repeats, "theta": asked.theta}
+    settings |= {"stages": [str(place) for place in (places.base, places.cpt, places.sft)]}
+    journal = asked.run / "study.jsonl"
     rows: list[dict[str, Any]] = []
-    for factor in sorted(asked.factors):
-        length = factor * asked.window
-        for name, engine, stock in variants(asked.run, asked.window, factor):
-            ids = engine.tokenizer.encode(text)
-            stretches = [ids[n * length // 2 :][:length] for n in range(repeats)]
-            row: dict[str, Any] = {"variant": name, "factor": factor, "length": length}
-            row["loss"] = sum(last_loss(engine, part, stock) for part in stretches) / repeats
-            row["short_loss"] = sum(last_loss(engine, part[: SCORED * 2], stock) for part in stretches) / repeats
-            if not stock:
-                settings = NeedleSettings((length,), (0.1, 0.4, 0.6, 0.9), ("en", "zh"), repeats=repeats)
-                found = run_needle(EngineBackend(engine), settings)
-                row |= {"found_en": found.found("en"), "found_zh": found.found("zh"), "facts": len(found.trials)}
+    done = {(row["variant"], row["factor"]): row for row in read_rows(journal) if row.pop("settings") == settings}
+    for factor in factors:
+        for name, model in variants(places, asked.window, factor, asked):
+            row = done.get((name, factor))
+            if row is None:
+                figures = measure(
+                    model, ids, factor * asked.window, asked.texts, asked.repeats, curve=factor == factors[-1]
+                )
+                row = {"variant": name, "factor": factor, **figures}
+                with journal.open("a") as file:
+                    file.write(json.dumps({**row, "settings": settings}) + "\n")
             rows.append(row)
-            print({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-    print(
-        write_results("recipe_study", {"run": asked.run.name, "window": asked.window, "repeats": repeats, "rows": rows})
-    )
+            shown = {key: round(v, 3) if isinstance(v, float) else v for key, v in row.items() if key != "curve"}
+            print(shown, flush=True)
+    claims = judge(rows)
+    print(write_results(asked.name, {"run": asked.run.name, **settings, "rows": rows, "claims": claims}))
+    print("\n".join(tables(rows, claims, factors)))
+    pictures(rows, RESULTS / asked.name)
+
+
+def shared() -> Path:
+    return Path(os.environ.get("LONGVERSE_SHARED", Path(__file__).resolve().parents[1] / "../shared"))
+
+
+def held_out(path: Path, model: Engine, asked: argparse.Namespace, factor: int) -> list[int]:
+    """Ids of the end of a text, which few training steps see: enough for stretches that do not all overlap."""
+    wanted = 2 * asked.window * factor
+    text = "\n".join(read_texts(path))[-8 * wanted :]
+    ids = model.tokenizer.encode(text)[-wanted:]
+    if len(ids) < asked.window * factor:
+        raise SystemExit(f"{path} has {len(ids):,} tokens and {asked.window * factor:,} are to be read.")
+    return ids
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # cut off by a kill
+            continue
+    return rows
+
+
+def tables(rows: list[dict[str, Any]], claims: list[dict[str, Any]], factors: list[int]) -> Iterator[str]:
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    for key in ("loss", "found_en", "found_zh", "short_loss"):
+    titles = {
+        "loss": "Loss of the same last tokens, nats", "found_en": "Facts found, English",
+        "found_zh": "Facts found, Chinese", "short_loss": "Loss of short texts, nats",
+    }  # fmt: skip
+    for key, title in titles.items():
         cells = []
         for name in names:
             mine = {row["factor"]: row.get(key) for row in rows if row["variant"] == name}
-            cells.append([name, *(f"{mine[f]:.3f}" if mine.get(f) is not None else "" for f in sorted(asked.factors))])
-        print(f"\n{key}\n" + table(["variant", *(f"{f}x" for f in sorted(asked.factors))], cells))
-    picture(rows, names)
+            cells.append([name, *(f"{mine[f]:.3f}" if mine.get(f) is not None else "" for f in factors)])
+        yield f"\n{title}\n\n" + table(["variant", *(f"{f}x" for f in factors)], cells)
+    cells = []
+    for claim in claims:
+        figures = f"{claim['value']:.3f} against {claim['other']:.3f} at {claim['factor']}x" if "value" in claim else ""
+        cells.append([claim["claim"], figures, claim["verdict"]])
+    yield "\nThe card's claims\n\n" + table(["claim", "figures", "verdict"], cells)
 
 
-def picture(rows: list[dict[str, Any]], names: list[str]) -> None:
+def pictures(rows: list[dict[str, Any]], path: Path) -> None:
+    """PATH.png: loss and facts by length, and loss by position in the longest text."""
     try:
         import matplotlib
     except ImportError:
@@ -127,19 +274,22 @@ def picture(rows: list[dict[str, Any]], names: list[str]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
-    for name in names:
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), constrained_layout=True)
+    for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
-        axes[0].plot([row["length"] for row in own], [row["loss"] for row in own], marker="o", label=name)
-        own = [row for row in own if row.get("found_en") is not None]
-        axes[1].plot([row["length"] for row in own], [row["found_en"] for row in own], marker="o", label=name)
-    for panel, title in zip(axes, ("loss of the last tokens, nats", "facts found, English"), strict=True):
+        lengths = [row["length"] for row in own]
+        axes[0].plot(lengths, [row["loss"] for row in own], marker="o", label=name)
+        axes[1].plot(lengths, [_share(row) for row in own], marker="o", label=name)
+        if (curve := own[-1].get("curve")) is not None:
+            axes[2].plot([(begin + end) / 2 for begin, end, _ in curve], [loss for *_, loss in curve], label=name)
+    titles = ("loss of the same last tokens, nats", "facts found, both languages", "loss by position, nats")
+    for panel, title, x in zip(axes, titles, ("tokens read", "tokens read", "position"), strict=True):
         panel.set_xscale("log", base=2)
-        panel.set_xlabel("tokens read")
+        panel.set_xlabel(x)
         panel.set_ylabel(title)
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.savefig(RESULTS / "recipe_study.png", dpi=110)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
