@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import write_results
 
-from longverse.evaluation.backends import EngineBackend
+from longverse.evaluation.engine_backend import EngineBackend
 from longverse.evaluation.files import write_text
 from longverse.evaluation.longbench import tables
 from longverse.evaluation.longbench.runner import LongBenchRun

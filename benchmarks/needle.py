@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import write_results
 
-from longverse.evaluation.backends import EngineBackend
+from longverse.evaluation.engine_backend import EngineBackend
 from longverse.evaluation.needle import NeedleResult, NeedleSettings, run_needle
 from longverse.evaluation.plots import heatmaps
 from longverse.inference.engine import Engine

@@ -1,7 +1,8 @@
 """An OpenAI-compatible HTTP endpoint as a back end: vLLM, llama.cpp's server, longverse serve, a hosted model.
 
 Only the standard library speaks HTTP here. What may pass (no connection, a timeout, 408, 425, 429, 5xx, a
-torn or empty reply) is tried again with growing pauses; what stays wrong is a Failure of that row.
+torn or empty reply) is tried again with growing pauses; what stays wrong is a Failure of that row. The interface knows
+no answer that is already begun: a request's lead stands at the end of the question.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from longverse.errors import UserError
-from longverse.evaluation.backends import Failure, Message, Reply, Request
+from longverse.evaluation.backends import Failure, Lane, Message, Reply, Request
+from longverse.web import error_text, named_wait
 
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+LONGEST_PAUSE = 60.0  # seconds between two tries, whatever the server asks for
 
 
 @dataclass
@@ -51,10 +54,17 @@ class EndpointBackend:
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
             raise UserError("--concurrency must be at least 1, --timeout above 0 and --retries 0 or more.")
         self.url = self.url.rstrip("/")
+        self.key = (self.key or "").strip() or None
+        if self.key and not (self.key.isascii() and self.key.isprintable()):  # the client's own error would show it
+            raise UserError("The key of --key-env holds characters that no key has: set the variable to the key alone.")
 
     @property
     def name(self) -> str:
         return self.model
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        return (self,) * self.concurrency
 
     def describe(self) -> dict[str, Any]:
         return {"backend": "endpoint", "model": self.model, "window": self.window}
@@ -72,7 +82,7 @@ class EndpointBackend:
             return
         except _Passing as error:
             raise UserError(f"{self.url} does not answer ({error}); start the server or mend --endpoint.") from None
-        names = [row.get("id") for row in served.get("data", []) if isinstance(row, dict)]
+        names = [row.get("id") for row in served.get("data") or () if isinstance(row, dict)]
         if names and self.model not in names:
             raise UserError(
                 f"{self.url} serves no model called {self.model!r}; it serves {', '.join(map(str, names[:8]))}."
@@ -93,11 +103,13 @@ class EndpointBackend:
 
     def count(self, request: Request) -> int:
         tokenizer = self._needs_tokenizer()
+        request = _lead_in_question(request)
         if request.messages is not None:
             return len(self.chat.encode(list(request.messages)))
         return len(tokenizer.encode(request.prompt))
 
     def answer(self, request: Request) -> Reply:
+        request = _lead_in_question(request)
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": request.max_new_tokens,
@@ -118,7 +130,7 @@ class EndpointBackend:
             # The public interface has no "not as the first token": the first line after leading feeds is the
             # same answer wherever the model does not insist on an empty one.
             text = text.lstrip("\n").split("\n")[0]
-        usage = reply.get("usage") or {}
+        usage = reply["usage"] if isinstance(reply.get("usage"), dict) else {}
         return Reply(
             text=text,
             prompt_tokens=usage.get("prompt_tokens"),
@@ -142,8 +154,8 @@ class EndpointBackend:
             except _Passing as error:
                 if tried > self.retries:
                     raise Failure(f"{error}, after {tried} tries") from None
-                self.sleep(max(error.wait or 0.0, pause * (1 + random.random() / 4)))
-                pause *= 2
+                self.sleep(min(LONGEST_PAUSE, max(error.wait or 0.0, pause * (1 + random.random() / 4))))
+                pause = min(2 * pause, LONGEST_PAUSE)
             except _Refused as error:
                 if error.status in (401, 403):
                     raise UserError(f"{self.url} refuses the key ({error}); set it with --key-env.") from None
@@ -158,15 +170,15 @@ class EndpointBackend:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 raw = response.read()
         except urllib.error.HTTPError as error:
-            said = _error_text(error)
+            said = error_text(error)
             if error.code in _PASSING:
-                raise _Passing(f"HTTP {error.code}: {said}", _retry_after(error)) from None
+                raise _Passing(f"HTTP {error.code}: {said}", named_wait(error.headers.get("Retry-After", ""))) from None
             raise _Refused(error.code, f"HTTP {error.code}: {said}") from None
         except TimeoutError:
             raise _Passing(f"no answer within {self.timeout:g} seconds") from None
@@ -207,17 +219,10 @@ def _text_of(choice: dict[str, Any]) -> Any:
     return text if isinstance(text, str) else None
 
 
-def _error_text(error: urllib.error.HTTPError) -> str:
-    try:
-        said = json.loads(error.read()).get("error", "")
-        said = said.get("message", "") if isinstance(said, dict) else said
-    except Exception:  # the body of an error is only decoration: whatever is wrong with it, the status counts
-        said = ""
-    return " ".join(str(said or error.reason or "").split())[:200]
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float | None:
-    try:
-        return min(60.0, float(error.headers.get("Retry-After", "")))
-    except ValueError:
-        return None
+def _lead_in_question(request: Request) -> Request:
+    if not request.lead:
+        return request
+    if request.messages is None:
+        return replace(request, prompt=(request.prompt or "") + request.lead, lead="")
+    *before, last = request.messages
+    return replace(request, messages=(*before, {**last, "content": last["content"] + request.lead}), lead="")

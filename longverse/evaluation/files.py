@@ -34,6 +34,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         temporary.chmod(0o644)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}; choose another folder.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -145,12 +147,18 @@ class Journal:
             self.rows[row["key"]] = row
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        """Appends one finished row and flushes it to the disk."""
-        self.rows[key] = {"key": key, **row}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(self.rows[key], ensure_ascii=False) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        """Appends one finished row and flushes it to the disk; UserError where the disk takes no more."""
+        kept = {"key": key, **row}
+        try:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(kept, ensure_ascii=False) + "\n")
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise UserError(
+                f"Cannot write {self.path}: {error.strerror}; make room and give the same command again."
+            ) from error
+        self.rows[key] = kept
 
     def done(self, key: str) -> bool:
         """True when the row is finished; a row recorded as failed is tried again by a later run."""

@@ -135,6 +135,11 @@ def generated_text(language: str, seed: int, characters: int) -> str:
     return "".join(parts)
 
 
+def vocabulary() -> list[str]:
+    """The English words of four letters and more that the prose is made of, in alphabetical order."""
+    return sorted(set(re.findall(r"[a-z]{4,}", " ".join(_EN.values()).lower())))
+
+
 def _compose(rng: random.Random, form: str, words: dict[str, list[str]], language: str) -> str:
     used: dict[str, list[str]] = {}
 

@@ -1,7 +1,8 @@
 """The needle test: are facts found, wherever they stand and however long the text?
 
     result = run_needle(EngineBackend(Engine.load("smol")), NeedleSettings(lengths=(1000, 8000)))
-    print(result.markdown()); result.picture(Path("needle.png"))
+    print(result.markdown())
+    result.picture(Path("needle.png"))
 
 The protocol. A haystack of prose; facts put between its sentences at stated depths; one question; a greedy
 answer; found when the answer holds the value (facts.contains). The prompt the model sees, template included,
@@ -24,7 +25,7 @@ from typing import Any
 
 from longverse.errors import UserError
 from longverse.evaluation import facts as fact_lists
-from longverse.evaluation.backends import Backend, Failure, Request, answer_all, check_window
+from longverse.evaluation.backends import Backend, Failure, Reply, Request, answer_all, check_count, check_window
 from longverse.evaluation.facts import Fact, Picker, contains, make_fact, several_facts
 from longverse.evaluation.files import Journal
 from longverse.evaluation.fitting import PADS, fit, padding_for
@@ -112,6 +113,23 @@ class _Placed:
     depth: float
 
 
+_Plan = tuple[tuple[_Placed, ...], str]  # the facts a question is about, and its text
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A document to be written, or as many of one fact each (`one_per_document`), and what is asked about it."""
+
+    language: str
+    length: int
+    repeat: int
+    plans: tuple[_Plan, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.language} {self.length} {self.repeat}"
+
+
 @dataclass(frozen=True)
 class _Question:
     """One request and the facts it is scored on."""
@@ -153,43 +171,43 @@ def run_needle(
     header = {**settings.to_dict(), "model": backend.describe()}
     kept = Journal(journal, header) if journal is not None else None
     documents = list(_documents(settings))
-    total = sum(len(plans) for *_, plans in documents)
-    done = 0
-    trials: list[Trial] = []
-    for language, length, repeat, plans in documents:
-        # The document is the unit of a resume: its later questions lean on the cache of its earlier ones.
-        key = f"{language} {length} {repeat}"
-        if kept is not None and kept.done(key):
-            trials += [Trial(**t) for t in kept.rows[key]["trials"]]
-            done += len(plans)
-        else:
-            if cancelled is not None and cancelled():
-                break
-            questions = _build(backend, settings, language, length, repeat, plans)
-            made: list[Trial] = []
-            failed: str | None = None
-            for index, reply in answer_all(backend, [q.request for q in questions], cancelled):
-                made += _score(questions[index], reply, language, length, repeat)
-                failed = str(reply) if isinstance(reply, Failure) else failed
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, total)
-            made.sort(key=lambda t: t.depth)
-            if len(made) < sum(len(q.placed) for q in questions):
-                break  # cancelled inside the document
-            if kept is not None:
-                kept.add(key, {"trials": [asdict(t) for t in made]} | ({"failed": failed} if failed else {}))
-            trials += made
+    trials = {  # of whole documents: the unit of a resume, since the later questions of one lean on its cache
+        document.key: [Trial(**trial) for trial in kept.rows[document.key]["trials"]]
+        for document in documents
+        if kept is not None and kept.done(document.key)
+    }
+    todo = [document for document in documents if document.key not in trials]
+    total = sum(len(document.plans) for document in documents)
+    done = total - sum(len(document.plans) for document in todo)
+    asked: list[list[_Question]] = []
+    made: list[list[Trial]] = [[] for _ in todo]
+
+    def jobs() -> Iterator[Sequence[Request]]:
+        for document in todo:
+            asked.append(_build(backend, settings, document))
+            yield [question.request for question in asked[-1]]
+
+    if on_progress is not None:
+        on_progress(done, total)
+    for number, place, reply in answer_all(backend, jobs(), cancelled):
+        document = todo[number]
+        made[number] += _score(asked[number][place], reply, document)
+        done += 1
         if on_progress is not None:
             on_progress(done, total)
-    return NeedleResult(settings.to_dict(), backend.describe(), trials)
+        if place + 1 < len(asked[number]):
+            continue
+        trials[document.key] = sorted(made[number], key=lambda trial: trial.depth)
+        if kept is not None:
+            failed = next((trial.failed for trial in made[number] if trial.failed), None)
+            row = {"trials": [asdict(trial) for trial in trials[document.key]]}
+            kept.add(document.key, row | ({"failed": failed} if failed else {}))
+    whole = [trial for document in documents for trial in trials.get(document.key, [])]
+    return NeedleResult(settings.to_dict(), backend.describe(), whole)
 
 
-_Plan = tuple[tuple[_Placed, ...], str]  # the facts a question is about, and its text
-
-
-def _documents(settings: NeedleSettings) -> Iterator[tuple[str, int, int, tuple[_Plan, ...]]]:
-    """(language, length, repeat, questions): what is asked, before any text is built."""
+def _documents(settings: NeedleSettings) -> Iterator[_Document]:
+    """What is asked, before any text is built."""
     kinds = settings.kinds or fact_lists.KINDS[settings.mode]
     for language, (row, length), repeat in itertools.product(
         settings.languages, enumerate(settings.lengths), range(settings.repeats)
@@ -198,7 +216,7 @@ def _documents(settings: NeedleSettings) -> Iterator[tuple[str, int, int, tuple[
         if settings.mode == "several":
             made, question = several_facts(picker, len(settings.depths))
             placed = tuple(_Placed(f, d) for f, d in zip(made, settings.depths, strict=True))
-            yield language, length, repeat, ((placed, question),)
+            yield _Document(language, length, repeat, ((placed, question),))
             continue
         plans = []
         for column, depth in enumerate(settings.depths):
@@ -206,19 +224,13 @@ def _documents(settings: NeedleSettings) -> Iterator[tuple[str, int, int, tuple[
             kind = kinds[(column + repeat * len(settings.depths) + 3 * row) % len(kinds)]
             fact = make_fact(settings.mode, kind, picker)
             plans.append(((_Placed(fact, depth),), fact.question))
-        yield language, length, repeat, tuple(plans)
+        yield _Document(language, length, repeat, tuple(plans))
 
 
-def _build(
-    backend: Backend,
-    settings: NeedleSettings,
-    language: str,
-    length: int,
-    repeat: int,
-    plans: Sequence[_Plan],
-) -> list[_Question]:
-    """The requests of one document (or of one document a question), each of exactly `length` tokens."""
-    seed = settings.seed * 1000 + repeat
+def _build(backend: Backend, settings: NeedleSettings, about: _Document) -> list[_Question]:
+    """The questions of a document, each a request of exactly `length` tokens."""
+    language, length, plans = about.language, about.length, about.plans
+    seed = settings.seed * 1000 + about.repeat
     if settings.haystack is None:
         source = generated(language, seed)
     else:
@@ -353,31 +365,28 @@ def _document(
     return "".join(parts).rstrip(), starts
 
 
-def _score(question: _Question, reply: Any, language: str, length: int, repeat: int) -> list[Trial]:
+def _score(question: _Question, reply: Reply | Failure, document: _Document) -> list[Trial]:
+    failed = str(reply) if isinstance(reply, Failure) else None
+    if isinstance(reply, Failure):
+        reply = Reply("", None, None, "", 0.0)
+    check_count(reply, question.prompt_tokens)
     trials = []
     for placed, measured in zip(question.placed, question.measured, strict=True):
-        failed = str(reply) if isinstance(reply, Failure) else None
-        told = None if failed else reply.prompt_tokens
-        if told is not None and told != question.prompt_tokens:
-            raise UserError(
-                f"The model counted {told:,} tokens where {question.prompt_tokens:,} were sent: the tokenizer or the "
-                "chat template of --tokenizer is not the served model's."
-            )
         trials.append(
             Trial(
-                language=language,
-                length=length,
+                language=document.language,
+                length=document.length,
                 depth=placed.depth,
-                repeat=repeat,
+                repeat=document.repeat,
                 kind=placed.fact.kind,
                 measured_depth=round(measured, 4),
                 question=question.text,
                 expected=placed.fact.answer,
-                answer="" if failed else reply.text,
+                answer=reply.text,
                 score=None if failed else float(contains(reply.text, placed.fact.accepted)),
                 prompt_tokens=question.prompt_tokens,
-                reused_tokens=0 if failed else reply.reused_tokens,
-                seconds=0.0 if failed else round(reply.seconds, 3),
+                reused_tokens=reply.reused_tokens,
+                seconds=round(reply.seconds, 3),
                 failed=failed,
             )
         )

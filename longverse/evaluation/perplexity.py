@@ -1,8 +1,8 @@
 """Loss by position and by length: how much does a model still gain from text further back?
 
-    curve = loss_by_position(engine, ids, length=8192, texts=4)   # stretches of a text, each read whole
-    gain = loss_by_length(engine, ids, lengths=(1024, 2048, 4096)) # the same tokens with more and more before them
-    result = sliding_loss(engine, ids, context=2048, stride=512)  # every token with at least context - stride before it
+    curve = loss_by_position(backend, ids, length=8192, texts=4)    # stretches of a text, each read whole
+    gain = loss_by_length(backend, ids, lengths=(1024, 2048, 4096))  # the same tokens with more and more before them
+    result = sliding_loss(backend, ids, context=2048, stride=512)    # every token with context - stride or more before
 
 Losses are natural-logarithm cross-entropies in nats a token, in float32, through the engine's own network, cache
 and chunks. The effective window is the longest length up to which the loss does not rise by more than a tolerance above
@@ -23,7 +23,7 @@ from longverse.errors import UserError
 from longverse.evaluation.files import write_json, write_text
 
 if TYPE_CHECKING:
-    from longverse.inference.engine import Engine
+    from longverse.evaluation.engine_backend import EngineBackend
 
 TEXTS = 4  # stretches that a window by position is averaged over at least
 CHUNK = 512  # tokens a forward; logits of a chunk are [CHUNK, vocabulary] in float32
@@ -125,7 +125,7 @@ class LossResult:
 
 
 def token_losses(
-    engine: Engine,
+    backend: EngineBackend,
     ids: Sequence[int],
     *,
     skip: int = 0,
@@ -142,8 +142,8 @@ def token_losses(
     if len(ids) < 2:
         raise UserError("A loss needs at least two tokens: give a longer text.")
     planned = planned or len(ids)
-    session = engine.session(planned)
-    network, cache = engine.network, session.cache
+    session = backend.engine.session(planned, cache=backend.cache)
+    network, cache = backend.engine.network, session.cache
     losses: list[float] = []
     with torch.inference_mode():
         tokens = torch.tensor(list(ids), device=network.device)  # [T]
@@ -159,20 +159,20 @@ def token_losses(
     return losses
 
 
-def _check(engine: Engine, length: int, available: int) -> None:
+def _check(backend: EngineBackend, length: int, available: int) -> None:
     if length < 2:
         raise UserError("--length must be at least 2 tokens.")
-    if length > engine.window:
+    if length > backend.engine.window:
         raise UserError(
-            f"A length of {length:,} tokens exceeds the window of {engine.name}, {engine.window:,}: shorten it, or "
-            "state a longer --window to see what happens past it."
+            f"A length of {length:,} tokens exceeds the window of {backend.name}, {backend.engine.window:,}: shorten "
+            "it, or state a longer --window to see what happens past it."
         )
     if available < length:
         raise UserError(f"The text has {available:,} tokens and {length:,} are to be read: shorten --length.")
 
 
 def loss_by_position(
-    engine: Engine,
+    backend: EngineBackend,
     ids: Sequence[int],
     *,
     length: int,
@@ -182,7 +182,7 @@ def loss_by_position(
 ) -> LossResult:
     """Reads `texts` stretches of `length` tokens of ids, spread evenly, each whole; mean losses in `blocks` blocks of
     positions. Every stretch begins anew, so position and length of the context are the same thing."""
-    _check(engine, length, len(ids))
+    _check(backend, length, len(ids))
     if texts < 1 or blocks < 1:
         raise UserError("--texts and --blocks must be at least 1.")
     room = len(ids) - length
@@ -195,17 +195,17 @@ def loss_by_position(
             if on_progress is not None:
                 on_progress(number * total + done, len(starts) * total)
 
-        for position, loss in enumerate(token_losses(engine, ids[start : start + length], on_progress=tell)):
+        for position, loss in enumerate(token_losses(backend, ids[start : start + length], on_progress=tell)):
             sums[position] += loss
     edges = [round((length - 1) * i / blocks) for i in range(blocks + 1)]
     table = [(a + 1, b + 1, sum(sums[a:b]) / (b - a) / len(starts), len(starts)) for a, b in pairwise(edges) if b > a]
     count = (length - 1) * len(starts)
     settings = {"length": length, "texts": len(starts), "text_tokens": len(ids)}
-    return LossResult("whole", _describe(engine), settings, table, sum(sums) / count, count)
+    return LossResult("whole", _describe(backend), settings, table, sum(sums) / count, count)
 
 
 def loss_by_length(
-    engine: Engine,
+    backend: EngineBackend,
     ids: Sequence[int],
     *,
     lengths: Sequence[int],
@@ -218,7 +218,7 @@ def loss_by_length(
     lengths = sorted(set(lengths))
     if scored < 1 or texts < 1 or not lengths or lengths[0] <= scored:
         raise UserError(f"--texts must be at least 1, and every length more than the {scored} tokens that are scored.")
-    _check(engine, lengths[-1], len(ids))
+    _check(backend, lengths[-1], len(ids))
     room = len(ids) - lengths[-1]
     ends = sorted({lengths[-1] + round(room * i / max(1, texts - 1)) for i in range(texts)})
     whole, done = sum(lengths) * len(ends), 0
@@ -226,17 +226,17 @@ def loss_by_length(
     for length in lengths:
         total = 0.0
         for end in ends:
-            total += sum(token_losses(engine, ids[end - length : end], skip=length - scored - 1))
+            total += sum(token_losses(backend, ids[end - length : end], skip=length - scored - 1))
             done += length
             if on_progress is not None:
                 on_progress(done, whole)
         table.append((0, length, total / scored / len(ends), len(ends)))
     settings = {"length": lengths[-1], "scored": scored, "texts": len(ends), "text_tokens": len(ids)}
-    return LossResult("length", _describe(engine), settings, table, table[-1][2], scored * len(ends))
+    return LossResult("length", _describe(backend), settings, table, table[-1][2], scored * len(ends))
 
 
 def sliding_loss(
-    engine: Engine,
+    backend: EngineBackend,
     ids: Sequence[int],
     *,
     context: int,
@@ -248,24 +248,22 @@ def sliding_loss(
     at least context - stride tokens before it (fewer only at the text's beginning)."""
     if not 0 < stride < context:
         raise UserError("--stride must be at least 1 and less than --length.")
-    _check(engine, context, max(2, len(ids)) if len(ids) < context else len(ids))
+    _check(backend, context, max(2, len(ids)) if len(ids) < context else len(ids))
     losses: list[float] = []  # losses[i] is of ids[i + 1]
     total = len(ids) - 1
     begin = 0
     while len(losses) < total:
         window = ids[begin : begin + context]
-        losses += token_losses(engine, window, skip=len(losses) - begin, planned=context)
+        losses += token_losses(backend, window, skip=len(losses) - begin, planned=context)
         begin += stride
         if on_progress is not None:
             on_progress(len(losses), total)
     edges = [round(total * i / blocks) for i in range(blocks + 1)]
     table = [(a + 1, b + 1, sum(losses[a:b]) / (b - a), 1) for a, b in pairwise(edges) if b > a]
     settings = {"length": context, "stride": stride, "text_tokens": len(ids)}
-    return LossResult("sliding", _describe(engine), settings, table, sum(losses) / len(losses), len(losses))
+    return LossResult("sliding", _describe(backend), settings, table, sum(losses) / len(losses), len(losses))
 
 
-def _describe(engine: Engine) -> dict[str, Any]:
-    from longverse.evaluation.backends import EngineBackend
-
+def _describe(backend: EngineBackend) -> dict[str, Any]:
     # The window the model was trained for, and not one stated by hand to look past it.
-    return {**EngineBackend(engine).describe(), "window": engine.network.config.window}
+    return {**backend.describe(), "window": backend.engine.network.config.window}

@@ -1,6 +1,6 @@
 """RULER: thirteen kinds of task at rising lengths, and the length up to which a model really reads.
 
-    result = run_ruler(backend, RulerSettings(lengths=(4000, 8000)), Path("out"))
+    result = run_ruler(backend, RulerSettings(lengths=(4096, 8192)), journal=Path("out/ruler.jsonl"))
 
 Metric of the authors: the share of the references that occur in the answer, case folded (for the qa tasks: any
 one of them). The effective length is the longest whose mean over the tasks is above 85.6, the mean of Llama-2-7B
@@ -10,18 +10,20 @@ one of them). The effective length is the longest whose mean over the tasks is a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from longverse.errors import UserError
-from longverse.evaluation.backends import Backend, Failure, Request, answer_all, check_window
+from longverse.evaluation.backends import Backend, Failure, Request, answer_all, check_count, check_window
 from longverse.evaluation.files import Journal, write_json, write_text
 from longverse.evaluation.fitting import ENGLISH_PAD, fit
 from longverse.evaluation.ruler_tasks import TASKS, Draft, QuestionFile, make_draft
 
 THRESHOLD = 85.6
+TEXTS = 2  # counts up when the same seed gives other texts, so that no run goes on with rows of the old ones
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class RulerSettings:
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
-            raise UserError("The lengths must be different positive numbers of tokens in rising order, like 4000,8000.")
+            raise UserError("The lengths must be different positive numbers of tokens in rising order, like 4096,8192.")
         for task in self.tasks:
             if task not in TASKS:
                 raise UserError(f"RULER has no task called {task!r}: choose among {', '.join(TASKS)}.")
@@ -107,15 +109,13 @@ class RulerResult:
         return cls(value["settings"], value["model"], [RulerRow(**r) for r in value["rows"]])
 
     def markdown(self) -> str:
-        from longverse.evaluation.plots import short_length
-
         lengths = self.settings["lengths"]
 
         def cell(value: float | None) -> str:
             return "–" if value is None else f"{value:.1f}"
 
         lines = [f"## RULER: {self.model['model']}", "", f"{self.settings['samples']} rows a cell, per cent.", ""]
-        lines += ["| task | " + " | ".join(map(short_length, lengths)) + " |", "|---|" + "---|" * len(lengths)]
+        lines += ["| task | " + " | ".join(f"{n:,}" for n in lengths) + " |", "|---|" + "---|" * len(lengths)]
         for task in self.settings["tasks"]:
             lines.append(f"| {task} | " + " | ".join(cell(self.score(task, n)) for n in lengths) + " |")
         lines.append("| **average** | " + " | ".join(f"**{cell(self.average(n))}**" for n in lengths) + " |")
@@ -124,6 +124,8 @@ class RulerResult:
         lines += ["", f"Effective length (average above {THRESHOLD}): {what}."]
         if set(self.settings["tasks"]) != set(TASKS):
             lines[-1] += " Only some of the 13 tasks were run, so it does not compare with published ones."
+        if self.model.get("backend") == "endpoint":
+            lines += ["", "Behind an endpoint the answer's beginning stands at the end of the question."]
         if self.failures:
             lines += ["", f"{self.failures} of {len(self.rows)} rows got no answer and are not counted."]
         return "\n".join(lines) + "\n"
@@ -137,11 +139,12 @@ class RulerResult:
             import matplotlib  # noqa: F401
         except ImportError:
             return paths
-        from longverse.evaluation.plots import heatmaps, short_length
+        from longverse.evaluation.plots import heatmaps
 
         tasks, lengths = self.settings["tasks"], self.settings["lengths"]
         cells = [[None if (s := self.score(t, n)) is None else s / 100 for n in lengths] for t in tasks]
-        panel = {"columns": [short_length(n) for n in lengths], "rows": tasks, "cells": cells, "y": "task",
+        cells.append([None if (s := self.average(n)) is None else s / 100 for n in lengths])
+        panel = {"columns": [f"{n:,}" for n in lengths], "rows": [*tasks, "average"], "cells": cells, "y": "task",
                  "x": "length of prompt and answer in tokens"}  # fmt: skip
         heatmaps([panel], folder / "ruler.png", title=f"RULER: {self.model['model']}",
                  subtitle=f"{self.settings['samples']} rows a cell", colour_label="score")  # fmt: skip
@@ -161,28 +164,26 @@ def fit_draft(backend: Backend, draft: Draft, length: int) -> Request:
     if target < 1:
         raise UserError(f"A row of {length:,} tokens has no room for an answer of {draft.new_tokens}: use longer rows.")
     source = draft.parts()
-    pieces: list[str] = []
-    prices: list[int] = []
     # A piece of the list tasks comes several times and numbered, so its own tokens say little: count it in place.
     empty = backend.count(_ask(draft, [], ""))
-    sample = [next(source) for _ in range(8)]
-    price = max(1, (backend.count(_ask(draft, sample, "")) - empty) // 8)
-    pieces += sample
-    for piece in source:
-        if len(pieces) * price > 1.25 * target + 40 * price:
-            break
-        pieces.append(piece)
-    prices = [price] * len(pieces)
-    number, padding = fit(
-        lambda n, pad: backend.count(_ask(draft, pieces[:n], pad)), target, prices, empty, ENGLISH_PAD
-    )
-    assert number < len(pieces), "the pieces ran out before the length was reached"
-    return _ask(draft, pieces[:number], padding)
+    pieces = list(islice(source, 8))
+    price = max(1, (backend.count(_ask(draft, pieces, "")) - empty) // len(pieces))
+    pieces += islice(source, max(32, 5 * target // (4 * price)))
+
+    def count(number: int, padding: str) -> int:
+        return backend.count(_ask(draft, pieces[:number], padding))
+
+    while True:
+        number, padding = fit(count, target, [price] * len(pieces), empty, ENGLISH_PAD)
+        if number < len(pieces):
+            return _ask(draft, pieces[:number], padding)
+        pieces += islice(source, len(pieces))  # the first were longer than the rest: the text can hold more
 
 
 def _ask(draft: Draft, pieces: list[str], padding: str) -> Request:
     # The pad stands before the task: inside it would be a word of the list or a sentence of the haystack.
-    return Request.user((padding + "\n" if padding else "") + draft.build(pieces), max_new_tokens=draft.new_tokens)
+    text = (padding + "\n" if padding else "") + draft.build(pieces)
+    return Request.user(text, lead=draft.lead, max_new_tokens=draft.new_tokens)
 
 
 def run_ruler(
@@ -197,7 +198,8 @@ def run_ruler(
     """Every task at every length; finished rows in `journal` are not done again. on_progress counts rows."""
     for length in settings.lengths:
         check_window(backend, length, 0)
-    kept = Journal(journal, {**settings.to_dict(), "model": backend.describe()}) if journal is not None else None
+    header = {**settings.to_dict(), "texts": TEXTS, "model": backend.describe()}
+    kept = Journal(journal, header) if journal is not None else None
     plan = [(n, t, s) for n in settings.lengths for t in settings.tasks for s in range(settings.samples)]
     rows: dict[tuple[int, str, int], RulerRow] = {}
     for cell in plan:
@@ -206,30 +208,33 @@ def run_ruler(
             rows[cell] = RulerRow(**kept.rows[key]["row"])
     todo = [cell for cell in plan if cell not in rows]
     done = len(rows)
-    size = 4 * backend.concurrency
-    for begin in range(0, len(todo), size):
-        if cancelled is not None and cancelled():
-            break
-        batch = todo[begin : begin + size]
-        drafts = [make_draft(t, random.Random(f"ruler {settings.seed} {n} {t} {s}"), qa) for n, t, s in batch]
-        requests = [fit_draft(backend, draft, n) for draft, (n, _, _) in zip(drafts, batch, strict=True)]
-        for index, reply in answer_all(backend, requests, cancelled):
-            length, task, sample = cell = batch[index]
-            failed = str(reply) if isinstance(reply, Failure) else None
-            text = "" if isinstance(reply, Failure) else reply.text
-            rows[cell] = RulerRow(
-                task=task,
-                length=length,
-                sample=sample,
-                references=list(drafts[index].references),
-                answer=text,
-                score=None if failed else score_answer(text, drafts[index]),
-                prompt_tokens=length - drafts[index].new_tokens,
-                failed=failed,
-            )
-            if kept is not None:
-                kept.add(" ".join(map(str, cell)), {"row": asdict(rows[cell])} | ({"failed": failed} if failed else {}))
-            done += 1
-            if on_progress is not None:
-                on_progress(done, len(plan))
+    drafts: list[Draft] = []
+
+    def jobs() -> Iterator[tuple[Request]]:
+        for length, task, sample in todo:
+            rng = random.Random(f"ruler {settings.seed} {length} {task} {sample}")
+            drafts.append(make_draft(task, rng, length, qa))
+            yield (fit_draft(backend, drafts[-1], length),)
+
+    for number, _, reply in answer_all(backend, jobs(), cancelled):
+        length, task, sample = cell = todo[number]
+        draft = drafts[number]
+        failed, text = (str(reply), "") if isinstance(reply, Failure) else (None, reply.text)
+        if not isinstance(reply, Failure):
+            check_count(reply, length - draft.new_tokens)
+        rows[cell] = RulerRow(
+            task=task,
+            length=length,
+            sample=sample,
+            references=list(draft.references),
+            answer=text,
+            score=None if failed else score_answer(text, draft),
+            prompt_tokens=length - draft.new_tokens,
+            failed=failed,
+        )
+        if kept is not None:
+            kept.add(" ".join(map(str, cell)), {"row": asdict(rows[cell])} | ({"failed": failed} if failed else {}))
+        done += 1
+        if on_progress is not None:
+            on_progress(done, len(plan))
     return RulerResult(settings.to_dict(), backend.describe(), [rows[cell] for cell in plan if cell in rows])

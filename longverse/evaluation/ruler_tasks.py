@@ -1,16 +1,21 @@
 """RULER's 13 tasks, generated: texts that can be made of any length, whose answers are known by construction.
 
 Source: Hsieh et al. 2024, "RULER: What's the Real Context Size of Your Long-Context Language Models?"
-(arXiv:2404.06654): the definitions and settings of the 13 tasks. Wording, words and texts here are our own, so
-scores are near to but not the same as those of the authors' files.
+(arXiv:2404.06654) and the authors' repository (NVIDIA/RULER): definitions, counts, worked examples and the beginnings
+of the answers. Wording, words and texts here are our own, so scores are near to but not the same as those of the
+authors' files.
 
 Each task gives a `Draft`: parts that the length is fitted by (sentences, lines or words that can be left out),
-what must stay, the question, and the references.
+what must stay, the question, the answer's beginning, and the references.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import math
 import random
+import string
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +25,10 @@ from typing import Any
 
 from longverse.errors import UserError
 from longverse.evaluation.files import read_json, read_rows
-from longverse.evaluation.haystack import generated
+from longverse.evaluation.haystack import generated, vocabulary
 
-_NOISE = ("The grass is green. ", "The sky is blue. ", "The sun is yellow. ", "Here we go. ", "There and back again. ")
+SHORT = 4096  # tokens: below it the authors list common words 6 times and others once
+_NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 _START = """
 amber ancient apt arctic autumn balmy blue bold brave breezy bright brisk calm candid cedar civic clever
 cobalt copper coral cosmic crisp curious daring dawn deft eager early easy elder electric emerald fabled
@@ -51,12 +57,13 @@ class Draft:
     """A row before its length is fitted.
 
     parts: yields the pieces, as many as a length asks for; build(pieces) makes the whole prompt of them and of
-    what must stay; references: the answers; any_of: one reference is enough (the qa tasks), else the score is the
-    share of them that is found. new_tokens: length of the answer.
+    what must stay; lead: how the answer begins, given to the model; references: the answers; any_of: one reference is
+    enough (the qa tasks), else the score is the share of them that is found. new_tokens: length of the answer.
     """
 
     parts: Callable[[], Iterator[str]]
     build: Callable[[Sequence[str]], str]
+    lead: str
     references: tuple[str, ...]
     any_of: bool = False
     new_tokens: int = 128
@@ -68,14 +75,15 @@ TASKS = (
 )  # fmt: skip
 
 
-def make_draft(task: str, rng: random.Random, qa: QuestionFile | None = None) -> Draft:
-    """One row of a task; qa: the user's question file for qa_1 and qa_2, else their texts are generated."""
+def make_draft(task: str, rng: random.Random, length: int, qa: QuestionFile | None = None) -> Draft:
+    """One row of a task for `length` tokens of prompt and answer; qa: the user's question file for qa_1 and qa_2, else
+    their texts are generated."""
     if task.startswith("niah_"):
         return _NIAH[task](rng)
     if task == "vt":
         return _variables(rng)
     if task == "cwe":
-        return _common_words(rng)
+        return _common_words(rng, length)
     if task == "fwe":
         return _frequent_words(rng)
     if task in ("qa_1", "qa_2"):
@@ -105,13 +113,9 @@ def _uuid(rng: random.Random) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def _noise(rng: random.Random) -> Iterator[str]:
+def _noise() -> Iterator[str]:
     while True:
-        yield "".join(_NOISE)
-
-
-def _needle(key: str, value: str, what: str) -> str:
-    return f"One of the special magic {what}s for {key} is: {value}. "
+        yield " ".join(_NOISE) + "\n"
 
 
 def _niah(
@@ -119,39 +123,43 @@ def _niah(
 ) -> Callable[[random.Random], Draft]:
     """keys: how many keys have needles; values: needles of each key; queries: how many of the keys are asked for."""
     value = _number if what == "number" else _uuid
+    key = _uuid if uuid_keys else _word
+    end = " " if haystack == "essay" else "\n"  # prose runs on; noise and needles have a line each
+
+    def needle(name: str, number: str) -> str:
+        return f"One of the special magic {what}s for {name} is: {number}.{end}"
 
     def make(rng: random.Random) -> Draft:
         seed = rng.getrandbits(48)
-        names = _different(rng, _uuid if uuid_keys else _word, max(keys, queries))
+        names = _different(rng, key, max(keys, queries))
         table = {name: _different(rng, value, values) for name in names}
         asked = names[:queries]
-        stay = [_needle(name, v, what) for name, all_values in table.items() for v in all_values]
+        stay = [needle(name, number) for name, numbers in table.items() for number in numbers]
         rng.shuffle(stay)
         places = [rng.random() for _ in stay]
 
-        def parts() -> Iterator[str]:
+        def needles() -> Iterator[str]:
             inner = random.Random(seed)
-            if haystack == "noise":
-                return _noise(inner)
-            if haystack == "essay":
-                return generated("en", seed)
-            return (_needle((_uuid if uuid_keys else _word)(inner), value(inner), what) for _ in iter(int, 1))
+            while True:
+                if (name := key(inner)) not in table:  # another value for a key that is asked for would be right too
+                    yield needle(name, value(inner))
 
-        many = len(asked) * values > 1
+        parts = {"noise": _noise, "essay": lambda: generated("en", seed), "needles": needles}[haystack]
+        one = len(asked) * values == 1
+        noun, be, them = (f"special magic {what}", "is", "it") if one else (f"special magic {what}s", "are", "them")
         which = ", ".join(asked[:-1]) + (f", and {asked[-1]}" if len(asked) > 1 else asked[0])
 
         def build(pieces: Sequence[str]) -> str:
             text = _scatter(pieces, stay, places)
-            noun = f"special magic {what}{'s' if many else ''}"
-            ask = f"What {'are all the' if many else 'is the'} {noun} for {which} mentioned in the provided text?"
-            lead = f"The {noun} for {which} mentioned in the provided text {'are' if many else 'is'}"
+            about = f"A {noun} {be}" if one else f"Some {noun} {be}"
+            question = f"What {be} {'the' if one else 'all the'} {noun} for {which} mentioned in the provided text?"
             return (
-                f"Some special magic {what}s are hidden within the following text. Memorise them; you will be asked "
-                f"about them afterwards.\n{text}\n{ask} {lead}"
+                f"{about} hidden within the following text. Memorise {them}; you will be asked about {them} "
+                f"afterwards.\n{text}\n{question}"
             )
 
-        references = tuple(v for name in asked for v in table[name])
-        return Draft(parts, build, references)
+        lead = f" The {noun} for {which} mentioned in the provided text {be}"
+        return Draft(parts, build, lead, tuple(number for name in asked for number in table[name]))
 
     return make
 
@@ -182,169 +190,223 @@ _NIAH = {
 
 
 # ---- tracing and counting -------------------------------------------------------------------------------
+# vt and cwe begin with one worked example: the same task, short, with its answer.
 
 
-def _variables(rng: random.Random, hops: int = 4) -> Draft:
-    names = _different(rng, lambda r: "".join(r.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(5)), hops + 1)
+def _chain(rng: random.Random, letters: int, hops: int) -> tuple[list[str], str, list[str]]:
+    """Names, value and lines of a chain: a variable is set, and each further one takes the value of the one before."""
+    names = _different(rng, lambda r: "".join(r.choices(string.ascii_uppercase, k=letters)), hops + 1)
     value = str(rng.randint(10_000, 99_999))
-    chain = [f"VAR {names[0]} = {value}. "]
-    chain += [f"VAR {later} = VAR {earlier}. " for earlier, later in pairwise(names)]
+    lines = [f"VAR {names[0]} = {value}\n"]
+    return names, value, lines + [f"VAR {later} = VAR {earlier}\n" for earlier, later in pairwise(names)]
+
+
+def _variables(rng: random.Random, hops: int = 4, noise_in_example: int = 5) -> Draft:
+    names, value, chain = _chain(rng, 5, hops)
+    shown, shown_value, shown_chain = _chain(rng, 3, hops)
     # In order: a variable is set before the next takes its value.
     places = sorted(rng.random() for _ in chain)
+    shown_places = sorted(rng.random() for _ in shown_chain)
 
-    def build(pieces: Sequence[str]) -> str:
+    def ask(text: str, number: str) -> str:
         return (
-            "Memorise and track the chain of variable assignments hidden in the following text.\n\n"
-            f"{_scatter(pieces, chain, places)}\n\n"
-            f"Question: find all variables that are assigned the value {value} in the text above. "
-            f"Answer: according to the chain of assignments, {len(names)} variables are assigned the value {value}, "
-            "they are:"
+            f"Memorise and track the chain of variable assignments hidden in the following text.\n\n{text}\n"
+            f"Question: Find all variables that are assigned the value {number} in the text above."
         )
 
-    return Draft(lambda: _noise(rng), build, tuple(names), new_tokens=30)
+    def lead(number: str) -> str:
+        return (
+            f" Answer: According to the chain of assignments in the text above, {hops + 1} variables are assigned the "
+            f"value {number}, they are:"
+        )
+
+    text = _scatter(list(islice(_noise(), noise_in_example)), shown_chain, shown_places)
+    example = f"{ask(text, shown_value)}{lead(shown_value)} {' '.join(shown)}\n\n"
+    return Draft(
+        _noise,
+        lambda pieces: example + ask(_scatter(pieces, chain, places), value),
+        lead(value),
+        tuple(names),
+        new_tokens=30,
+    )
 
 
 def _coined(rng: random.Random) -> str:
-    return "".join(rng.choice("bcdfghjklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))
+    """A word of six letters that is none; words of one length are never part of each other."""
+    return "".join(rng.choice("bcdfghjklmnprstvw") + rng.choice("aeiou") for _ in range(3))
 
 
-def _common_words(rng: random.Random, common: int = 10, often: int = 30, seldom: int = 3) -> Draft:
-    words = _different(rng, _coined, common)
+@functools.cache
+def _english() -> tuple[str, ...]:
+    """English words none of which is a part of another."""
+    words = sorted({word for word in (*_START, *_END, *vocabulary()) if len(word) > 3})
+    return tuple(word for word in words if not any(word in other and word != other for other in words))
+
+
+def _words(rng: random.Random) -> Iterator[str]:
+    """English words in random order, then coined ones; none twice."""
+    words = list(_english())
+    rng.shuffle(words)
+    seen = set(words)
+    yield from words
+    while True:
+        if (word := _coined(rng)) not in seen:
+            seen.add(word)
+            yield word
+
+
+def _common_words(rng: random.Random, length: int, common: int = 10) -> Draft:
+    often, seldom = (6, 1) if length < SHORT else (30, 3)
+    shown, shown_often, shown_seldom = (20, 3, 1) if length < SHORT else (40, 10, 3)  # words in the example
     seed = rng.getrandbits(48)
 
-    def parts() -> Iterator[str]:
-        inner, seen = random.Random(seed), set(words)
-        while True:
-            word = _coined(inner)
-            if word not in seen:
-                seen.add(word)
-                yield word
-
-    def build(pieces: Sequence[str]) -> str:
-        # Pads and short lists too: every other word comes `seldom` times, the common ones `often` times.
-        listed = [w for w in words for _ in range(often)] + [w for w in pieces for _ in range(seldom)]
-        random.Random(seed + 1).shuffle(listed)
-        numbered = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
+    def listed(words: Sequence[str], times: int, others: Sequence[str], times_others: int) -> str:
+        every = [*words] * times + [*others] * times_others
+        random.Random(seed + 1).shuffle(every)
         return (
             "Below is a numbered list of words. In these words, some appear more often than others. Memorise the ones "
-            f"that appear most often.\n{numbered}\n"
-            f"Question: what are the {common} most common words in the above list? "
-            f"Answer: the top {common} words that appear most often in the list are:"
+            f"that appear most often.\n{_numbered(every)}\n"
+            f"Question: What are the {common} most common words in the above list?"
         )
 
-    return Draft(parts, build, tuple(words), new_tokens=120)
+    def fresh() -> Iterator[str]:
+        return _words(random.Random(seed))
+
+    lead = f" Answer: The top {common} words that appear most often in the list are:"
+    first = list(islice(fresh(), shown + common))
+    in_example, words = first[:shown], first[shown:]
+    told = in_example[:common]
+    example = f"{listed(told, shown_often, in_example[common:], shown_seldom)}{lead} {_numbered(told)}\n\n"
+    return Draft(
+        lambda: islice(fresh(), shown + common, None),
+        lambda pieces: example + listed(words, often, pieces, seldom),
+        lead,
+        tuple(words),
+        new_tokens=120,
+    )
 
 
-def _frequent_words(rng: random.Random, exponent: float = 2.0, top: int = 3) -> Draft:
-    # Zipf's law: the word of rank k is 1 / (k ** exponent * zeta(exponent)) of the text. The first rank is dots.
+def _numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
+
+
+def _frequent_words(rng: random.Random, top: int = 3) -> Draft:
+    # Zipf's law with exponent 2: of n words the one of rank k comes n / (k ** 2 * zeta(2)) times, rounded down and not
+    # drawn, so that the order of the ranks is certain. The first rank is dots.
     vocabulary = ["....", *_different(rng, _coined, 1500)]
-    weights = [1 / rank**exponent for rank in range(1, len(vocabulary) + 1)]
-    shares = [weight / sum(weights) for weight in weights]
     seed = rng.getrandbits(48)
 
     def build(pieces: Sequence[str]) -> str:
-        # Exact shares and not draws, so that the order of the ranks is certain at every length.
         words: list[str] = []
-        for word, share in zip(vocabulary, shares, strict=True):
-            times = round(share * len(pieces))
-            if times == 0:
-                break
-            words += [word] * times
-        words += vocabulary[len(set(words)) :][: len(pieces) - len(words)]  # the rare ones once each
+        for rank, word in enumerate(vocabulary, 1):
+            words += [word] * math.floor(len(pieces) / (rank**2 * math.pi**2 / 6))
         random.Random(seed).shuffle(words)
         return (
             "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-            f"appearing coded words.\n{' '.join(words)}\n"
-            "Question: do not provide any explanation. Please ignore the dots '....'. What are the three most "
-            "frequently appearing words in the above coded text? Answer: according to the coded text above, the three "
-            "most frequently appearing words are:"
+            f"appearing coded words. {' '.join(words)}\n"
+            "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most "
+            "frequently appearing words in the above coded text?"
         )
 
     def parts() -> Iterator[str]:
         while True:
             yield ""  # only their number counts
 
-    return Draft(parts, build, tuple(vocabulary[1 : top + 1]), new_tokens=50)
+    lead = " Answer: According to the coded text above, the three most frequently appearing words are:"
+    return Draft(parts, build, lead, tuple(vocabulary[1 : top + 1]), new_tokens=50)
 
 
 # ---- questions over documents ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class QuestionFile:
-    """Questions of a user's file: (question, answers, titles of its own documents), and all documents by title."""
+class Question:
+    """own: titles of the documents that go with it and always stay; near: those that distract first."""
 
-    questions: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+    text: str
+    answers: tuple[str, ...]
+    own: tuple[str, ...]
+    near: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    """Questions of a user's file, and all its documents by title. name: with a fingerprint of the content."""
+
+    name: str
+    questions: tuple[Question, ...]
     documents: dict[str, str]
 
 
 def read_questions(path: Path) -> QuestionFile:
     """A SQuAD file ({"data": [{"title", "paragraphs": [{"context", "qas"}]}]}) or a HotpotQA one (rows with
-    question, answer and context [[title, sentences]]; a JSON list or JSON lines). UserError for anything else."""
+    question, answer and context [[title, sentences]]; a JSON list or JSON lines). UserError for anything else.
+
+    As the authors take them: of SQuAD the paragraph, distracted first by those of its article; of HotpotQA all the
+    documents of the row. Questions without an answer are passed over.
+    """
     value: Any = [row for _, row in read_rows(path)] if path.suffix == ".jsonl" else read_json(path)
-    questions: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+    questions: list[Question] = []
     documents: dict[str, str] = {}
     try:
         if isinstance(value, dict):
-            for article in value["data"]:
-                for number, paragraph in enumerate(article["paragraphs"]):
-                    title = f"{article.get('title', 'untitled')} {number}"
+            for article_number, article in enumerate(value["data"]):
+                titles = [f"{article_number} {number}" for number in range(len(article["paragraphs"]))]
+                for title, paragraph in zip(titles, article["paragraphs"], strict=True):
                     documents[title] = paragraph["context"]
+                    near = tuple(other for other in titles if other != title)
                     for qa in paragraph["qas"]:
                         answers = tuple(dict.fromkeys(a["text"] for a in qa["answers"]))
-                        if answers:
-                            questions.append((qa["question"], answers, (title,)))
+                        if answers and not qa.get("is_impossible"):
+                            questions.append(Question(qa["question"], answers, (title,), near))
         else:
             for row in value:
-                titles = []
+                own = []
                 for title, sentences in row["context"]:
-                    documents[title] = "".join(sentences) if isinstance(sentences, list) else sentences
-                    titles.append(title)
-                support = [title for title, _ in row.get("supporting_facts", [])]
-                questions.append((row["question"], (row["answer"],), tuple(dict.fromkeys(support)) or tuple(titles)))
-    except (KeyError, TypeError, ValueError):
+                    text = "".join(sentences) if isinstance(sentences, list) else sentences
+                    documents[title] = f"{title}\n{text}"
+                    own.append(title)
+                questions.append(Question(row["question"], (row["answer"],), tuple(dict.fromkeys(own))))
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is neither a SQuAD nor a HotpotQA file: give one of those with --qa.") from None
-    if len(questions) < 1 or len(documents) < 2:
+    questions = [question for question in questions if len(question.own) < len(documents)]
+    if not questions:
         raise UserError(f"{path} has too few questions or documents: give a whole SQuAD or HotpotQA file with --qa.")
-    return QuestionFile(tuple(questions), documents)
-
-
-def _documents_prompt(documents: Sequence[str], question: str) -> str:
-    text = "\n\n".join(f"Document {i}:\n{doc.strip()}" for i, doc in enumerate(documents, 1))
-    return (
-        "Answer the question based on the given documents. Only give me the answer and do not output any other words."
-        f"\n\nThe following are given documents.\n\n{text}\n\nAnswer the question based on the given documents. Only "
-        f"give me the answer and do not output any other words.\n\nQuestion: {question} Answer:"
-    )
+    digest = hashlib.sha256(repr((questions, documents)).encode()).hexdigest()[:16]
+    return QuestionFile(f"{path.name} ({digest})", tuple(questions), documents)
 
 
 def _qa_draft(
     rng: random.Random, own: list[str], others: Callable[[], Iterator[str]], question: str, answers: tuple[str, ...]
 ) -> Draft:
     places = [rng.random() for _ in own]
+    order = (
+        "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+    )
 
     def build(pieces: Sequence[str]) -> str:
         listed = list(pieces)
         for document, place in zip(own, places, strict=True):
             listed.insert(round(place * len(listed)), document)
-        return _documents_prompt(listed, question)
+        text = "\n\n".join(f"Document {number}:\n{document.strip()}" for number, document in enumerate(listed, 1))
+        return f"{order}\n\nThe following are given documents.\n\n{text}\n\n{order}\n\nQuestion: {question}"
 
-    return Draft(others, build, answers, any_of=True, new_tokens=32)
+    return Draft(others, build, " Answer:", answers, any_of=True, new_tokens=32)
 
 
 def _from_file(rng: random.Random, qa: QuestionFile) -> Draft:
-    question, answers, titles = rng.choice(qa.questions)
-    own = [f"{title}\n{qa.documents[title]}" for title in titles]
-    rest = [title for title in qa.documents if title not in titles]
+    question = rng.choice(qa.questions)
+    near = [title for title in question.near if title not in question.own]
+    rest = [title for title in qa.documents if title not in question.own and title not in set(near)]
+    rng.shuffle(near)
     rng.shuffle(rest)
 
     def others() -> Iterator[str]:
         # The authors repeat the distractors too when a text is to be longer than the collection.
-        while rest:
-            for title in rest:
-                yield f"{title}\n{qa.documents[title]}"
+        while near or rest:
+            yield from (qa.documents[title] for title in (*near, *rest))
 
-    return _qa_draft(rng, own, others, question, answers)
+    return _qa_draft(rng, [qa.documents[t] for t in question.own], others, question.text, question.answers)
 
 
 def _generated_qa(rng: random.Random, hops: int) -> Draft:

@@ -387,7 +387,7 @@ def probe(recipe: Recipe, loaded: Loaded, path: Path) -> dict[str, Any]:
     from its file."""
     if path.exists():
         return dict(read_json(path)["found"])
-    from longverse.evaluation.backends import EngineBackend
+    from longverse.evaluation.engine_backend import EngineBackend
     from longverse.evaluation.needle import NeedleSettings, run_needle
     from longverse.inference.engine import Engine
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as Trained
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from longverse.evaluation.backends import Failure, Reply, Request
+from longverse.evaluation.backends import Failure, Lane, Reply, Request
+from longverse.evaluation.engine_backend import prompt_ids
 from longverse.evaluation.haystack import generated_text
 from longverse.inference.engine import Engine
 from longverse.models.chat import ChatFormat
@@ -84,8 +85,12 @@ class Echo:
     window: int | None = 100_000
     fail: Sequence[int] = ()
     name: str = "echo"
-    concurrency: int = 1
+    side_by_side: int = 1
     calls: int = 0
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        return (self,) * self.side_by_side
 
     def describe(self) -> dict[str, Any]:
         return {"backend": "echo", "model": self.name, "window": self.window}
@@ -97,9 +102,7 @@ class Echo:
         return self.tokenizer.decode(list(ids))
 
     def count(self, request: Request) -> int:
-        if request.messages is not None:
-            return len(self.chat.encode(list(request.messages)))
-        return len(self.encode(request.prompt or ""))
+        return len(prompt_ids(self.tokenizer, self.chat, request))
 
     def answer(self, request: Request) -> Reply:
         self.calls += 1

@@ -1,6 +1,9 @@
 """Back ends: the engine, transformers, and an endpoint that serves the engine or misbehaves."""
 
+import email.utils
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,19 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longverse.errors import UserError
-from longverse.evaluation.backends import (
-    EngineBackend,
-    Failure,
-    Reply,
-    Request,
-    TransformersBackend,
-    answer_all,
-    load_tokenizer,
-)
+from longverse.evaluation.backends import IN_A_ROW, Failure, Reply, Request, answer_all, load_tokenizer
 from longverse.evaluation.endpoint import EndpointBackend
+from longverse.evaluation.engine_backend import EngineBackend, EngineProcesses, fingerprint
 from longverse.evaluation.needle import NeedleSettings, run_needle
+from longverse.evaluation.transformers_backend import TransformersBackend
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 
@@ -111,7 +109,7 @@ def test_the_endpoint_gives_the_engines_answers(engine: Engine, model_folder: Pa
     with server(serve_engine(engine)) as url:
         remote = client(url, tokenizer=tokenizer, chat=chat)
         remote.check()
-        for index, reply in answer_all(remote, requests):
+        for index, _, reply in answer_all(remote, [(request,) for request in requests]):
             assert isinstance(reply, Reply)
             assert reply.text == direct[index].text
             assert reply.prompt_tokens == direct[index].prompt_tokens == remote.count(requests[index])
@@ -259,9 +257,151 @@ def test_requests_run_side_by_side_and_failures_stay_with_their_row(echo: Echo) 
 
     with server(handle) as url:
         backend = client(url, concurrency=3)
-        replies = dict(answer_all(backend, [Request.user(str(n)) for n in range(8)]))
-        stopped = dict(answer_all(backend, [Request.user(str(n)) for n in range(8)], cancelled=lambda: True))
+        jobs = [(Request.user(str(n)),) for n in range(8)]
+        replies = {n: reply for n, _, reply in answer_all(backend, jobs)}
+        stopped = list(answer_all(backend, jobs, cancelled=lambda: True))
     assert most == 3
     assert isinstance(replies.pop(3), Failure)
     assert {n: r.text for n, r in replies.items() if isinstance(r, Reply)} == {n: f"re {n}" for n in range(8) if n != 3}
-    assert stopped == {}
+    assert stopped == []
+
+
+@pytest.mark.parametrize("side_by_side", [1, 3])
+def test_many_failures_in_a_row_end_the_run(echo: Echo, side_by_side: int) -> None:
+    jobs = [(Request.user(str(n)),) for n in range(100)]
+    echo.side_by_side, echo.fail = side_by_side, range(5, 100)
+    with pytest.raises(UserError, match=f"{IN_A_ROW} requests in a row got no answer"):
+        list(answer_all(echo, jobs))
+    assert IN_A_ROW <= echo.calls <= 5 + IN_A_ROW + 2 * side_by_side
+    echo.calls, echo.side_by_side, echo.fail = 0, 1, [n for n in range(100) if n % IN_A_ROW]
+    assert len(list(answer_all(echo, jobs))) == 100
+
+
+def test_requests_of_one_job_follow_each_other_on_one_lane(echo: Echo) -> None:
+    lanes: list[Any] = [Lane(), Lane(), Lane()]
+
+    class Several(Echo):
+        @property
+        def lanes(self) -> Any:
+            return lanes
+
+    jobs = [[Request.user(f"{job} {place}") for place in range(3)] for job in range(7)]
+    came = [(job, place) for job, place, _ in answer_all(Several(echo.tokenizer, echo.chat), jobs)]
+    assert sorted(came) == [(job, place) for job in range(7) for place in range(3)]
+    for lane in lanes:
+        assert [text for text in lane.asked if text.endswith(" 0")] == lane.asked[::3]
+        assert all(
+            lane.asked[i][0] == lane.asked[i + 1][0] == lane.asked[i + 2][0] for i in range(0, len(lane.asked), 3)
+        )
+
+
+class Lane:
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def answer(self, request: Request) -> Reply:
+        assert request.messages is not None
+        self.asked.append(request.messages[0]["content"])
+        time.sleep(0.001)
+        return Reply("", None, None, "stop", 0.0)
+
+
+def test_a_run_that_is_given_up_does_not_wait_for_the_endpoint() -> None:
+    release = threading.Event()
+
+    def handle(path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        if body["messages"][0]["content"] != "0":
+            release.wait(20)
+        return said("x")
+
+    with server(handle) as url:
+        start = time.monotonic()
+        answers = answer_all(client(url, concurrency=3, timeout=30.0), [(Request.user(str(n)),) for n in range(8)])
+        assert next(answers)[0] == 0
+        answers.close()  # as an exception or a Ctrl-C in the loop does
+        assert time.monotonic() - start < 10
+        release.set()
+
+
+def test_the_wait_a_server_names_is_kept_within_a_minute() -> None:
+    waits = ["7", email.utils.formatdate(time.time() + 9, usegmt=True), "3600", "soon"]
+    pauses: list[float] = []
+
+    class Busy(EndpointBackend):
+        def _send(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+            from longverse.evaluation.endpoint import _Passing
+            from longverse.web import named_wait
+
+            if waits:
+                raise _Passing("HTTP 429: slow down", named_wait(waits.pop(0)))
+            return json.loads(said("here")[1])
+
+    backend = Busy("http://127.0.0.1:9/v1", "tiny", retries=4, pause=1.0, sleep=pauses.append)
+    assert backend.answer(ASK).text == "here"
+    assert pauses[0] == 7
+    assert 7 <= pauses[1] <= 9.1
+    assert pauses[2] == 60
+    assert 8 <= pauses[3] <= 10
+
+
+def test_a_key_that_is_none_is_refused_without_showing_it() -> None:
+    with pytest.raises(UserError, match="no key has") as refused:
+        client("http://127.0.0.1:9/v1", key="geheim\nX-Other: 1")
+    assert "geheim" not in str(refused.value)
+    assert client("http://127.0.0.1:9/v1", key=" k \n").key == "k"
+
+
+def test_half_a_character_and_odd_usage_do_no_harm() -> None:
+    seen: list[str] = []
+
+    def handle(path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        seen.append(body["messages"][0]["content"])
+        return 200, json.dumps({"choices": [{"message": {"content": "x"}}], "usage": [1]}).encode()
+
+    with server(handle) as url:
+        assert client(url).answer(Request.user("a \ud83d b")).prompt_tokens is None
+    assert seen == ["a \ud83d b"]
+
+
+def test_other_weights_and_other_numbers_are_another_model(engine: Engine, model_folder: Path) -> None:
+    about = EngineBackend(engine).describe()
+    again = Engine.load(str(model_folder), dtype="float32", device="cpu")
+    assert EngineBackend(again).describe() == about
+    assert EngineBackend(again, cache="int8").describe() != about
+    assert (
+        EngineBackend(Engine.load(str(model_folder), dtype="bfloat16", device="cpu")).describe()["dtype"] == "bfloat16"
+    )
+    linear = again.network.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight * 1.001, requires_grad=False)
+    assert fingerprint(again.network) != about["weights"]
+
+
+def test_processes_give_the_engines_answers_and_say_when_one_is_killed(engine: Engine, model_folder: Path) -> None:
+    alone = EngineBackend(engine)
+    jobs = [
+        [Request.user("The miller walked slowly.", max_new_tokens=9), Request.user("The river.", max_new_tokens=9)],
+        [Request(prompt="Towards evening\n", max_new_tokens=9, end_line=True)],
+        [Request.user("清晨，花匠慢慢走过小小的码头。", lead=" It", max_new_tokens=9)],
+        [Request(prompt="a b c " * 3000, max_new_tokens=4)],
+    ]
+    with EngineProcesses(str(model_folder), processes=2, dtype="float32", device="cpu") as several:
+        assert several.describe() == alone.describe()
+        assert several.window == alone.window
+        assert several.count(jobs[0][0]) == alone.count(jobs[0][0])
+        told = {(job, place): reply for job, place, reply in answer_all(several, jobs[:3])}
+        for job, requests in enumerate(jobs[:3]):
+            for place, request in enumerate(requests):
+                reply = told[job, place]
+                assert isinstance(reply, Reply)
+                expected = alone.answer(request)
+                assert (reply.text, reply.new_tokens) == (expected.text, expected.new_tokens)
+        with pytest.raises(UserError, match="window of 4,096"):
+            list(answer_all(several, jobs[3:]))
+        os.kill(several.lanes[0].process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match=r"worker process ended \(exit code -9"):
+            list(answer_all(several, jobs[:2]))
+
+
+def test_a_model_that_processes_cannot_load_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no model"):
+        EngineProcesses(str(tmp_path / "absent"), processes=2)

@@ -59,7 +59,7 @@ def test_everything_and_one_page(model: tuple[str, ...], bench: Path, tmp_path: 
     here = json.loads((runs / "lb" / "longbench.json").read_text())["scores"]
     there = json.loads(scored.stdout)["scores"]
     assert {t: s["score"] for t, s in there.items()} == {t: s["score"] for t, s in here.items()}
-    ruler = call("ruler", *model, "--lengths", "400", "--tasks", "vt", "--samples", 1, "-o", runs / "ruler")
+    ruler = call("ruler", *model, "--lengths", "500", "--tasks", "niah_single_1", "--samples", 1, "-o", runs / "ruler")
     assert ruler.exit_code == 0, ruler.exception
     loss = call("loss", *model, "--length", 300, "-o", runs / "loss")
     assert loss.exit_code == 0, loss.exception
@@ -120,15 +120,19 @@ def test_names_that_do_not_exist(bench: Path, tmp_path: Path, model: tuple[str, 
     assert "no list of numbers" in refused("needle", "--lengths", "1k,many")
     assert "not 'fr'" in refused("needle", "-l", "fr")
     assert "No mode" in refused("needle", "--mode", "magic")
-    assert "cannot be read" in refused("needle", "--haystack", tmp_path / "absent.txt")
+    assert "There is no file" in refused("needle", "--haystack", tmp_path / "absent.txt")
     assert "--depths" in refused("needle", "--depths", 0)
     assert "engine or transformers" in refused("needle", "--backend", "llama.cpp")
     assert "is no endpoint" in refused("needle", "--endpoint", "localhost:1")
     assert "does not answer" in refused("needle", "--endpoint", "http://127.0.0.1:9/v1")
-    assert "--rope and --backend" in refused("needle", "--endpoint", "http://127.0.0.1:9/v1", "--rope", "abf:5")
+    served = ("--endpoint", "http://127.0.0.1:9/v1")
+    assert "--rope and --processes change" in refused("needle", *served, "--rope", "abf:5", "--processes", 2)
+    assert "--cache belong to the engine" in refused("ruler", "--backend", "transformers", "--cache", "int4")
+    assert "--processes must be" in refused("needle", *model, "--processes", 0)
+    assert "nobody's home" in refused("report", "~nobody-of-that-name/x")
     assert "belongs to --endpoint" in refused("needle", "--tokenizer", "smol")
     assert "'vtt'" in refused("ruler", "--tasks", "vtt")
-    assert "cannot be read" in refused("loss", tmp_path / "absent.txt")
+    assert "There is no file" in refused("loss", tmp_path / "absent.txt")
     assert "exceed" in refused("loss", *model, "--length", 9000)
     assert "does not exist" in refused("report", tmp_path / "absent")
     assert "neither .html nor .md" in refused("report", tmp_path, "-o", "x.pdf")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from longverse.errors import UserError
-from longverse.evaluation.backends import EngineBackend, Request
+from longverse.evaluation.backends import Request
+from longverse.evaluation.engine_backend import EngineBackend
 from longverse.evaluation.files import Journal
 from longverse.evaluation.longbench import tables
 from longverse.evaluation.longbench.metrics import OWN_CLASSES
@@ -317,11 +318,11 @@ def test_bad_predictions_are_named(bench: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder"):
         score_folder(tmp_path / "absent")
     write_jsonl(path, [good])
-    with pytest.raises(UserError, match=r"has no lcc\.jsonl"):
+    with pytest.raises(UserError, match=r"lcc\.jsonl does not exist"):
         score_folder(tmp_path, tasks=["lcc"])
     data = read_task(bench, "trec")
     alien = [Prediction("x", ("Sport",), None, 1)]
-    with pytest.raises(UserError, match="prediction 1: its answers are not those"):
+    with pytest.raises(UserError, match="prediction 1: no row of the data that is left"):
         check_against(data, alien, path, partial=True)
     with pytest.raises(UserError, match="1 predictions and the data 6 rows"):
         check_against(data, alien, path, partial=False)
@@ -355,10 +356,14 @@ def v2(tmp_path: Path) -> Path:
     folder = tmp_path / "v2"
     (folder / "prompts").mkdir(parents=True)
     (folder / "data.json").write_text(json.dumps(items))
-    for name, tail in (("0shot", "Answer:"), ("0shot_cot", "Think:"), ("0shot_cot_ans", "Thoughts: $COT$ Answer:")):
-        (folder / "prompts" / f"{name}.txt").write_text(
-            f"<text>$DOC$</text> $Q$ (A) $C_A$ (B) $C_B$ (C) $C_C$ (D) $C_D$ {tail}"
-        )
+    # As in the benchmark: the second prompt of the reasoning variant shows the thoughts and leaves the text out.
+    question = "$Q$ (A) $C_A$ (B) $C_B$ (C) $C_C$ (D) $C_D$"
+    for name, text in (
+        ("0shot", f"<text>$DOC$</text> {question} Answer:"),
+        ("0shot_cot", f"<text>$DOC$</text> {question} Think:"),
+        ("0shot_cot_ans", f"The text is omitted. {question} Thoughts: $COT$ Answer:"),
+    ):
+        (folder / "prompts" / f"{name}.txt").write_text(text)
     return folder
 
 
@@ -417,6 +422,9 @@ def test_v2_failures_and_bad_input(echo: Echo, v2: Path, tmp_path: Path) -> None
         run_v2(echo, items, prompts, tmp_path / "b", max_length=200, reasoning=True)
     with pytest.raises(UserError, match=r"0shot\.txt cannot be read"):
         read_prompts(v2, reasoning=False)
+    (v2 / "prompts" / "0shot_cot_ans.txt").write_text("$DOC$ $Q$")
+    with pytest.raises(UserError, match=r"0shot_cot_ans\.txt has no \$COT\$"):
+        read_prompts(v2 / "prompts", reasoning=True)
     with pytest.raises(UserError, match=r"neither data\.json"):
         read_items(v2 / "prompts")
     for change, message in (

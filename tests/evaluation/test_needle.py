@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from longverse.errors import UserError
-from longverse.evaluation.backends import EngineBackend, Request
+from longverse.evaluation.backends import Request
+from longverse.evaluation.engine_backend import EngineBackend
 from longverse.evaluation.needle import MODES, NeedleResult, NeedleSettings, default_lengths, run_needle
 from longverse.inference.engine import Engine
 

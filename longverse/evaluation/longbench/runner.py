@@ -11,13 +11,14 @@ the journal with their reason, are tried again by the next run, and are left out
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longverse.errors import UserError
-from longverse.evaluation.backends import Backend, Failure, Request, answer_all, check_window
+from longverse.evaluation.backends import Backend, Failure, Reply, Request, answer_all, check_window, template_tokens
 from longverse.evaluation.files import Journal, write_text
 from longverse.evaluation.longbench.score import Prediction, TaskScore, score_rows
 from longverse.evaluation.longbench.tasks import NO_TEMPLATE, Config, Row, find_file, read_task
@@ -82,7 +83,6 @@ class LongBenchRun:
     limit: int | None = None
     e: bool = False
     on_progress: Callable[[int, int], None] | None = None
-    on_task: Callable[[str, int, int], None] | None = None  # task, rows left to do, rows
     cancelled: Callable[[], bool] | None = None
     scores: list[TaskScore] = field(default_factory=list)
 
@@ -136,23 +136,15 @@ class LongBenchRun:
         for task in self.tasks:
             journal = journals[task]
             todo = [row for row in rows[task] if not journal.done(row.id)]
-            if self.on_task is not None:
-                self.on_task(task, len(todo), len(rows[task]))
+            cut: dict[str, bool] = {}  # row id: whether its text was cut
             if self.on_progress is not None:
                 self.on_progress(done, total)
             try:
-                # Requests are made one batch at a time: cutting a long text takes a moment, and a kill should not
-                # have to wait for all of them.
-                for begin in range(0, len(todo), 4 * self.backend.concurrency):
-                    batch = todo[begin : begin + 4 * self.backend.concurrency]
-                    made = [self.request(task, row) for row in batch]
-                    for index, reply in answer_all(self.backend, [r for r, _ in made], self.cancelled):
-                        journal.add(batch[index].id, _journal_row(reply, made[index][1]))
-                        done += 1
-                        if self.on_progress is not None:
-                            self.on_progress(done, total)
-                    if self.cancelled is not None and self.cancelled():
-                        break
+                for number, _, reply in answer_all(self.backend, self._jobs(task, todo, cut), self.cancelled):
+                    journal.add(todo[number].id, _journal_row(reply, cut[todo[number].id]))
+                    done += 1
+                    if self.on_progress is not None:
+                        self.on_progress(done, total)
             finally:
                 score = self._finish(task, rows[task], journal)
             if score is not None:
@@ -161,13 +153,19 @@ class LongBenchRun:
                 break
         return self.scores
 
+    def _jobs(self, task: str, rows: Sequence[Row], cut: dict[str, bool]) -> Iterator[tuple[Request]]:
+        # One at a time: cutting a long text takes a moment, and nothing should have to wait for all of them.
+        for row in rows:
+            request, cut[row.id] = self.request(task, row)
+            yield (request,)
+
     def _check_window(self) -> None:
         if self.truncation == "off" or self.backend.window is None:
             return
         for task in self.tasks:
             template = 0
             if task not in NO_TEMPLATE and self.truncation == "middle":
-                template = self.backend.count(Request.user("x")) - len(self.backend.encode("x"))
+                template = template_tokens(self.backend)
             new_tokens = self.config.lengths[task]
             most = self.backend.window - new_tokens - template - SEAM
             if self.max_length > most:
@@ -219,12 +217,10 @@ class LongBenchRun:
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """The benchmark's format: a JSON object a line with pred, answers, all_classes, length."""
-    import json
-
     write_text(path, "".join(json.dumps(p.to_dict(), ensure_ascii=False) + "\n" for p in predictions))
 
 
-def _journal_row(reply: Any, cut: bool) -> dict[str, Any]:
+def _journal_row(reply: Reply | Failure, cut: bool) -> dict[str, Any]:
     if isinstance(reply, Failure):
         return {"failed": str(reply)}
     return {

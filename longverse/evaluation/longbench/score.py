@@ -6,6 +6,7 @@ failed have no prediction; they are counted and named beside the score, and are 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,24 +96,21 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
 def check_against(data: Sequence[Row], predictions: Sequence[Prediction], path: Path, *, partial: bool) -> None:
     """UserError when the predictions are not those of the data: other answers, or another number of rows.
 
-    partial: fewer rows are allowed, as a run with a limit or with failed rows makes them; order still counts.
+    The order does not count (the benchmark's script appends from several GPUs at once). partial: fewer rows are
+    allowed, as a run with a limit or with failed rows makes them.
     """
     if len(predictions) > len(data) or (not partial and len(predictions) != len(data)):
         raise UserError(
             f"{path} has {len(predictions)} predictions and the data {len(data)} rows: they do not belong together."
         )
-    at = 0
+    left = Counter(row.answers for row in data)
     for number, prediction in enumerate(predictions, 1):
-        while at < len(data) and data[at].answers != prediction.answers:
-            if not partial:
-                break
-            at += 1
-        if at == len(data) or data[at].answers != prediction.answers:
+        if not left[prediction.answers]:
             raise UserError(
-                f"{path}, prediction {number}: its answers are not those of the data's row, so the two do not belong "
-                "together: score each with its own."
+                f"{path}, prediction {number}: no row of the data that is left has its answers, so the two do not "
+                "belong together: score each with its own."
             )
-        at += 1
+        left[prediction.answers] -= 1
 
 
 def score_rows(task: str, predictions: Sequence[Prediction], *, e: bool = False) -> TaskScore:
@@ -197,6 +195,12 @@ def averages(scores: Sequence[TaskScore]) -> Averages:
     )
 
 
+def prediction_file(folder: Path, task: str, *, e: bool = False) -> Path:
+    """Where the predictions of a task are: in a run's `pred` (LongBench-E: `pred_e`), else in the folder itself."""
+    inner = folder / ("pred_e" if e else "pred")
+    return (inner if inner.is_dir() else folder) / f"{task}.jsonl"
+
+
 def score_folder(folder: Path, *, e: bool = False, tasks: Sequence[str] | None = None) -> list[TaskScore]:
     """Scores every TASK.jsonl of a folder of predictions (or of its `pred`/`pred_e` subfolder), by any program.
 
@@ -204,14 +208,14 @@ def score_folder(folder: Path, *, e: bool = False, tasks: Sequence[str] | None =
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of predictions: give the folder with the TASK.jsonl files.")
-    inner = folder / ("pred_e" if e else "pred")
-    place = inner if inner.is_dir() else folder
     known = E_TASKS if e else TASKS
-    there = [task for task in known if (place / f"{task}.jsonl").is_file()]
+    there = [task for task in known if prediction_file(folder, task, e=e).is_file()]
     for task in tasks or ():
         if task not in there:
-            raise UserError(f"{place} has no {task}.jsonl: run that task first, or leave it out of --tasks.")
+            raise UserError(
+                f"{prediction_file(folder, task, e=e)} does not exist: run {task} first, or leave it out of --tasks."
+            )
     chosen = [task for task in there if tasks is None or task in tasks]
     if not chosen:
-        raise UserError(f"{place} holds no predictions called like a task (such as hotpotqa.jsonl): check --score.")
-    return [score_rows(task, read_predictions(place / f"{task}.jsonl", task), e=e) for task in chosen]
+        raise UserError(f"{folder} holds no predictions called like a task (such as hotpotqa.jsonl): check --score.")
+    return [score_rows(t, read_predictions(prediction_file(folder, t, e=e), t), e=e) for t in chosen]

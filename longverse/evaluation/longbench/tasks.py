@@ -6,15 +6,17 @@ prompts and rows are data of the benchmark: they are read from the user's copy a
 
 from __future__ import annotations
 
-import io
+import re
 import string
+import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from longverse.errors import UserError
+from longverse.errors import UserError, expand
 from longverse.evaluation.files import read_json, read_rows
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
@@ -48,6 +50,8 @@ ROWS = {task: 500 if task in ("lcc", "repobench-p") else 150 if task == "multifi
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "input": str, "context": str, "answers": list, "length": int, "all_classes": (list, type(None)), "_id": str,
 }  # fmt: skip
+# JSON may spell half of a character outside the basic plane; no tokenizer takes it and no file of UTF-8 holds it.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,10 @@ def choose_tasks(names: list[str] | None, *, e: bool = False) -> tuple[str, ...]
 
 def read_config(folder: Path, tasks: tuple[str, ...]) -> Config:
     """Reads dataset2prompt.json and dataset2maxlen.json; UserError when one lacks a task or is malformed."""
-    prompts = read_json(folder / "dataset2prompt.json")
-    lengths = read_json(folder / "dataset2maxlen.json")
+    prompts, lengths = read_json(folder / "dataset2prompt.json"), read_json(folder / "dataset2maxlen.json")
+    for name, value in (("dataset2prompt.json", prompts), ("dataset2maxlen.json", lengths)):
+        if not isinstance(value, dict):
+            raise UserError(f"{folder / name} is no table of tasks: use the benchmark's own file.")
     for task in tasks:
         template, length = prompts.get(task), lengths.get(task)
         if not isinstance(template, str):
@@ -139,6 +145,8 @@ def read_task(folder: Path, task: str, *, e: bool = False, limit: int | None = N
             raise UserError(
                 f"{where}: 'answers' must be a list of one or more texts; get the file anew from the benchmark."
             )
+        if _HALF_CHARACTER.search(f"{fields['input']}{fields['context']}{''.join(fields['answers'])}"):
+            raise UserError(f"{where}: the row holds half a character (a lone surrogate); get the file anew.")
         if METRICS[task] == "classification" and not fields["all_classes"]:
             raise UserError(f"{where}: {task} needs 'all_classes'; get the file anew from the benchmark.")
         dataset = fields.get("dataset", task)
@@ -171,7 +179,7 @@ def locate(data: str, cache: Path) -> Path:
 
     A zip is unpacked once under `cache`. UserError when nothing is found or the hub cannot be reached.
     """
-    path = Path(data).expanduser()
+    path = expand(data)
     if path.is_dir():
         if (path / "data.zip").is_file() and not (path / "data").is_dir() and not list(path.glob("*.jsonl")):
             return _unpack(path / "data.zip", cache)
@@ -195,13 +203,18 @@ def locate(data: str, cache: Path) -> Path:
 def _unpack(archive: Path, cache: Path) -> Path:
     stat = archive.stat()
     target = cache / f"longbench-{stat.st_size}-{stat.st_mtime_ns}"
+    if target.is_dir():
+        return target
     try:
-        with zipfile.ZipFile(io.BytesIO(archive.read_bytes())) as files:
-            (target / "data").mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(archive) as files, tempfile.TemporaryDirectory(dir=cache) as aside:
+            folder = Path(aside) / "whole"
+            (folder / "data").mkdir(parents=True)
             for entry in files.namelist():
                 # Only the rows are taken, by their bare names: a path inside an archive is not to be trusted.
                 if entry.endswith(".jsonl"):
-                    (target / "data" / Path(entry).name).write_bytes(files.read(entry))
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{archive} cannot be unpacked ({error}): download it again.") from error
+                    (folder / "data" / Path(entry).name).write_bytes(files.read(entry))
+            folder.replace(target)
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+        raise UserError(f"{archive} cannot be unpacked to {cache} ({error}): download it again.") from error
     return target

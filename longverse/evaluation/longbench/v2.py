@@ -1,21 +1,22 @@
 """LongBench v2: 503 multiple-choice items over long texts, answered directly or after reasoning.
 
 Source: Bai et al. 2024 (arXiv:2412.15204) and the benchmark's repository. Items and prompts are read from the
-user's copy (data.json or .jsonl; prompts/0shot.txt, 0shot_cot.txt, 0shot_cot_ans.txt). The official script draws
-at temperature 0.1; here answers are greedy, which is the one difference of protocol.
+user's copy (data.json or .jsonl; prompts/0shot.txt, 0shot_cot.txt, 0shot_cot_ans.txt). Two differences of protocol: the
+official script draws at temperature 0.1, here answers are greedy; and it drops an item whose answer is empty from file
+and mean, here an empty answer names no letter.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longverse.errors import UserError
-from longverse.evaluation.backends import Backend, Failure, Reply, Request, answer_all
+from longverse.evaluation.backends import Backend, Failure, Request, answer_all, template_tokens
 from longverse.evaluation.files import Journal, read_json, read_rows, write_json, write_text
 
 _FIELDS = (
@@ -70,8 +71,10 @@ def read_prompts(folder: Path, *, reasoning: bool) -> dict[str, str]:
             prompts[name] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             raise UserError(f"{path} cannot be read: give the benchmark's prompts folder with --config.") from None
-        if "$DOC$" not in prompts[name] or "$Q$" not in prompts[name]:
-            raise UserError(f"{path} has no $DOC$ or no $Q$: use the benchmark's own file.")
+        # The second prompt of the reasoning variant leaves the text out: it shows the thoughts instead.
+        for place in ("$Q$", "$COT$" if name == "0shot_cot_ans" else "$DOC$"):
+            if place not in prompts[name]:
+                raise UserError(f"{path} has no {place}: use the benchmark's own file.")
     return prompts
 
 
@@ -170,8 +173,7 @@ def run_v2(
     """Answers every item once; `out/journal/longbench-v2*.jsonl` keeps finished ones for a later run."""
     first_tokens = REASONING_TOKENS if reasoning else DIRECT_TOKENS
     if backend.window is not None:
-        frame = backend.count(Request.user("x")) - len(backend.encode("x"))
-        most = backend.window - first_tokens - frame
+        most = backend.window - first_tokens - template_tokens(backend)
         if max_length > most:
             raise UserError(
                 f"--max-length {max_length:,} with {first_tokens:,} new tokens exceeds the window of {backend.name}, "
@@ -182,52 +184,41 @@ def run_v2(
         "max_length": max_length,
         "prompts": hashlib.sha256(repr(sorted(prompts.items())).encode()).hexdigest()[:16],
     }
-    stem = "longbench-v2-cot" if reasoning else "longbench-v2"
-    journal = Journal(out / "journal" / f"{stem}.jsonl", {**settings, "model": backend.describe()})
-    todo = [item for item in items if not journal.done(item["_id"])]
-    done = len(items) - len(todo)
-
-    def ask(template: str, item: dict[str, Any], tokens: int, thoughts: str = "") -> Request:
-        return Request.user(cut(backend, _fill(template, item, thoughts), max_length), max_new_tokens=tokens)
-
-    size = 4 * backend.concurrency
-    for begin in range(0, len(todo), size):
-        if cancelled is not None and cancelled():
-            break
-        batch = todo[begin : begin + size]
-        template = prompts["0shot_cot" if reasoning else "0shot"]
-        first = dict(answer_all(backend, [ask(template, i, first_tokens) for i in batch], cancelled))
-        last: dict[int, Reply | Failure] = dict(first)
-        if reasoning:
-            # The second prompt shows the thoughts and asks for the letter.
-            thought = [n for n, reply in first.items() if isinstance(reply, Reply)]
-            requests = [
-                ask(prompts["0shot_cot_ans"], batch[n], DIRECT_TOKENS, first[n].text.strip())  # type: ignore[union-attr]
-                for n in thought
-            ]
-            second = {thought[n]: reply for n, reply in answer_all(backend, requests, cancelled)}
-            last = {n: reply for n, reply in first.items() if isinstance(reply, Failure)}
-            last.update(second)
-        for number, reply in sorted(last.items()):
-            item = batch[number]
-            if isinstance(reply, Failure):
-                journal.add(item["_id"], {"failed": str(reply)})
-            else:
-                row = {"response": reply.text.strip(), "pred": extract_answer(reply.text.strip())}
-                if reasoning:
-                    row["response_cot"] = first[number].text.strip()  # type: ignore[union-attr]
-                journal.add(item["_id"], row)
+    header = {**settings, "model": backend.describe()}
+    answers = Journal(out / "journal" / ("longbench-v2-cot.jsonl" if reasoning else "longbench-v2.jsonl"), header)
+    stages = [("0shot", DIRECT_TOKENS, answers)]
+    thoughts = answers
+    if reasoning:
+        thoughts = Journal(out / "journal" / "longbench-v2-thoughts.jsonl", header)
+        stages = [("0shot_cot", REASONING_TOKENS, thoughts), ("0shot_cot_ans", DIRECT_TOKENS, answers)]
+    done = sum(kept.done(item["_id"]) for item in items for _, _, kept in stages)
+    for name, tokens, kept in stages:
+        todo = [item for item in items if not kept.done(item["_id"])]
+        if name == "0shot_cot_ans":
+            todo = [item for item in todo if thoughts.done(item["_id"])]
+        jobs = _jobs(backend, prompts[name], todo, thoughts, max_length, tokens)
+        for number, _, reply in answer_all(backend, jobs, cancelled):
+            outcome = {"failed": str(reply)} if isinstance(reply, Failure) else {"text": reply.text.strip()}
+            kept.add(todo[number]["_id"], outcome)
             done += 1
             if on_progress is not None:
-                on_progress(done, len(items))
+                on_progress(done, len(items) * len(stages))
     rows, failed = [], {}
     for item in items:
-        kept = journal.rows.get(item["_id"])
-        if kept is None:
-            continue
-        if "failed" in kept:
-            failed[item["_id"]] = kept["failed"]
-        else:
-            fields = {name: item[name] for name in ("_id", "difficulty", "length", "answer")}
-            rows.append({**fields, **{k: v for k, v in kept.items() if k != "key"}})
+        name = item["_id"]
+        if answers.done(name):
+            text = answers.rows[name]["text"]
+            row: dict[str, Any] = {field: item[field] for field in ("_id", "difficulty", "length", "answer")}
+            row |= {"pred": extract_answer(text), "response": text}
+            rows.append(row | ({"response_cot": thoughts.rows[name]["text"]} if reasoning else {}))
+        elif reason := (thoughts.rows.get(name, {}).get("failed") or answers.rows.get(name, {}).get("failed")):
+            failed[name] = reason
     return V2Result(backend.describe(), settings, rows, failed)
+
+
+def _jobs(
+    backend: Backend, template: str, items: Sequence[dict[str, Any]], thoughts: Journal, max_length: int, tokens: int
+) -> Iterator[tuple[Request]]:
+    for item in items:
+        prompt = _fill(template, item, thoughts.rows.get(item["_id"], {}).get("text", ""))
+        yield (Request.user(cut(backend, prompt, max_length), max_new_tokens=tokens),)
