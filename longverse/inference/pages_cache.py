@@ -54,7 +54,7 @@ class PageCache:
     allocate               where the storage comes from, torch.empty by default
 
     What a store needs: `storage()` names every array, `rows(length)` says how many entries of axis 3 hold the first
-    `length` tokens (keys and values one a token, summaries one a block), and `adopt(length)` takes over arrays that
+    `length` tokens (keys and values one a token, summaries one a block), and `restore(length)` takes over arrays that
     `allocate` handed out already filled.
     """
 
@@ -171,7 +171,7 @@ class PageCache:
         blocks = max(0, length - self.first) // self.block
         return {name: length if name in ("keys", "values") else blocks for name in self._arrays}
 
-    def adopt(self, length: int) -> None:
+    def restore(self, length: int) -> None:
         """Count the first `length` tokens as read: their rows stand in the arrays already."""
         assert self.length == 0
         assert length <= self.capacity
