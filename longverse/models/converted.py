@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .network import NetworkConfig
+from .places import cache_folder
 from .shards import Progress, SafetensorsWriter, TensorInfo, numel, read_json, write_json
 
 if TYPE_CHECKING:
@@ -34,17 +35,6 @@ if TYPE_CHECKING:
 CONVERTER = 2  # raise it when a conversion would come out otherwise: old results are then left alone
 MARKER = "longverse.json"
 DAY = 86400.0  # seconds
-
-
-def cache_folder() -> Path:
-    """Where longverse keeps what it can make again.
-
-    $LONGVERSE_CACHE, else $XDG_CACHE_HOME/longverse, else ~/.cache/longverse.
-    """
-    if own := os.environ.get("LONGVERSE_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "longverse"
 
 
 @dataclass

@@ -3,6 +3,8 @@
 XVERSE-13B-256K states no RoPE field at all; base 500,000 and dynamic NTK with factor 2 past 32,768 tokens stand only in
 the Python file beside its weights, so every engine that reads the config alone runs it at base 10,000. What is filled
 in here is said to the user, never done in silence.
+
+Nothing heavy is imported at the top: the planner asks for shapes without torch.
 """
 
 from __future__ import annotations
@@ -12,9 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from .converted import cache_folder, safe_name
-from .rope import RopePlan
 
 ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base")
 LICENCE_NOTE = (
@@ -40,6 +39,17 @@ class Release:
     def hub_id(self) -> str:
         """Where it is published."""
         return f"xverse/{self.name}"
+
+    def config(self) -> dict[str, Any]:
+        """Its config.json as far as sizes go, as published, with what it leaves out filled in."""
+        mlp, heads = {4096: (11008, 32), 5120: (13824, 40), 8192: (22016, 64)}[self.hidden]
+        return {
+            "model_type": "xverse", "num_hidden_layers": self.layers, "hidden_size": self.hidden,
+            "intermediate_size": mlp, "num_attention_heads": heads,
+            "vocab_size": 100_278 if self.name in ("XVERSE-13B", "XVERSE-13B-Chat") else 100_534,
+            "max_position_embeddings": self.original_window or self.window, "context_window": self.window,
+            "rope_parameters": self.rope_parameters(), "torch_dtype": "bfloat16",
+        }  # fmt: skip
 
     def rope_parameters(self) -> dict[str, Any]:
         """What the config should say."""
@@ -119,6 +129,8 @@ def complete(config: dict[str, Any], name: str) -> tuple[dict[str, Any], Release
 
     What the file states is never overridden; a statement that contradicts the release is noted.
     """
+    from .rope import RopePlan
+
     release = recognise(config, name)
     if release is None:
         return config, None, []
@@ -172,4 +184,7 @@ def licence_shown(notes: Iterable[str]) -> None:
 
 
 def _licence_marker(release: Release) -> Path:
+    from .converted import safe_name
+    from .places import cache_folder
+
     return cache_folder() / "licence-shown" / safe_name(release.name)
