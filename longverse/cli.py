@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, commands_data, commands_eval, commands_models, commands_train, console
+from . import __version__, commands_data, commands_eval, commands_models, commands_serve, commands_train, console
 from .commands_ask import ask
 from .commands_common import (
     AsJson,
@@ -276,6 +276,7 @@ for command in (commands_models.convert, commands_models.quantize, commands_mode
     app.command()(command)
 app.command()(commands_train.extend)
 app.command()(commands_train.finetune)
+app.command()(commands_serve.serve)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""`longverse serve`: an OpenAI-compatible server for one model on one machine, and its page. See docs/api.md."""

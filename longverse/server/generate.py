@@ -1,0 +1,125 @@
+"""From prompt ids to events: what a worker thread does with a session for one prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..inference.engine import Session, Stats
+from ..inference.sampling import Constraint, Sampling
+from .worker import Failed, Turn
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A token with its log-probability under the model itself (before temperature and penalties), and the likeliest."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of choice `index`, and the tokens chosen since the last piece (where asked for)."""
+
+    index: int
+    text: str
+    logged: tuple[Logged, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Choice `index` is complete."""
+
+    index: int
+    stats: Stats
+    logged: tuple[Logged, ...] = ()
+    queued_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All choices of one prompt are complete: nothing follows."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answers to one prompt.
+
+    choices     how many; with a seed, the i-th draws with seed + i
+    first       number of the first choice, for requests with several prompts
+    top         how many of the likeliest tokens to log; None logs nothing
+    constraint  makes what forbids tokens, for one answer
+    tokens      what the session is planned for: prompt and answer at least
+    boundary    first tokens that are a document's: a forward ends there, so that the bits of an answer do not depend
+                on whether the document was read before
+    """
+
+    ids: list[int]
+    sampling: Sampling
+    choices: int = 1
+    first: int = 0
+    top: int | None = None
+    constraint: Callable[[], Constraint] | None = None
+    tokens: int = 0
+    boundary: int = 0
+
+    def __call__(self, session: Session, turn: Turn) -> None:
+        session.boundary = self.boundary
+        for choice in range(self.choices):
+            logged: list[Logged] = []
+            constraint = self.constraint() if self.constraint is not None else None
+            sampling = replace(
+                self.sampling,
+                seed=None if self.sampling.seed is None else (self.sampling.seed + choice) % 2**63,
+                constraint=constraint,
+                on_token=None if self.top is None else self._logger(session, logged),
+            )
+            progress = turn.progress if choice == 0 else None
+            for piece in session.stream(self.ids, sampling, on_progress=progress, cancelled=turn.cancelled):
+                turn.emit(Piece(self.first + choice, piece, _drained(logged)))
+                turn.pause()
+            stats = session.stats
+            if stats.finish_reason == "cancelled":
+                turn.emit(Failed(turn.task.reason, "The request was stopped."))
+                return
+            if stats.finish_reason == "length" and getattr(constraint, "complete", False):
+                stats.finish_reason = "stop"  # whole with its last token
+            turn.emit(Ended(self.first + choice, stats, _drained(logged), turn.queued_seconds))
+        turn.emit(Finished())
+
+    def _logger(self, session: Session, logged: list[Logged]) -> Callable[[int, Tensor], None]:
+        ends = session.engine.tokenizer.eos_ids
+        top = self.top or 0
+
+        def log(token: int, logits: Tensor) -> None:
+            if token in ends:
+                return
+            with torch.inference_mode():
+                shares = logits.log_softmax(-1)
+                best = shares.topk(min(top, len(shares))) if top else None
+            likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best is not None else ()
+            logged.append(Logged(token, float(shares[token]), tuple(likeliest)))
+
+        return log
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A document is read into a session, and nothing written."""
+
+    ids: list[int]
+    tokens: int
+
+    def __call__(self, session: Session, turn: Turn) -> None:
+        session.boundary = len(self.ids)
+        whole = session.read(self.ids, on_progress=turn.progress, cancelled=turn.cancelled)
+        turn.emit(Finished() if whole else Failed(turn.task.reason, "The reading was stopped; what was read is kept."))
+
+
+def _drained(logged: list[Logged]) -> tuple[Logged, ...]:
+    taken = tuple(logged)
+    logged.clear()
+    return taken
