@@ -1,6 +1,6 @@
-"""`longverse ask`: questions about a document, each answered from it.
+"""`longverse ask` and `longverse summarize`: questions about documents, answered from them with checked citations.
 
-    options -> documents -> engine -> prompts -> session (open_session) -> one answer a question (Asker)
+    options -> documents -> engine -> prompts -> session (open_session) -> one answer a question (answer)
 
 How a document comes to stand in a session is `open_session`'s business alone: a plain session reads it, others may
 bring it along already read.
@@ -8,11 +8,14 @@ bring it along already read.
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import console
+from . import commands_cite, console
 from .commands_common import (
     AsJson,
     Device,
@@ -30,18 +33,38 @@ from .commands_common import (
     TopP,
     load_engine,
     make_sampling,
-)  # fmt: skip
+)
+from .errors import UserError
 
 if TYPE_CHECKING:
     from .documents.ask import Prompts
+    from .documents.citations import Cited
     from .documents.reader import Document
     from .inference.engine import Engine, Session
+    from .inference.sampling import Sampling
+
+Cite = Annotated[
+    str,
+    typer.Option(
+        "--cite",
+        help="How evidence is found: attention (of the answer over the document), numbers (the model names numbered"
+        " paragraphs), auto (attention for small models, numbers for large ones), or off.",
+    ),
+]
 
 
 def ask(
-    file: Annotated[str, typer.Argument(help="A .txt or .md file, or - for standard input.")],
-    questions: Annotated[list[str], typer.Argument(help="One or more questions, in quotes.")],
+    file: Annotated[
+        str, typer.Argument(help="PDF, DOCX, EPUB, HTML, Markdown, CSV, code, text; a folder; - for standard input.")
+    ],
+    questions: Annotated[
+        list[str], typer.Argument(help="One or more questions, in quotes; more files may stand before them.")
+    ],
     model: Model = "smol",
+    cite: Cite = "auto",
+    select: Annotated[
+        bool, typer.Option("--select", help="Answer from the passages that BM25 finds, not from the whole.")
+    ] = False,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -57,51 +80,139 @@ def ask(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask one or more questions about a document.
+    """Ask one or more questions about a document, or about several.
 
-    The document is read once; every further question costs only its own words.
+    The document is read once; every further question costs only its own words. Under the answer stand the passages
+    it rests on, checked against the document. What the document does not answer is said to be not found.
 
     [bold]Examples[/bold]
 
-    longverse ask report.txt "Who is the chair?" "What did the audit cost?"
+    longverse ask report.pdf "Who is the chair?" "What did the audit cost?"
 
-    longverse ask notes.md "What was decided?" --json
+    longverse ask contract.docx annex.docx "When does it end?" --json
+
+    longverse ask library/ "Which river is the longest?" --select
 
     cat letter.txt | longverse ask - "Who wrote this?"
     """
-    from .documents.reader import read
-
-    document = read(file)
+    files, asked = split_arguments(file, questions)
+    documents = read_documents(files, quiet=quiet)
     settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     engine = load_engine(model, dtype, device, rope, quiet)
-    from .documents.ask import prepare
+    from .documents.ask import prepare, way_for
 
-    prompts = prepare(engine, document, questions, max_new_tokens, system=system)
-    session = open_session(engine, document, prompts, quiet=quiet)
-    for number, (question, ids) in enumerate(zip(prompts.questions, prompts.ids, strict=True)):
-        if not as_json and len(questions) > 1:
+    way = way_for(engine, cite)
+    if way == "attention" and cite == "auto" and not stop:  # small models do not know when to end
+        settings = replace(settings, stop=("\n\n",))
+    if select:
+        from .documents.select import prepare_selected
+
+        prompts, selections = prepare_selected(engine, documents, asked, max_new_tokens, system=system)
+        for question, selection in zip(asked, selections, strict=True):
+            about = f"For “{question}”: read" if len(asked) > 1 else "Read"
+            console.note(f"{about} {selection.tokens:,} tokens of {selection.pages(prompts.index)}.", quiet=quiet)
+        read = [selection.pages(prompts.index) for selection in selections]
+    else:
+        prompts = prepare(engine, documents, asked, max_new_tokens, system=system, numbered=way == "numbers")
+        read = []
+    session = open_session(engine, documents, prompts, quiet=quiet)
+    for number, question in enumerate(prompts.questions):
+        if not as_json and len(asked) > 1:
             console.out().print(console.Text(("\n" if number else "") + question, style="bold"))
-        with console.Task(f"Reading {document.name}", quiet=quiet) as task:
-            answer = ""
-            for piece in session.stream(ids, settings, on_progress=task):
-                task.close()
-                piece = piece if answer else piece.lstrip()
-                answer += piece
-                if not as_json:
-                    console.write(piece)
+        text, cited = answer(session, prompts, number, settings, way=way, shown=not as_json, quiet=quiet)
         if as_json:
-            about = {"name": document.name, "title": document.title, "encoding": document.encoding}
-            about |= {"words": document.words, "language": document.language}  # type: ignore[dict-item]
-            record = {"question": question, "answer": answer.strip(), "model": engine.name, "document": about}
+            record: dict[str, object] = {"question": question, "answer": text, "model": engine.name}
+            record |= {"document": _about(documents[0]), "documents": [_about(document) for document in documents]}
+            record |= commands_cite.record(cited) if cited is not None else {}
+            record |= {"model_answer": cited.answer} if cited is not None and not cited.found else {}
+            record |= {"read": read[number]} if read else {}
             console.json_line(record | {"stats": console.stats_record(session.stats)})
             continue
-        console.write("" if answer.endswith("\n") else "\n")
+        if cited is not None:
+            commands_cite.show(cited, several=len(documents) > 1)
         console.note(console.figures(session.stats), quiet=quiet)
 
 
-def open_session(engine: Engine, document: Document, prompts: Prompts, *, quiet: bool) -> Session:
+def open_session(engine: Engine, documents: list[Document], prompts: Prompts, *, quiet: bool) -> Session:
     """The session that will answer. What it returns has Session's surface: stream, complete, stats, tokens.
 
-    Options that change how the document is attended, cached or stored come here as arguments, and here alone.
+    Options that change how the documents are attended, cached or stored come here as arguments, and here alone.
     """
     return engine.session(prompts.planned_tokens)
+
+
+def answer(
+    session: Session, prompts: Prompts, number: int, settings: Sampling, *, way: str, shown: bool, quiet: bool
+) -> tuple[str, Cited | None]:
+    """Answer one question: the text to give out, and its citations unless `way` is off.
+
+    With `shown` the answer appears as it is written. Where the words of the question already make it doubtful that the
+    document answers it, and where the model writes references, it waits for the check instead.
+    """
+    from .documents.ask import cited as tie
+    from .documents.ask import doubtful, not_found
+
+    waits = way == "numbers" or (way != "off" and doubtful(prompts, number))
+    name = prompts.documents[0].name if len(prompts.documents) == 1 else f"{len(prompts.documents)} documents"
+    text, ids = "", []  # type: ignore[var-annotated]
+    with console.Task(f"Reading {name}", quiet=quiet) as task:
+        for piece in session.stream(prompts.ids[number], settings, on_progress=task, ids=ids):
+            task.close()
+            piece = piece if text else piece.lstrip()
+            text += piece
+            if shown and not waits:
+                console.write(piece)
+    cited = None
+    if way != "off" and text.strip():
+        cited = tie(session, prompts, number, text, ids)
+        text = cited.answer if cited.found else not_found(prompts, number)
+    if not shown:
+        return text.strip(), cited
+    if waits:
+        console.write(cited.marked if cited is not None and cited.found else text)
+    elif cited is not None and not cited.found:
+        console.write(f"\n{text}")
+    elif cited is not None and len(cited.marks) == 1:
+        console.write(" " + "".join(f"[{mark}]" for mark in cited.marks[0][1]))
+    console.write("" if text.endswith("\n") and not waits else "\n")
+    if waits and cited is not None and not cited.found:
+        console.note(f"The model guessed, without a passage that bears it out: {cited.answer}", quiet=quiet)
+    return text.strip(), cited
+
+
+def split_arguments(file: str, more: list[str]) -> tuple[list[str], list[str]]:
+    """Documents and questions: what exists as a file or folder is a document, up to the first that does not. Raises
+    UserError for what looks like a file and is none."""
+    files = [file]
+    for place, argument in enumerate(more):
+        named = " " not in argument and bool(argument)
+        if argument == "-" or (named and os.path.exists(os.path.expanduser(argument))):
+            files.append(argument)
+            continue
+        if named and Path(argument).suffix[1:].isalnum() and not argument.endswith(("?", "？", "。")):
+            raise UserError(f"There is no file {argument}: check the name, or end it with a question mark to ask it.")
+        return files, more[place:]
+    return files, []
+
+
+def read_documents(files: list[str], *, quiet: bool) -> list[Document]:
+    """Read files and folders; what is passed over or looks wrong is said."""
+    from .documents.reader import read_many
+
+    skipped: list[str] = []
+    documents = read_many(files, skipped=lambda name, reason: skipped.append(name))
+    if skipped:
+        few = ", ".join(skipped[:5]) + (" …" if len(skipped) > 5 else "")
+        console.note(f"{len(skipped)} files are no documents and were passed over: {few}.", quiet=quiet)
+    for document in documents:
+        for remark in document.notes:
+            console.note(f"{document.name}: {remark}", quiet=quiet)
+    return documents
+
+
+def _about(document: Document) -> dict[str, object]:
+    return {
+        "name": document.name, "title": document.title, "encoding": document.encoding, "words": document.words,
+        "language": document.language, "format": document.format,
+        "pages": document.pages if document.unit else None,
+    }  # fmt: skip

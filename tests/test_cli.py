@@ -279,7 +279,7 @@ def test_bad_options_are_one_sentence(
     ("data", "said"),
     [
         (b"", "is empty"),
-        (b"%PDF-1.4", "PDF reader"),
+        (b"%PDF-1.4", "a damaged PDF"),
         (b"\x00\x01\x02\xff" * 9, "binary data"),
         (b"caf\xe9 cr\xe8me", "UTF-8"),
     ],

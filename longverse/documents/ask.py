@@ -1,17 +1,24 @@
-"""Questions about a document: the document stands first in the prompt and the question last, so that a session reads
-the document once and every further question pays only for itself.
+"""Questions about documents: the documents stand first in the prompt and the question last, so that a session reads
+them once and every further question pays only for itself.
 
 Each question is a conversation of its own: no answer depends on an earlier one.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import UserError
-from ..inference.engine import Engine
-from .reader import Document
+from ..inference.engine import Engine, Session
+from .citations import NOT_FOUND, Cited, cite
+from .document import Document
+from .evidence import attend_to
+from .words import Index, names, terms
 
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
+WAYS = ("auto", "attention", "numbers", "off")
+FOLLOWS = 3e9  # parameters from which a model is taken to follow the numbering of paragraphs
 
 # The wording was chosen by trying variants with the embedded model on generated reports: asked for the sentence, a
 # small model copies what is written; asked for a few words, it makes them up.
@@ -24,6 +31,17 @@ _QUESTION = {
     "en": "Question: {question}\nAnswer with the exact sentence of the document.",
     "zh": "问题：{question}\n请用文档中的原话回答。",
 }
+SYSTEM_NUMBERS = {
+    "en": (
+        "You answer questions about a document whose paragraphs are numbered. After every statement give the number of"
+        " the paragraph it rests on in square brackets, like [12]. Where the document does not hold the answer, say so."
+    ),
+    "zh": "你根据文档回答问题，文档的段落有编号。每句话后用方括号注明所依据的段落编号，例如[12]。没有答案时请说明。",
+}
+_QUESTION_NUMBERS = {
+    "en": "Question: {question}\nAnswer, and give the numbers of the paragraphs in square brackets.",
+    "zh": "问题：{question}\n请回答，并用方括号注明段落编号。",
+}
 
 
 @dataclass(frozen=True)
@@ -33,36 +51,118 @@ class Prompts:
     questions: tuple[str, ...]
     ids: tuple[list[int], ...]
     planned_tokens: int  # the longest prompt and its answer
+    documents: tuple[Document, ...] = ()
+    numbered: bool = False  # whether the paragraphs carry numbers
+    # Of each question, the paragraphs (places of the index) that its prompt holds, where it is not all of them.
+    places: tuple[tuple[int, ...] | None, ...] = ()
+    made_index: Index | None = None
+
+    @cached_property
+    def index(self) -> Index:
+        """The words of the documents, made when first asked for."""
+        return self.made_index or Index(self.documents)
 
 
-def messages(text: str, question: str, *, system: str | None = None) -> list[dict[str, str]]:
+def messages(text: str, question: str, *, system: str | None = None, numbered: bool = False) -> list[dict[str, str]]:
     """The conversation that asks `question` about `text`. The instructions before the document are in its language and
     those after it in the question's, so that questions in two languages share the document."""
     document = _language(text[:10_000])
-    asked = _QUESTION[_language(question)].format(question=question)
+    asked = (_QUESTION_NUMBERS if numbered else _QUESTION)[_language(question)].format(question=question)
     content = _DOCUMENT[document].format(text=text.strip("\n")) + asked
-    return [{"role": "system", "content": system or SYSTEM[document]}, {"role": "user", "content": content}]
+    own = (SYSTEM_NUMBERS if numbered else SYSTEM)[document]
+    return [{"role": "system", "content": system or own}, {"role": "user", "content": content}]
 
 
 def _language(text: str) -> str:
     return "zh" if len(_CHINESE.findall(text)) * 5 > len(text) else "en"
 
 
+def text_of(documents: Sequence[Document], *, numbered: bool = False) -> str:
+    """What a prompt holds of documents: a single one as it is; several with their names. Numbers count the index's
+    places from 1 and stand before all paragraphs but headings."""
+    texts = []
+    number = 0
+    for document in documents:
+        if not numbered:
+            texts.append(document.text.strip("\n"))
+            continue
+        parts = []
+        for paragraph in document.paragraphs:
+            number += 1
+            parts.append(paragraph.text if paragraph.level else f"[{number}] {paragraph.text}")
+        texts.append("\n\n".join(parts))
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"{document.name}:\n\n{text}" for document, text in zip(documents, texts, strict=True))
+
+
+def way_for(engine: Engine, way: str) -> str:
+    """attention, numbers or off: what `auto` means for a model. Small models do not follow numbers."""
+    if way not in WAYS:
+        raise UserError(f"There is no way {way!r} to cite: choose one of {', '.join(WAYS)}.")
+    if way != "auto":
+        return way
+    shape = engine.network.config
+    weights = shape.num_layers * (4 * shape.hidden_size**2 + 3 * shape.hidden_size * shape.intermediate_size)
+    return "numbers" if weights >= FOLLOWS else "attention"
+
+
 def prepare(
-    engine: Engine, document: Document, questions: list[str], max_new_tokens: int, *, system: str | None = None
-) -> Prompts:
-    """Encode the questions. Raises UserError, before anything is read, when one does not fit the model's window."""
+    engine: Engine, documents: Document | Sequence[Document], questions: Sequence[str], max_new_tokens: int, *,
+    system: str | None = None, numbered: bool = False, limited: bool = True,
+) -> Prompts:  # fmt: skip
+    """Encode the questions. Raises UserError, before anything is read, when one does not fit the model's window
+    (`limited=False` leaves that out, for sessions that read past it)."""
+    documents = (documents,) if isinstance(documents, Document) else tuple(documents)
+    check(questions)
+    text = text_of(documents, numbered=numbered)
+    ids = tuple(
+        engine.chat.encode(messages(text, question, system=system, numbered=numbered)) for question in questions
+    )
+    planned = max(map(len, ids)) + max_new_tokens
+    if limited and planned > engine.window:
+        what = documents[0].name if len(documents) == 1 else f"The text of {len(documents)} documents"
+        raise UserError(
+            f"{what} takes {planned:,} tokens ({planned - max_new_tokens:,} with the question and"
+            f" {max_new_tokens:,} for the answer) and {engine.name} reads {engine.window:,}: use a model with a larger"
+            " window, answer from chosen passages with --select, widen this one with --rope (such as dynamic:2, at a"
+            " cost in quality), or give a shorter document."
+        )
+    return Prompts(tuple(questions), ids, planned, documents, numbered, (None,) * len(ids))
+
+
+def check(questions: Sequence[str]) -> None:
+    """UserError where there is no question, or an empty one."""
     if not questions:
         raise UserError('There is no question: type one after the file, in quotes, like "Who wrote it?".')
     for question in questions:
         if not question.strip():
             raise UserError("A question is empty: type it in quotes after the file.")
-    ids = tuple(engine.chat.encode(messages(document.text, question, system=system)) for question in questions)
-    planned = max(map(len, ids)) + max_new_tokens
-    if planned > engine.window:
-        raise UserError(
-            f"{document.name} takes {planned:,} tokens ({planned - max_new_tokens:,} with the question and"
-            f" {max_new_tokens:,} for the answer) and {engine.name} reads {engine.window:,}: use a model with a larger"
-            " window, widen this one with --rope (such as dynamic:2, at a cost in quality), or give a shorter document."
-        )
-    return Prompts(tuple(questions), ids, planned)
+
+
+def doubtful(prompts: Prompts, number: int) -> bool:
+    """Whether, by the words of a question alone, its answer may not be in the documents: then an answer is better
+    checked before it is shown."""
+    question, index = prompts.questions[number], prompts.index
+    asked = terms(question)
+    nearest = index.nearest(asked, 1)
+    if not asked or not nearest:
+        return bool(asked)
+    held = index.words[nearest[0]]
+    return index.coverage(asked, held) < 0.9 or bool(names(question) - held)
+
+
+def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Sequence[int]) -> Cited:
+    """Tie the answer that `session` just gave to the question of that number to the documents, and check it. `ids` are
+    the answer's tokens."""
+    places = prompts.places[number]
+    attended = attend_to(session, prompts.ids[number], ids, prompts.index, places)
+    lead = len(answer) - len(answer.lstrip())
+    if attended is not None and lead:
+        attended = attended.moved(-lead)
+    return cite(prompts.questions[number], answer.strip(), prompts.index, attended)
+
+
+def not_found(prompts: Prompts, number: int) -> str:
+    """What stands in place of an answer that the documents do not bear out, in the question's language."""
+    return NOT_FOUND[_language(prompts.questions[number])]

@@ -1,24 +1,35 @@
 """Where in a document an answer comes from, by the attention of the answer's own tokens.
 
 After an answer, its tokens are read once more as one chunk over the cache, and the wrapped `attend` notes how much of
-each chosen head's softmax falls on each paragraph. One forward of some twenty tokens: a few per cent of the answer's own
-cost. Heads that copy ("retrieval heads", Wu et al. 2024, arXiv 2404.15574) look at the very words that come next; which
-they are in the embedded model was found on generated reports (benchmarks/citations.py --heads).
+each chosen head's softmax falls on each paragraph. One forward of some twenty tokens: a few per cent of the answer's
+cost. Heads that copy ("retrieval heads", Wu et al. 2024, arXiv 2404.15574) look at the very words that come next. Which
+they are in the embedded model was found on generated reports (benchmarks/citations.py --heads); in any other model the
+heads of the upper two thirds of the layers count by how much of their attention falls on the token that the answer
+takes next, which is what copying is.
 
 Shapes: T answer tokens, P paragraphs, N heads looked at, S tokens held.   mass [N, T, P]
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..inference.engine import Engine, Session
+from .citations import Attended
+from .words import Index
 
 Head = tuple[int, int]  # layer, query head
+
+# By the model's name; see benchmarks/results/citations.json for what they were chosen by.
+RETRIEVAL_HEADS: dict[str, tuple[Head, ...]] = {
+    "smol": ((18, 7), (7, 7), (17, 3), (23, 2), (21, 8), (18, 6), (20, 6), (15, 6)),
+}
+KEPT = 8  # paragraphs remembered for each token of an answer
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,7 @@ class Trace:
     """What a second reading of an answer tells."""
 
     mass: Tensor  # float32 [N, T, P]: share of head n's attention at answer token t that falls on paragraph p
+    copying: Tensor  # float32 [N]: mean share of head n's attention on earlier copies of the token that comes next
     logprobs: Tensor  # float32 [T]: of the answer's tokens
 
 
@@ -49,9 +61,39 @@ def token_spans(engine: Engine, prompt: Sequence[int], texts: Sequence[str]) -> 
     return spans
 
 
-def can_trace(session: Session) -> bool:
-    """Whether the session's attention is exact over one cache, which a second reading needs."""
-    return type(session) is Session
+def attend_to(
+    session: Session, prompt: Sequence[int], answer: Sequence[int], index: Index, places: Sequence[int] | None = None
+) -> Attended | None:
+    """What an answer's tokens attended to, over the paragraphs of an index whose documents stand in the prompt, in its
+    order. None where there is nothing to look at: an empty answer, attention that is not exact over one cache, or a
+    tokenizer whose tokens cannot be spelled. `answer` are the ids that the session just gave for `prompt`, `places` the
+    index's paragraphs in it where it does not hold all of them."""
+    if not answer or type(session) is not Session or session.tokens[: len(prompt) - 1] != list(prompt[:-1]):
+        return None
+    engine = session.engine
+    try:
+        shown = range(len(index.places)) if places is None else places
+        spans = token_spans(engine, prompt, [index.places[place][1].text for place in shown])
+    except UserError:
+        return None
+    heads = RETRIEVAL_HEADS.get(engine.name)
+    if heads is None:
+        shape = engine.network.config
+        layers = range(shape.num_layers // 3, shape.num_layers)
+        heads = tuple((layer, head) for layer in layers for head in range(shape.num_heads))
+        found = trace(session, prompt, answer, spans, heads)
+        weights = found.copying.square() + 1e-12
+    else:
+        found = trace(session, prompt, answer, spans, heads)
+        weights = torch.ones(len(heads))
+    shares = torch.einsum("n,ntp->tp", weights / weights.sum(), found.mass)  # [T, P]
+    values, columns = shares.topk(min(KEPT, shares.shape[1]))
+    rows = [
+        {shown[column]: value for column, value in zip(c, v, strict=True)}
+        for c, v in zip(columns.tolist(), values.tolist(), strict=True)
+    ]
+    written = [len((engine.tokenizer.token_bytes(token) or b"").decode("utf-8", "ignore")) for token in answer]
+    return Attended(rows, [0, *accumulate(written)][:-1], float(found.logprobs.mean()))
 
 
 @torch.inference_mode()
@@ -65,7 +107,11 @@ def trace(
     """
     network, cache = session.engine.network, session.cache
     begin = len(prompt) - 1
-    assert answer and session.tokens[:begin] == list(prompt[:begin])
+    assert answer
+    assert session.tokens[:begin] == list(prompt[:begin])
+    held = torch.tensor([*prompt, *answer[:-1]], device=network.device)  # [S]
+    targets = torch.tensor(list(answer), device=network.device)  # [T]
+    copies = (held[None] == targets[:, None]).float()  # [T, S]
     feed = [prompt[-1], *answer[:-1]]  # the token at t predicts answer[t]
     cache.truncate(begin)
     del session.tokens[begin:]
@@ -73,6 +119,7 @@ def trace(
     for row, (layer, head) in enumerate(heads):
         wanted.setdefault(layer, []).append((row, head))
     mass = torch.zeros(len(heads), len(feed), len(spans))
+    copying = torch.zeros(len(heads))
     edges = torch.tensor([edge for span in spans for edge in span], device=network.device)  # [2 P]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,9 +127,10 @@ def trace(
         if layer in wanted:
             chosen = [head for _, head in wanted[layer]]
             keys = cache.keys_of(layer, 0, begin + len(feed))[0]  # [G, S, D]
-            shares = _paragraph_shares(q[0, chosen], keys, chosen, q.shape[1] // keys.shape[0], edges)
-            for (row, _), share in zip(wanted[layer], shares, strict=True):
-                mass[row] = share.cpu()
+            for row, weights in _weights(q[0, chosen], keys, wanted[layer], q.shape[1] // keys.shape[0]):
+                summed = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))[:, edges]  # [T, 2 P]
+                mass[row] = (summed[:, 1::2] - summed[:, 0::2]).cpu()
+                copying[row] = float((weights * copies).sum(-1).mean())
         return out
 
     positions = torch.arange(begin, begin + len(feed), device=network.device)[None]
@@ -91,20 +139,14 @@ def trace(
     cache.advance(len(feed))
     session.tokens.extend(feed)
     logits = network.lm_head(hidden[0]).float()  # [T, V]
-    targets = torch.tensor(list(answer), device=network.device)
     logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return Trace(mass, logprobs.cpu())
+    return Trace(mass, copying, logprobs.cpu())
 
 
-def _paragraph_shares(q: Tensor, keys: Tensor, heads: list[int], group: int, edges: Tensor) -> list[Tensor]:
-    """q [n, T, D] of the chosen heads, keys [G, S, D]: the shares [T, P] of each head."""
+def _weights(q: Tensor, keys: Tensor, heads: list[tuple[int, int]], group: int) -> Iterator[tuple[int, Tensor]]:
+    """q [n, T, D] of the chosen heads (row, head), keys [G, S, D]: each row with its head's attention [T, S]."""
     new, total = q.shape[1], keys.shape[1]
     future = torch.ones(new, total, dtype=torch.bool, device=q.device).triu(total - new + 1)
-    shares = []
-    for place, head in enumerate(heads):
+    for place, (row, head) in enumerate(heads):
         scores = q[place].float() @ keys[head // group].float().T / q.shape[-1] ** 0.5  # [T, S]
-        weights = scores.masked_fill_(future, float("-inf")).softmax(-1)
-        summed = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))  # [T, S + 1]
-        at = summed[:, edges]  # [T, 2 P]
-        shares.append(at[:, 1::2] - at[:, 0::2])
-    return shares
+        yield row, scores.masked_fill_(future, float("-inf")).softmax(-1)

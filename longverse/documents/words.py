@@ -1,0 +1,159 @@
+"""Words that carry meaning, in English and Chinese, and which paragraphs hold them.
+
+English: words without the most frequent ones, plural and possessive endings dropped. Chinese, which has no spaces:
+pairs of neighbouring characters, those with grammatical characters left out. Numbers keep their digits (1,240 is 1240).
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from .document import HAN, Document, Paragraph
+
+_TOKEN = re.compile(rf"[{HAN}]+|\d+(?:[.,:/-]\d+)*%?|[^\W\d_{HAN}]+(?:['’-][^\W\d_{HAN}]+)*")
+_HAN_RUN = re.compile(rf"[{HAN}]+")
+_STOP = (
+    "a an the and or but nor if then than so as at by for from in into of off on onto out over to up upon with within"
+    " without about above after again against all also am any are aren be because been before being below between both"
+    " can cannot could did do does doing done down during each ever few further had has have having he her here hers"
+    " him his how however i is isn it its itself just let me more most much many must my no not now one only other our"
+    " ours own per please same shall she should some such tell that their theirs them themselves there these they this"
+    " those through thus too under until us very was we were what when where whether which while who whom whose why"
+    " will would yes yet you your yours document text say says said state states stated according give find exact"
+    " sentence answer question new called"
+)
+NEIGHBOURS = 8  # paragraphs before and after one in which its names may stand
+STOP = frozenset(_STOP.split())
+# Grammar, question words and counters: a pair with one of them says little.
+_STOP_HAN = frozenset(
+    "的了是在有和与及或于为以之其这那此谁哪何什么吗呢吧啊多少几怎样请问被把将也都就还又很对从到由而并且但"
+)
+_SENTENCE = re.compile(r"(?<=[.!?])[\"”’)\]]*\s+(?=[\"“‘(\[]?[A-Z0-9\u0400-\u04ff])|(?<=[。！？；])[”’」』）]*|\n+")
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:mr|mrs|ms|dr|prof|st|no|vol|fig|sec|art|eq|vs|e\.g|i\.e|cf|al|inc|ltd|co|jr|sr)|\b[A-Z])\.$",
+    re.IGNORECASE,
+)
+
+
+def normalise(text: str) -> str:
+    """One form for what looks alike: NFKC, lower case, plain quotes and dashes."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    return text.translate(_LOOKALIKES)
+
+
+_LOOKALIKES = str.maketrans({"“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "−": "-", "‐": "-", "‑": "-", "…": "...", "\xad": ""})  # fmt: skip  # noqa: E501
+
+
+def terms(text: str) -> list[str]:
+    """The words of a text that carry meaning, in order, repeated as they are."""
+    found = []
+    for token in _TOKEN.findall(normalise(text)):
+        if _HAN_RUN.fullmatch(token):
+            found += _pairs(token)
+        elif token[0].isdigit():
+            found.append(token.replace(",", ""))
+        else:
+            for part in re.split(r"['’-]", token):
+                if part not in STOP and len(part) > 1:
+                    found.append(_stem(part))
+    return found
+
+
+def _pairs(run: str) -> list[str]:
+    if len(run) == 1:
+        return [] if run in _STOP_HAN else [run]
+    return [a + b for a, b in pairwise(run) if a not in _STOP_HAN and b not in _STOP_HAN]
+
+
+def _stem(word: str) -> str:
+    """Without a plural ending (Harman's s-stemmer)."""
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("ss", "us", "is")) or len(word) < 4:
+        return word
+    return word.removesuffix("s")
+
+
+def names(text: str) -> set[str]:
+    """The words of a text that stand for one thing alone: numbers, and words with a capital letter that do not begin a
+    sentence."""
+    found = {word for word in terms(text) if word[0].isdigit()}
+    for start, end in sentences(text):
+        for capital in re.finditer(r"(?<![\w.])[^\W\d_a-z][\w-]*", text[start:end]):
+            if capital.start() and capital.group()[0].isupper():
+                found.update(terms(capital.group()))
+    return found
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Character spans of the sentences, without the white space between them."""
+    spans: list[tuple[int, int]] = []
+    begin = 0
+    for gap in _SENTENCE.finditer(text):
+        if gap.end() == begin or (gap.group()[:1] not in "\n" and _ABBREVIATION.search(text[begin : gap.start()])):
+            continue
+        closing = len(gap.group()) - len(gap.group().lstrip('"”’)]」』）'))
+        spans.append((begin, gap.start() + closing))
+        begin = gap.end()
+    spans.append((begin, len(text)))
+    trimmed = []
+    for start, end in spans:
+        inner = text[start:end]
+        if inner.strip():
+            start += len(inner) - len(inner.lstrip())
+            trimmed.append((start, start + len(inner.strip())))
+    return trimmed
+
+
+class Index:
+    """The words of every paragraph of some documents: how rare each is, and who holds it. Paragraphs are counted over
+    all documents; a paragraph also holds the words of the headings above it."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.documents = tuple(documents)
+        self.places: list[tuple[int, Paragraph]] = [
+            (number, paragraph) for number, document in enumerate(documents) for paragraph in document.paragraphs
+        ]
+        self.words: list[frozenset[str]] = []
+        self.postings: dict[str, list[int]] = {}
+        above: dict[tuple[str, ...], frozenset[str]] = {}
+        for place, (_, paragraph) in enumerate(self.places):
+            if paragraph.heading not in above:
+                above[paragraph.heading] = frozenset(terms(" \n ".join(paragraph.heading)))
+            words = frozenset(terms(paragraph.text)) | above[paragraph.heading]
+            self.words.append(words)
+            for word in words:
+                self.postings.setdefault(word, []).append(place)
+
+    def rarity(self, word: str) -> float:
+        """ln(1 + paragraphs / those with the word); a word that stands nowhere counts as half a paragraph."""
+        return math.log1p(len(self.places) / (len(self.postings.get(word, ())) or 0.5))
+
+    def coverage(self, wanted: Iterable[str], held: frozenset[str]) -> float:
+        """The share of the wanted words that are held, rare ones counting more; 1 when nothing is wanted."""
+        weights = {word: self.rarity(word) for word in set(wanted)}
+        total = sum(weights.values())
+        return sum(weight for word, weight in weights.items() if word in held) / total if total else 1.0
+
+    def around(self, place: int) -> frozenset[str]:
+        """The words of a paragraph and of its neighbours in the same section: where a pronoun's name stands."""
+        heading = self.places[place][1].heading, self.places[place][0]
+        words = set(self.words[place])
+        for step in (-1, 1):
+            for near in range(place + step, place + step * (NEIGHBOURS + 1), step):
+                if not 0 <= near < len(self.places) or (self.places[near][1].heading, self.places[near][0]) != heading:
+                    break
+                words |= self.words[near]
+        return frozenset(words)
+
+    def nearest(self, wanted: Iterable[str], count: int) -> list[int]:
+        """The paragraphs (no headings) that cover most of the wanted words."""
+        scores: dict[int, float] = {}
+        for word in set(wanted):
+            weight = self.rarity(word)
+            for place in self.postings.get(word, ()):
+                scores[place] = scores.get(place, 0.0) + weight
+        text = (place for place in scores if not self.places[place][1].level)
+        return sorted(text, key=lambda place: (-scores[place], place))[:count]
