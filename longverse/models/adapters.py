@@ -14,9 +14,10 @@ float32 and rounded once to the network's dtype. Not read: DoRA, adapters on emb
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -24,7 +25,10 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .network import CausalLM
 from .rope import RopePlan
-from .shards import Progress, read_json
+from .shards import Progress, TensorFolder, TensorInfo, read_json
+
+if TYPE_CHECKING:
+    from .converted import MemoryTensors
 
 CONFIG, WEIGHTS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", "longverse.json"
 PREFIX = "base_model.model."
@@ -64,6 +68,16 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if foreign := next((name for name in names if not name.startswith(PREFIX)), None):
         raise UserError(f"{path} has a tensor {foreign}, which is not named as PEFT names them: save it with PEFT.")
     return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def base_of(folder: Path) -> str:
+    """The model an adapter was trained on, as its config names it: an embedded name, a folder or a hub id."""
+    base = read_json(folder / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / CONFIG} does not say which model the adapter is for (base_model_name_or_path).")
+    if is_adapter(Path(base)) and Path(base).resolve() == folder.resolve():
+        raise UserError(f"{folder / CONFIG} names its own folder as the adapter's model: name the model instead.")
+    return base
 
 
 def adapter_scaling(config: dict[str, Any], module: str) -> float:
@@ -120,6 +134,72 @@ def merge_adapter(network: CausalLM, folder: str | Path, on_progress: Progress |
             on_progress(done, total)
     network.tie()
     return _apply_settings(network, folder)
+
+
+class AdaptedTensors:
+    """A checkpoint's tensors with an adapter merged into them, read like a `TensorFolder`: so loading, converting,
+    quantising and exporting all see the adapted model. One merged tensor is made at a time.
+
+    Raises UserError, naming file and tensor, for an adapter of another model.
+    """
+
+    def __init__(self, base: TensorFolder | MemoryTensors | AdaptedTensors, adapter: Path) -> None:
+        self.base, self.adapter = base, adapter
+        self.config, tensors = read_adapter(adapter)
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}  # name of the weight: A [r, in], B [out, r]
+        self.whole = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+        for name in tensors:
+            module, _, side = name.partition(".lora_")
+            if not side:
+                continue
+            a, b = (tensors.get(f"{module}.lora_{which}.weight") for which in "AB")
+            if a is None or b is None or side not in ("A.weight", "B.weight"):
+                raise UserError(f"{adapter / WEIGHTS}: {name} has no partner or is not supported: save it again.")
+            self.pairs[f"{module}.weight"] = a, b
+        shapes: dict[str, tuple[int, ...]] = {name: (b.shape[0], a.shape[1]) for name, (a, b) in self.pairs.items()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in self.whole.items()}
+        for name, shape in shapes.items():
+            if name not in self.infos:
+                raise UserError(
+                    f"{adapter / WEIGHTS} changes {name.removesuffix('.weight')}, which the model has not (or holds"
+                    " quantised): an adapter is merged into the unquantised model it was trained on."
+                )
+            if self.infos[name].shape != shape:
+                raise UserError(
+                    f"{adapter / WEIGHTS} changes {name} as {list(shape)} where the model has"
+                    f" {list(self.infos[name].shape)}: the adapter belongs to another model."
+                )
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Shape and dtype by name."""
+        return self.base.infos
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, merged."""
+        if name in self.whole:
+            return self.whole[name].to(self.infos[name].dtype)
+        return self._merged(name, self.base.get(name))
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, merged, in the base's order."""
+        for name, tensor in self.base.stream():
+            yield name, self.get(name) if name in self.whole else self._merged(name, tensor)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Nothing: a merged tensor is of ordinary memory, and the base's were let go when they were merged."""
+
+    def origin(self, name: str) -> str:
+        """What an error message calls the place of a tensor."""
+        return self.base.origin(name)
+
+    def _merged(self, name: str, weight: Tensor) -> Tensor:
+        if name not in self.pairs:
+            return weight
+        scaling = adapter_scaling(self.config, name.removesuffix(".weight"))
+        merged = low_rank(weight, *self.pairs[name], scaling)
+        self.base.forget(weight)
+        return merged
 
 
 def _linear(network: CausalLM, name: str, folder: Path) -> nn.Linear:

@@ -11,18 +11,20 @@ Not done: reordering columns by activation, which the saved form would have to r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .attention import one_shot_attention
-from .converted import MemoryTensors
 from .network import Layer, NetworkConfig
 from .quant_linear import QuantFormat, dequantize_rows, group_grid, save_levels, step_of
 from .rope import Rotary
-from .shards import NOT_FINITE, TensorFolder, is_finite
+from .shards import NOT_FINITE, is_finite
+
+if TYPE_CHECKING:
+    from .checkpoint import Tensors
 
 SAMPLE = 512  # tokens of a stretch of the text
 SAMPLES = 32  # stretches at most
@@ -34,7 +36,7 @@ SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 def gptq_layers(
     shape: NetworkConfig,
-    tensors: TensorFolder | MemoryTensors,
+    tensors: Tensors,
     ids: list[int],
     form: QuantFormat,
     scale_dtype: torch.dtype,

