@@ -14,10 +14,11 @@ PACKAGE = ROOT / "longverse"
 # What each room may import from the others. The command files (cli, console, commands_*) may import everything.
 MAY_IMPORT = {
     "errors": set(),
+    "plan": {"errors"},
     "textfiles": {"errors"},
     "web": set(),
     "models": {"errors"},
-    "inference": {"errors", "models"},
+    "inference": {"errors", "plan", "models"},
     "documents": {"errors", "textfiles", "models", "inference"},
     "data": {"errors", "web", "models"},
     "train": {"errors", "models", "data", "inference", "evaluation"},  # extend measures what it trained
