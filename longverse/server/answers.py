@@ -212,9 +212,9 @@ class Answer:
             return {"content": rows, "refusal": None}
         names = [self._name(each.token) for each in logged]
         offsets = []
-        for name in names:
+        for each in logged:
             offsets.append(self.offsets[index])
-            self.offsets[index] += len(name)
+            self.offsets[index] += len(self._bytes(each.token).decode("utf-8", "replace"))
         tops = [{self._name(token): value for token, value in each.top} for each in logged]
         return {
             "tokens": names, "token_logprobs": [each.logprob for each in logged], "top_logprobs": tops,
@@ -232,7 +232,12 @@ class Answer:
         return (self.tokenizer.backend.id_to_token(token) or "").encode() if found is None else found
 
     def _name(self, token: int) -> str:
-        return self._bytes(token).decode("utf-8", "replace")
+        """Its text; a part of a character as OpenAI writes it: `bytes:\\xe4\\xb8`."""
+        text = self._bytes(token)
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
 def timings(stats: Stats) -> dict[str, Any]:

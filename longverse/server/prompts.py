@@ -63,7 +63,7 @@ class Prompts:
                 self._kept.move_to_end(documents)
                 return found
         text = self._text(documents)
-        one, other = (self.engine.chat.encode(ask.messages(text, question)) for question in ("a", "0"))
+        one, other = (self.engine.chat.encode(ask.messages(text, question)) for question in ("a", "问"))
         found = one[: common_prefix(one, other)]
         with self._lock:
             self._kept[documents] = found
