@@ -40,24 +40,22 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         bias = causal_lower_right(new, k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
     if new == 1:
-        return _grouped_attention(q, k, v)[0]
-    group = q.shape[1] // k.shape[1]
-    own_k = k[:, :, past:].repeat_interleave(group, dim=1)  # [B, H, T, D]: a copy of the chunk only
-    own_v = v[:, :, past:].repeat_interleave(group, dim=1)
-    own, own_lse = _flash(q, own_k, own_v, causal=True)
+        return folded_attention(q, k, v)[0]
+    own, own_lse = causal_attention(q, k[:, :, past:], v[:, :, past:])
     if past == 0:
         return own
-    old, old_lse = _grouped_attention(q, k[:, :, :past], v[:, :, :past])
+    old, old_lse = folded_attention(q, k[:, :, :past], v[:, :, :past])
     return merge(old, old_lse, own, own_lse)
 
 
-def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
-    """Join two attentions of the same queries over disjoint keys: a, b [B, H, T, D] with log-sum-exps [B, H, T]."""
-    share = torch.sigmoid(a_lse - b_lse)[..., None]  # exp(a_lse) / (exp(a_lse) + exp(b_lse))
-    return torch.lerp(b.float(), a.float(), share).to(a.dtype)
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention with no past (T == S), with the log-sum-exps [B, H, T] of the scores."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # [B, H, T, D]: copies of a chunk only
+    return _flash(q, k, v, causal=True)
 
 
-def _grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def folded_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Unmasked attention; the H / G queries that share a key/value head are laid out as more tokens of that head, so
     the keys are neither copied nor read more than once. Returns the result and log-sum-exps [B, H, T]."""
     batch, heads, new, size = q.shape
@@ -66,6 +64,20 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return out.reshape(batch, heads, new, size), lse.reshape(batch, heads, new)
 
 
+def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
+    """Join two attentions of the same queries over disjoint keys: a, b [B, H, T, D] with log-sum-exps [B, H, T]."""
+    share = torch.sigmoid(a_lse - b_lse)[..., None]  # exp(a_lse) / (exp(a_lse) + exp(b_lse))
+    return torch.lerp(b.float(), a.float(), share).to(a.dtype)
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """torch's CPU flash kernel, which returns float32 log-sum-exps [B, H, T] beside the result."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
+    """The device's fused attention that also returns float32 log-sum-exps [B, H, T]; heads of q and k alike."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    scores = q.float() @ k.float().transpose(2, 3) / q.shape[-1] ** 0.5  # [B, H, T, S]
+    if causal:
+        future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return (scores.softmax(-1) @ v.float()).to(q.dtype), scores.logsumexp(-1)

@@ -1,33 +1,47 @@
 """Append-only key/value caches. The cache owns attention over the past: the network hands it the new keys and values
-of a layer and asks it to attend, and the cache knows its own layout and bytes.
+of a layer and asks it to attend, and the cache knows its own layout, its kernels and its bytes.
 
-What is written is never written again. A forward pass appends to every layer and then `advance`s once, so that a pass
-broken off in the middle leaves the cache as it was.
+What is written is never written again, and never requantised. A forward pass appends to every layer and then `advance`s
+once, so that a pass broken off in the middle leaves the cache as it was.
+
+Formats: "full" keeps keys (after RoPE) and values in the network's type. "int8" and "int4" keep them rotated by a
+Hadamard matrix, which spreads outliers over a head, and rounded per token and head in groups (`packing.py`); the first
+FIRST tokens, which attention leans on, and the newest RECENT ones are in full as well. docs/memory.md has the
+measurements behind that choice.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .attention import chunk_attention
+from . import kernels, packing
+from .attention import causal_attention, chunk_attention, folded_attention, merge
 
-FORMATS = ("full",)
+FORMATS = ("full", "int8", "int4")
+FIRST = 64  # first tokens kept in full
+RECENT = 64  # newest tokens kept in full, in a ring: token t in slot t % RECENT
+STRETCH = 4096  # tokens of the past in floating point at a time
 # allocate(name, shape, dtype) -> an empty tensor of that shape: where a cache's storage comes from
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
 
 class KVCache:
-    """Keys (after RoPE) and values in full precision for one conversation.
+    """Keys and values of one conversation, in one of FORMATS.
 
-    format       "full"
     capacity     tokens it can ever hold: the planned length, which also pins the RoPE base
     rope_length  the planned length the keys' angles were computed for; the same for every token in it
     length       tokens held now
 
-    Memory: 2 * layers * kv_heads * head_dim * capacity elements. On CPU the system hands out pages as they are
-    written, so an unused capacity costs address space and no memory.
+    Memory: `bytes_per_token * capacity`, and for int8 and int4 the ends kept in full and, while a prompt is read, one
+    stretch of the past in floating point. On CPU the system hands out pages as they are written, so an unused capacity
+    costs address space and no memory.
+
+    Raises UserError for an unknown format, a capacity below one token, and when the machine refuses the memory.
     """
 
     def __init__(
@@ -48,64 +62,210 @@ class KVCache:
             raise UserError(f"There is no cache format {format!r}: choose one of {', '.join(FORMATS)}.")
         self.format = format
         self.dtype = dtype
+        self.device = torch.device(device)
         self.capacity = capacity
         self.rope_length = capacity
+        self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self.length = 0
-        shape = (layers, 1, kv_heads, capacity, head_dim)  # [layer, 1, G, capacity, D]
+        self._recent_begin = 0  # tokens from here on are in the ring
+        self._pass_end: int | None = None  # where the pass under way will end
+        self._written: set[int] = set()  # the layers that hold its tokens
+        self.packing = packing.Packing(format, head_dim) if format != "full" else None
         allocate = allocate or (lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=device))
+        shapes = self._shapes()
         try:
-            self.keys = allocate("keys", shape, dtype)
-            self.values = allocate("values", shape, dtype)
+            self._storage = {name: allocate(name, shape, kind) for name, (shape, kind) in shapes.items()}
         except (RuntimeError, MemoryError) as error:
-            size = 2 * dtype.itemsize * layers * kv_heads * head_dim * capacity / 2**30
+            size = self.bytes_per_token * capacity / 2**30
             raise UserError(
                 f"A cache for {capacity:,} tokens takes {size:.1f} GiB and the machine refused it:"
-                " plan a shorter document or use a machine with more memory."
+                " plan a shorter document, take an int8 or int4 cache, or use a machine with more memory."
             ) from error
+        self._kernels: dict[int, Any] = {}  # by the number of query heads
+        self.keys, self.values = self._storage["keys"], self._storage["values"]
+        if self.packing is not None:
+            self._storage["recent_tokens"].fill_(-1)
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name to shape and type of every array."""
+        lead, size = (self.layers, 1, self.kv_heads), self.head_dim  # [layer, 1, G, ...]
+        if self.packing is None:
+            full = ((*lead, self.capacity, size), self.dtype)
+            return {"keys": full, "values": full}
+        rows, scales = self.packing.row, self.packing.scales
+        packed = ((*lead, self.capacity, *rows), self.packing.dtype)
+        steps = ((*lead, self.capacity, *scales), torch.bfloat16)
+        first, recent = ((*lead, FIRST, size), self.dtype), ((*lead, RECENT, size), self.dtype)
+        return {
+            "keys": packed, "key_scales": steps, "values": packed, "value_scales": steps,
+            "first_keys": first, "first_values": first, "recent_keys": recent, "recent_values": recent,
+            "recent_tokens": ((1, 1, 1, RECENT), torch.int64),
+        }  # fmt: skip
+
+    # ---- the network's side --------------------------------------------------------------------------------
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append k, v [1, G, T, D] to `layer` and attend q [1, H, T, D] over all its tokens; returns [1, H, T, D]."""
         end = self.length + k.shape[2]
-        if end > self.capacity:
-            raise UserError(
-                f"The conversation would hold {end:,} tokens and was planned for {self.capacity:,}:"
-                " start a new one with a longer plan."
-            )
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return chunk_attention(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
+        self.begin_pass(layer, end)
+        one = k.shape[2] == 1 and self._kernel(q.shape[1])
+        if self.packing is None:
+            self.keys[layer, :, :, self.length : end] = k
+            self.values[layer, :, :, self.length : end] = v
+            self._written.add(layer)
+            if one:
+                return one.attend(layer, q, self.spans(end))
+            return chunk_attention(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
+        rotated, k, v = (self.packing.rotate(x) for x in (q, k, v))
+        if k.shape[2] == 1:
+            self._append(layer, k, v)
+            if one:
+                return one.attend(layer, q, self.spans(end))
+            return self.packing.rotate(self._attend_past(layer, rotated, end)[0])
+        # The chunk itself is attended in full, and the ring is read before it is written.
+        mixed, weight = causal_attention(rotated, k, v)
+        if self.length:
+            mixed = merge(*self._attend_past(layer, rotated, self.length), mixed, weight)
+        self._append(layer, k, v)
+        return self.packing.rotate(mixed)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` as held, after every layer has appended them."""
         assert self.length + tokens <= self.capacity
         self.length += tokens
+        self._recent_begin = max(self._recent_begin, self.length - RECENT)
+        self._pass_end = None
+        self._written.clear()
+        if self.packing is not None:
+            newest = torch.arange(max(self.length - min(tokens, RECENT), 0), self.length, device=self.device)
+            self._storage["recent_tokens"][0, 0, 0, newest % RECENT] = newest
 
     def truncate(self, length: int) -> None:
         """Forget the tokens after the first `length` (another question after the same document)."""
         assert 0 <= length <= self.length
+        self._drop_pass()
         self.length = length
+        self._recent_begin = min(self._recent_begin, length)
 
     def restore(self, length: int) -> None:
         """Take the first `length` tokens of the storage, written by a cache of the same shape and format, as held."""
         assert 0 <= length <= self.capacity
-        self.length = length
+        self.length = self._recent_begin = length
+        self._pass_end = None
+        if self.packing is not None:
+            slots = self._storage["recent_tokens"][0, 0, 0].tolist()
+            while self._recent_begin > 0 and slots[(self._recent_begin - 1) % RECENT] == self._recent_begin - 1:
+                self._recent_begin -= 1
+
+    # ---- what others read ----------------------------------------------------------------------------------
 
     def keys_of(self, layer: int, begin: int, end: int) -> Tensor:
         """The keys of tokens begin .. end - 1 after RoPE, [1, G, end - begin, D] in `dtype`; a view where it can be."""
         assert 0 <= begin <= end <= self.capacity
-        return self.keys[layer, :, :, begin:end]
+        if self.packing is None:
+            return self.keys[layer, :, :, begin:end]
+        return self.packing.rotate(self._rotated("key", layer, begin, end))
 
     def values_of(self, layer: int, begin: int, end: int) -> Tensor:
         """The values of tokens begin .. end - 1, as `keys_of`."""
         assert 0 <= begin <= end <= self.capacity
-        return self.values[layer, :, :, begin:end]
+        if self.packing is None:
+            return self.values[layer, :, :, begin:end]
+        return self.packing.rotate(self._rotated("value", layer, begin, end))
 
     def storage(self) -> dict[str, Tensor]:
         """Every array by its name, [layers, 1, G, capacity, ...]; the first L tokens are `[:, :, :, :L]` of each."""
-        return {"keys": self.keys, "values": self.values}
+        return dict(self._storage)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes one token takes over all layers, keys and values together."""
-        layers, _, kv_heads, _, head_dim = self.keys.shape
-        return 2 * layers * kv_heads * head_dim * self.keys.element_size()
+        """Bytes one token takes over all layers, keys and values together; the ends kept in full not counted."""
+        heads = self.layers * self.kv_heads
+        if self.packing is None:
+            return 2 * heads * self.head_dim * self.dtype.itemsize
+        return 2 * heads * self.packing.bytes_per_row
+
+    # ---- writing -------------------------------------------------------------------------------------------
+
+    def begin_pass(self, layer: int, end: int) -> None:
+        """Check the room, and notice when the pass before this one was broken off."""
+        if end > self.capacity:
+            raise UserError(
+                f"The conversation would hold {end:,} tokens and was planned for {self.capacity:,}:"
+                " start a new one with a longer plan."
+            )
+        if self._pass_end != end or layer in self._written:
+            self._drop_pass()
+            self._pass_end = end
+            if self.packing is not None:  # slots are marked before they are overwritten: a kill may come between
+                slots = torch.arange(max(end - RECENT, self.length), end, device=self.device) % RECENT
+                self._storage["recent_tokens"][0, 0, 0, slots] = -1
+
+    def spans(self, end: int) -> tuple[int, int, int]:
+        """Of tokens 0 .. end - 1, the last of which is being appended: their number, where the first ones in full end,
+        and where the ring begins."""
+        recent = max(self._recent_begin, end - RECENT)
+        return end, min(FIRST, recent), recent
+
+    def _drop_pass(self) -> None:
+        """What a broken pass wrote lies after `length`, but its ring slots held tokens before."""
+        if self._pass_end is not None:
+            self._recent_begin = min(max(self._recent_begin, self._pass_end - RECENT), self.length)
+        self._pass_end = None
+        self._written.clear()
+
+    def _append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write rotated k, v [1, G, T, D] to every part that holds them."""
+        assert self.packing is not None
+        self._written.add(layer)
+        begin, end = self.length, self.length + k.shape[2]
+        newest = torch.arange(max(begin, end - RECENT), end, device=self.device)
+        for kind, x in (("key", k), ("value", v)):
+            rows, scales = self.packing.quantize(x)
+            self._storage[f"{kind}s"][layer, :, :, begin:end] = rows
+            self._storage[f"{kind}_scales"][layer, :, :, begin:end] = scales
+            if begin < FIRST:
+                self._storage[f"first_{kind}s"][layer, :, :, begin:end] = x[:, :, : FIRST - begin]
+            self._storage[f"recent_{kind}s"][layer][:, :, newest % RECENT] = x[:, :, -newest.shape[0] :].to(self.dtype)
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    def _rotated(self, kind: str, layer: int, begin: int, end: int) -> Tensor:
+        """Keys or values of a stretch as the network computed them, but rotated: [1, G, n, D] in `dtype`, a copy."""
+        assert self.packing is not None
+        rows = self._storage[f"{kind}s"][layer, :, :, begin:end]
+        scales = self._storage[f"{kind}_scales"][layer, :, :, begin:end]
+        x = self.packing.dequantize(rows, scales, self.dtype)
+        if begin < FIRST:
+            few = min(end, FIRST) - begin
+            x[:, :, :few] = self._storage[f"first_{kind}s"][layer, :, :, begin : begin + few]
+        held = self._pass_end if self._pass_end is not None and layer in self._written else self.length
+        recent, last = max(begin, self._recent_begin, held - RECENT), min(end, held)
+        if recent < last:
+            slots = torch.arange(recent, last, device=self.device) % RECENT
+            x[:, :, recent - begin : last - begin] = self._storage[f"recent_{kind}s"][layer][:, :, slots]
+        return x
+
+    def _attend_past(self, layer: int, q: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Unmasked attention of rotated q over tokens 0 .. end - 1, a stretch at a time; with log-sum-exps."""
+        result: tuple[Tensor, Tensor] | None = None
+        for start in range(0, end, STRETCH):
+            stop = min(start + STRETCH, end)
+            k, v = self._rotated("key", layer, start, stop), self._rotated("value", layer, start, stop)
+            mixed, weight = folded_attention(q, k, v)
+            if result is None:
+                result = mixed, weight
+            else:
+                result = merge(*result, mixed, weight), torch.logaddexp(result[1], weight)
+        assert result is not None
+        return result
+
+    def _kernel(self, heads: int) -> Any:
+        """The CPU kernel for one query of `heads` heads, or None where it cannot run."""
+        if self.device.type != "cpu" or kernels.unavailable():
+            return None
+        if heads not in self._kernels:
+            from .kernels.one_token import OneQuery
+
+            self._kernels[heads] = OneQuery.of(self, heads)
+        return self._kernels[heads]

@@ -1,0 +1,23 @@
+"""Kernels beside the plain torch code that they must agree with: who can run them here, and why not.
+
+`simd.py` and `team.py` hold the tools, `cpu_decode.py` one token's attention and decoder, `build.py` what binds them to
+a model and a cache. They need numba, which compiles them once for this processor and keeps the result on disk, so no
+compiler has to be installed. Nothing here is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str:
+    """Why the CPU kernels cannot run on this machine, as half a sentence; "" when they can."""
+    if os.environ.get("LONGVERSE_KERNELS", "").lower() in ("torch", "off", "0"):
+        return "LONGVERSE_KERNELS turns them off"
+    from importlib.util import find_spec
+
+    if find_spec("numba") is None or find_spec("llvmlite") is None:
+        return "numba is not installed"
+    return ""

@@ -1,0 +1,115 @@
+"""The compiled kernels of a cache format and a model: which exist, and the binding of their constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cpu_decode
+from .team import Team, specialise
+
+LAYOUTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+@dataclass(frozen=True)
+class CacheForm:
+    """What the machine code for a cache depends on. `packed` is "" for a cache in full precision."""
+
+    size: int  # D
+    heads: int  # query heads of one key/value head
+    kept: str  # layout of the tokens in full precision
+    packed: str = ""
+    group: int = 0
+    rotated: int = 1
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a kernel: whole vectors of 16 elements."""
+        unit = {"": 1, "int8": 16, "int4": 32}[self.packed]
+        return self.size % 16 == 0 and self.group % unit == 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}x{self.heads}_{self.kept}_{self.packed or 'full'}{self.group}"
+
+    def constants(self) -> dict[str, Any]:
+        """Names of cpu_decode and what they are bound to."""
+        # The sums of all heads over a group should fit in registers.
+        group = next(g for g in (64, 32, 16) if self.size % g == 0 and (g == 16 or self.heads * g <= 256))
+        return {
+            "SIZE": self.size, "HEADS": self.heads, "KEPT": self.kept, "KEPT_BF16": self.kept == "bf16",
+            "KEPT_GROUP": group, "QUANTISED": bool(self.packed), "PACKED": self.packed or "int8",
+            "GROUP": self.group or group, "ROTATED": self.rotated,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecoderForm:
+    """What the machine code for a whole decoder depends on, beside its cache."""
+
+    weights: str  # layout
+    group: int
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        flags = (self.qk_norm, self.qkv_bias, self.output_bias, self.mlp_bias)
+        return f"{self.weights}{self.group}_{''.join(str(int(flag)) for flag in flags)}"
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "WEIGHTS": self.weights, "WEIGHT_GROUP": self.group, "QK_NORM": self.qk_norm, "QKV_BIAS": self.qkv_bias,
+            "OUTPUT_BIAS": self.output_bias, "MLP_BIAS": self.mlp_bias,
+        }  # fmt: skip
+
+
+PIECES = (
+    "exp_negative", "rms_norm", "hadamard", "rotate_position", "sum_groups", "keep_in_full", "pack_row", "keep",
+    "fold", "attend_kept", "attend_packed", "attend_stretch", "merge", "product",
+)  # fmt: skip  # each may call those before it
+
+
+def _bound(constants: dict[str, Any]) -> dict[str, Any]:
+    bound = dict(constants)
+    for piece in PIECES:
+        bound[piece] = specialise(getattr(cpu_decode, piece), **bound)
+    return bound
+
+
+@lru_cache(maxsize=32)
+def attention_kernel(form: CacheForm) -> Any:
+    """`cpu_decode.attend_one` for a cache, compiled or loaded at its first call."""
+    return specialise(cpu_decode.attend_one, f"attend_{form.name}", **_bound(form.constants()))
+
+
+@lru_cache(maxsize=32)
+def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
+    """`cpu_decode.decode_one` for a cache and a model."""
+    constants = {**cache.constants(), **decoder.constants()}
+    return specialise(cpu_decode.decode_one, f"decode_{cache.name}_{decoder.name}", **_bound(constants))
+
+
+@lru_cache(maxsize=4)
+def team(size: int) -> Team:
+    """The threads of this process; as many as torch uses is the usual choice."""
+    return Team(size)
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory as numpy; bfloat16 as its bits."""
+    assert tensor.is_contiguous()
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def stretches(kv_heads: int, threads: int) -> int:
+    """Into how many stretches the keys of a head are split, so that every thread has the same number of them."""
+    return threads // int(np.gcd(kv_heads, threads))

@@ -1,0 +1,80 @@
+"""What a cache and an engine call for one new token on a CPU: they hold the arrays, the kernels do the rest.
+
+Shapes as in `cpu_decode.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .build import LAYOUTS, CacheForm, array, attention_kernel, stretches, team
+
+if TYPE_CHECKING:
+    from ..cache import KVCache
+
+
+class OneQuery:
+    """Attention of one token over one cache. Make it with `of`, which gives None where no kernel fits."""
+
+    def __init__(self, cache: KVCache, form: CacheForm) -> None:
+        self.form = form
+        self.parts = cache_arrays(cache)
+        self.team = team(torch.get_num_threads())
+        count = stretches(cache.kv_heads, self.team.size)
+        self.partial = np.empty((cache.kv_heads, count, form.heads, form.size + 2), dtype=np.float32)
+        self.kernel = attention_kernel(form)
+
+    @classmethod
+    def of(cls, cache: KVCache, heads: int) -> OneQuery | None:
+        """For queries of `heads` heads."""
+        form = cache_form(cache, heads)
+        return None if form is None else cls(cache, form)
+
+    def attend(self, layer: int, q: Tensor, spans: tuple[int, int, int]) -> Tensor:
+        """q [1, H, 1, D] after RoPE over the tokens of `layer`, the last of which is its own; returns [1, H, 1, D]."""
+        queries = np.ascontiguousarray(q[0, :, 0].float().numpy())
+        out = np.empty(queries.size, dtype=np.float32)
+        self.team.run(self.kernel, queries, layer, np.array(spans), self.parts, self.partial, out)
+        return torch.from_numpy(out).view(q.shape).to(q.dtype)
+
+
+def cache_form(cache: KVCache, heads: int) -> CacheForm | None:
+    """What the kernels need to know of a cache; None where they do not fit it."""
+    kept = LAYOUTS.get(cache.dtype)
+    if kept is None or cache.device.type != "cpu":
+        return None
+    packed: dict[str, Any] = {}
+    if cache.packing is not None:
+        packed = {"packed": cache.format, "group": cache.packing.group, "rotated": cache.packing.rotation}
+    form = CacheForm(cache.head_dim, heads // cache.kv_heads, kept, **packed)
+    return form if form.runs else None
+
+
+def cache_arrays(cache: KVCache) -> tuple[np.ndarray, ...]:
+    """The arrays of a cache in the kernels' order, [layers * G, tokens, ...]; empty ones where it has none."""
+    storage = cache.storage()
+
+    def part(name: str) -> np.ndarray:
+        if name not in storage:
+            return np.empty((1, 1, 0), dtype=like(name))
+        whole = array(storage[name])
+        return whole.reshape(whole.shape[0] * whole.shape[2], whole.shape[3], -1)
+
+    def like(name: str) -> Any:
+        return np.uint16 if "scales" in name else array(storage["keys"]).dtype
+
+    names = (
+        "keys",
+        "key_scales",
+        "values",
+        "value_scales",
+        "first_keys",
+        "first_values",
+        "recent_keys",
+        "recent_values",
+    )
+    return tuple(part(name) for name in names)

@@ -1,0 +1,114 @@
+"""A few threads that run one compiled function together, and the compiling itself.
+
+A decode step is a chain of small parallel pieces. Handing each to a thread pool costs tens of microseconds, a hundred
+times a token; so the threads are handed the whole step once, and meet at counters in memory between the pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import types
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import config as _config
+
+from ..converted import cache_folder
+from .simd import arrive, give_way, look
+
+njit: Any = numba.njit
+config: Any = _config
+_placing = threading.Lock()
+SPINS = 20_000  # looks at the counter before giving the processor away, some ten microseconds
+
+
+@njit(nogil=True)
+def meet(counter: np.ndarray, team: int) -> None:
+    """Wait until all `team` threads have come here. counter: int64 [1], zero before the first meeting of a run."""
+    goal = (arrive(counter) // team + 1) * team
+    spins = 0
+    while look(counter) < goal:
+        spins += 1
+        if spins > SPINS:
+            give_way()
+
+
+def specialise(function: Callable[..., Any], name: str = "", **bound: Any) -> Callable[..., Any]:
+    """Compile `function` with some of its global names bound to constants or to other compiled functions.
+
+    The constants shape the machine code: loops of known length, no branches for what a model has not. With a `name`,
+    which must tell the constants apart, the code is kept on disk for later starts; only what Python calls needs one.
+    """
+    copy = types.FunctionType(function.__code__, {**function.__globals__, **bound}, function.__name__)
+    options = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+    if name:
+        copy.__qualname__ = name
+        with _placing:
+            before, config.CACHE_DIR = config.CACHE_DIR, config.CACHE_DIR or str(_code_folder())
+            try:
+                return njit(cache=True, **options)(copy)
+            except RuntimeError:  # no folder can be written: it is compiled at every start
+                pass
+            finally:
+                config.CACHE_DIR = before
+    return njit(**options)(copy)
+
+
+@lru_cache(maxsize=1)
+def _code_folder() -> Path:
+    """Where compiled code is kept. numba notices a change of the file a function stands in, not of the functions it
+    calls; so the folder's name follows all of this package's sources."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return cache_folder() / "kernels" / digest.hexdigest()[:16]
+
+
+class Team:
+    """`size` threads: the caller's and size - 1 of its own. One run at a time; further callers wait."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lock = threading.Lock()
+        self._process = 0
+        self._work: list[SimpleQueue[Any]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> None:
+        """function(rank, size, counter, *args) on every thread; returns when all are done."""
+        with self._lock:
+            if self._process != os.getpid():  # the first run, or a child whose parent's threads are not here
+                self._start()
+            counter = np.zeros(1, dtype=np.int64)
+            done: SimpleQueue[BaseException | None] = SimpleQueue()
+            for rank, queue in enumerate(self._work, 1):
+                queue.put((function, rank, counter, args, done))
+            try:
+                function(0, self.size, counter, *args)
+            finally:  # also when Ctrl-C fell into it: the others still write into the caller's arrays
+                errors = [done.get() for _ in self._work]
+            for error in errors:
+                if error is not None:
+                    raise error
+
+    def _start(self) -> None:
+        self._process = os.getpid()
+        self._work = [SimpleQueue() for _ in range(self.size - 1)]
+        for queue in self._work:
+            threading.Thread(target=self._serve, args=(queue,), daemon=True).start()
+
+    def _serve(self, queue: SimpleQueue[Any]) -> None:
+        while True:
+            function, rank, counter, args, done = queue.get()
+            try:
+                function(rank, self.size, counter, *args)
+                done.put(None)
+            except BaseException as error:
+                done.put(error)
+            del function, counter, args, done  # a waiting thread keeps no caches or weights alive
