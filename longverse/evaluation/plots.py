@@ -5,6 +5,7 @@ Every function takes plain numbers and a path; the suffix of the path chooses th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,10 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def short_length(tokens: int) -> str:
-    """8000 to "8K", 1500 to "1.5K", 262144 to "262K", 700 to "700"."""
-    if tokens < 1000:
-        return str(tokens)
-    thousands = tokens / 1000
-    return f"{thousands:.0f}K" if thousands >= 10 or tokens % 1000 == 0 else f"{thousands:.1f}K"
+    """8000 to "8K", 1500 to "1.5K"; what is no round number in full: 4096 to "4,096"."""
+    if tokens >= 1000 and tokens % 1000 == 0:
+        return f"{tokens // 1000:,}K"
+    return f"{tokens / 1000:.1f}K" if tokens >= 1000 and tokens % 100 == 0 else f"{tokens:,}"
 
 
 def heatmaps(
@@ -54,7 +54,8 @@ def heatmaps(
     """One heatmap a panel, side by side on one scale of 0 to 100 %.
 
     panels: each with `title`, `columns` (labels), `rows` (labels) and `cells` [rows][columns] of shares 0..1,
-    None where nothing was measured; optional `x` and `y`, the axis labels. Widths follow the numbers of columns.
+    None where nothing was measured; optional `x` and `y`, the axis labels, and `sum`, true where the last row sums up
+    the others. Widths follow the numbers of columns.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -79,6 +80,8 @@ def heatmaps(
         axis.set_xticks([c - 0.5 for c in range(1, len(panel["columns"]))], minor=True)
         axis.set_yticks([r - 0.5 for r in range(1, len(panel["rows"]))], minor=True)
         axis.grid(which="minor", color="white", linewidth=2)
+        if panel.get("sum"):
+            axis.axhline(len(panel["rows"]) - 1.5, color="white", linewidth=7)
         axis.tick_params(which="both", length=0)
         axis.spines[:].set_visible(False)
         axis.set_xlabel(panel.get("x", "length of the prompt in tokens"), color=_INK, fontsize=10.5, labelpad=7)
@@ -86,7 +89,8 @@ def heatmaps(
             axis.set_ylabel(panel.get("y", "depth of the fact"), color=_INK, fontsize=10.5, labelpad=7)
         if panel.get("title"):
             axis.set_title(panel["title"], color=_INK, fontsize=11, loc="left", pad=8)
-    bar = figure.colorbar(image, ax=list(axes), ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.015, fraction=0.05, aspect=22)
+    bar = figure.colorbar(image, ax=list(axes), ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.015, fraction=0.05,
+                          aspect=max(22, 4 * rows))  # fmt: skip
     bar.ax.set_yticklabels(["0 %", "25 %", "50 %", "75 %", "100 %"], color=_INK, fontsize=9.5)
     bar.set_label(colour_label, color=_INK, fontsize=10.5)
     bar.outline.set_visible(False)
@@ -115,12 +119,18 @@ def curves(
         axis.set_xscale("log", base=2)
         ticks = sorted({p[0] for points in lines.values() for p in points}) if few else None
         if ticks:
-            axis.set_xticks(ticks, [short_length(int(t)) for t in ticks])
+            axis.set_xticks(ticks, [f"{int(t):,}" for t in ticks])
             axis.minorticks_off()
-    for name, at in (marks or {}).items():
+    low, high = axis.get_xlim()
+    for place, (at, name) in enumerate(sorted(_joined(marks or {}).items())):
         axis.axvline(at, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
-        axis.annotate(name, (at, 1), xycoords=("data", "axes fraction"), xytext=(4, -11), fontsize=9,
-                      textcoords="offset points", color=_FAINT)  # fmt: skip
+        # Labels of marks that stand close together keep clear of each other and of the edge.
+        share = (math.log(at / low) / math.log(high / low)) if log_x else (at - low) / (high - low)
+        side, away = ("left", 4) if share < 0.75 else ("right", -4)
+        axis.annotate(name, (at, 1), xycoords=("data", "axes fraction"), xytext=(away, -11 - 13 * place), ha=side,
+                      fontsize=9, textcoords="offset points", color=_FAINT)  # fmt: skip
+    if not log_x:
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     if percent:
         axis.set_ylim(-2, 102)
     axis.set_xlabel(x, color=_INK, fontsize=10.5)
@@ -140,7 +150,7 @@ def bars(
     groups: Sequence[str], series: Mapping[str, Sequence[float | None]], path: Path, *, title: str, subtitle: str = "",
     x: str,
 ) -> None:  # fmt: skip
-    """Grouped horizontal bars from 0 to 100: one group a name, one colour a series; None leaves a dash."""
+    """Grouped horizontal bars from 0 to 100: one group a name, one colour a series; None leaves its place empty."""
     figure, _ = _figure(8.4, 1.9 + (0.26 if len(groups) < 8 else 0.17) * len(groups) * (len(series) + 0.6))
     axis = figure.subplots()
     width = 0.8 / len(series)
@@ -148,8 +158,8 @@ def bars(
         at = [g - 0.4 + width * (number + 0.5) for g in range(len(groups))]
         axis.barh(at, [v or 0 for v in values], width * 0.86, color=colour, label=name)
         for position, value in zip(at, values, strict=True):
-            text = "–" if value is None else f"{value:.1f}"
-            axis.text((value or 0) + 0.8, position, text, va="center", fontsize=8.5, color=_INK)
+            if value is not None:
+                axis.text(value + 0.8, position, f"{value:.1f}", va="center", fontsize=8.5, color=_INK)
     axis.set_yticks(range(len(groups)), groups, color=_INK, fontsize=10)
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.set_xlim(0, 100)
@@ -163,6 +173,14 @@ def bars(
         figure.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="outside lower center", ncols=3)
     _head(figure, title, subtitle)
     _save(figure, path)
+
+
+def _joined(marks: Mapping[str, float]) -> dict[float, str]:
+    """Places with their names; names that mark the same place become one."""
+    places: dict[float, str] = {}
+    for name, at in marks.items():
+        places[at] = f"{places[at]}, {name}" if at in places else name
+    return places
 
 
 def _cycle(count: int) -> list[str]:

@@ -7,6 +7,7 @@ the Markdown holds the same tables. Results that were made with other settings a
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     A run is called by its model, and by its folder too where two runs of one kind have the same model. UserError
     for a folder that does not exist or when nothing is found.
     """
-    found: list[tuple[str, str, str, dict[str, Any]]] = []
+    found: list[tuple[str, str, Path, dict[str, Any]]] = []
     for folder in folders:
         if not folder.exists():
             raise UserError(f"{folder} does not exist: give folders that `longverse eval` has written.")
@@ -47,18 +48,32 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             value = read_json(path)
             if isinstance(value, dict) and value.get("kind") in KINDS:
                 try:
-                    found.append((value["kind"], str(value["model"]["model"]), path.parent.name, value))
-                except (KeyError, TypeError):
-                    raise UserError(f"{path} is a damaged result: it names no model; make that run again.") from None
+                    model = str(value["model"]["model"])
+                    _blocks([Run(value["kind"], model, value)])
+                except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                    raise UserError(
+                        f"{path} is a damaged result, or one of another version ({type(error).__name__}: {error}): "
+                        "make that run again."
+                    ) from None
+                found.append((f"{value['kind']} {value.get('way', '')}", model, path, value))
     if not found:
         raise UserError(
             f"No results are in {', '.join(map(str, folders))}: give folders that `longverse eval` has written."
         )
     runs = []
-    for kind, model, folder_name, value in found:
-        alike = [row for row in found if row[:2] == (kind, model)]
-        runs.append(Run(kind, model if len(alike) == 1 else f"{model} ({folder_name})", value))
+    for way, model, path, value in found:
+        alike = [row[2] for row in found if row[:2] == (way, model)]
+        runs.append(Run(value["kind"], model if len(alike) == 1 else f"{model} ({_apart(path, alike)})", value))
     return runs
+
+
+def _apart(path: Path, alike: Sequence[Path]) -> str:
+    """The folder of a result; with those above it where others are called the same."""
+    parts = path.parent.parts
+    for count in range(1, len(parts)):
+        if sum(other.parent.parts[-count:] == parts[-count:] for other in alike) == 1:
+            return "/".join(parts[-count:])
+    return str(path)
 
 
 # A block of the page: a heading, a remark, and a table, or a heatmap (cells are shares 0..1), or curves.
@@ -71,10 +86,31 @@ class _Block:
     heat: tuple[tuple[float | None, ...], ...] | None = None  # per row, beside its label
     curves: tuple[tuple[str, tuple[tuple[float, float], ...]], ...] = ()
     axes: tuple[str, str] = ("", "")
+    doubling: bool = False  # the horizontal axis is logarithmic, its ticks the points
+    small: bool = False  # stands beside others in a row
 
 
 def _cell(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _run_block(runs: Sequence[Run]) -> _Block:
+    """Whose answers they are, a line a model: nothing that was run in another way should look alike."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        m = run.value["model"]
+        rope = m.get("rope") or {}
+        plan = f"{rope['kind']}, base {rope['theta']:,.0f}" if rope else "–"
+        window = f"{m['window']:,}" if m.get("window") else "–"
+        backend, weights, dtype, attention, cache = (
+            str(m.get(key) or "–") for key in ("backend", "weights", "dtype", "attention", "cache")
+        )
+        about = (str(m["model"]), backend, weights[:8], dtype, window, plan, attention, cache)
+        made = rows.setdefault(about, [])
+        if (kind := run.kind.replace("loss", f"loss ({_WAYS.get(run.value.get('way', ''), '')})")) not in made:
+            made.append(kind)
+    columns = ("model", "back end", "weights", "numbers", "window", "RoPE", "attention", "cache", "measured")
+    return _Block("Who was asked", "", columns, tuple((*about, ", ".join(made)) for about, made in rows.items()))
 
 
 def _needle_blocks(runs: Sequence[Run]) -> list[_Block]:
@@ -89,9 +125,9 @@ def _needle_blocks(runs: Sequence[Run]) -> list[_Block]:
             blocks.append(
                 _Block(
                     title=f"Needles: {run.name}, {'Chinese' if language == 'zh' else 'English'}",
-                    note=f"mode {s['mode']}, {s['repeats']} facts a cell, haystack {s['haystack_name']}; "
-                    f"{'nothing answered' if share is None else f'{100 * share:.0f} % found'}{failed}. "
-                    "Depth of the fact down, tokens of the prompt across, per cent found.",
+                    note=f"{'Nothing answered' if share is None else f'{100 * share:.0f} % found'}{failed}; "
+                    f"mode {s['mode']}, {s['repeats']} facts a cell, haystack {s['haystack_name']}.",
+                    small=True,
                     columns=("depth", *map(short_length, s["lengths"])),
                     rows=tuple((f"{100 * d:.0f} %",) for d in s["depths"]),
                     heat=tuple(tuple(row) for row in grid),
@@ -112,8 +148,9 @@ def _ruler_blocks(runs: Sequence[Run]) -> list[_Block]:
             _Block(
                 title=f"RULER: {run.name}",
                 note=f"{result.settings['samples']} rows a cell; effective length: "
-                f"{'below ' + short_length(lengths[0]) if effective is None else f'{effective:,} tokens'}.",
-                columns=("task", *map(short_length, lengths)),
+                f"{f'below {lengths[0]:,}' if effective is None else f'{effective:,}'} tokens.",
+                small=True,
+                columns=("task", *(f"{n:,}" for n in lengths)),
                 rows=(*((task,) for task in tasks), ("average",)),
                 heat=(*map(tuple, shares), tuple(average)),
             )
@@ -121,7 +158,14 @@ def _ruler_blocks(runs: Sequence[Run]) -> list[_Block]:
         points = [(float(n), 100 * v) for n, v in zip(lengths, average, strict=True) if v is not None]
         lines.append((run.name, tuple(points)))
     if any(len(points) > 1 for _, points in lines):
-        blocks.append(_Block("RULER by length", curves=tuple(lines), axes=("tokens", "average, per cent")))
+        blocks.append(
+            _Block(
+                "RULER by length",
+                curves=tuple(lines),
+                axes=("tokens of prompt and answer", "average, per cent"),
+                doubling=True,
+            )
+        )
     return blocks
 
 
@@ -179,13 +223,17 @@ def _longbench_note(value: dict[str, Any]) -> str:
     return ", ".join(parts) + "."
 
 
+_WAYS = {"whole": "by position", "length": "by length", "sliding": "sliding"}
+
+
 def _loss_blocks(runs: Sequence[Run]) -> list[_Block]:
     results = [(run, LossResult.from_dict(run.value)) for run in runs]
     rows = []
     for run, result in results:
         window = result.effective_window()
-        ways = {"whole": "by position", "length": "by length"}
-        way = ways.get(result.kind) or f"sliding by {result.settings['stride']:,}"
+        way = _WAYS[result.kind]
+        if result.kind == "sliding":
+            way += f" by {result.settings['stride']:,}"
         reach = "–" if window is None else f"{window:,}"
         length = f"{result.settings['length']:,}"
         rows.append((run.name, way, length, _cell(result.mean, 4), _cell(result.perplexity, 2), reach))
@@ -197,7 +245,7 @@ def _loss_blocks(runs: Sequence[Run]) -> list[_Block]:
     ):
         lines = tuple((run.name, tuple(result.points())) for run, result in results if result.kind in kinds)
         if lines:
-            blocks.append(_Block(title, curves=lines, axes=(axis, "nats a token")))
+            blocks.append(_Block(title, curves=lines, axes=(axis, "nats a token"), doubling="length" in kinds))
     return blocks
 
 
@@ -210,7 +258,7 @@ _MAKERS: tuple[tuple[tuple[str, ...], Callable[[Sequence[Run]], list[_Block]]], 
 
 
 def _blocks(runs: Sequence[Run]) -> list[_Block]:
-    blocks: list[_Block] = []
+    blocks = [_run_block(runs)]
     for kinds, make in _MAKERS:
         chosen = [run for run in runs if run.kind in kinds]
         if chosen:
@@ -238,7 +286,7 @@ def markdown(runs: Sequence[Run]) -> str:
             lines += ["| " + " | ".join(block.columns) + " |", "|---" * len(block.columns) + "|"]
             lines += ["| " + " | ".join(row) + " |" for row in _full_rows(block)] + [""]
         for name, points in block.curves:
-            lines.append(f"{name}: " + ", ".join(f"{short_length(round(x))} {y:.3g}" for x, y in points))
+            lines.append(f"{name}: " + "; ".join(f"{x:,.0f}: {y:.3g}" for x, y in points))
         if block.curves:
             lines.append("")
     return "\n".join(lines)
@@ -250,11 +298,13 @@ _STYLE = """
 body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
   margin: 2.5rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem }
-p { color: var(--faint); margin: .2rem 0 .7rem; max-width: 60rem }
+p { color: var(--faint); margin: .2rem 0 .7rem; max-width: 60rem } .beside p { max-width: 24rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .32rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { font-weight: 600; color: var(--faint); white-space: normal }
-table.heat td + td { border: 2px solid var(--paper); min-width: 2.6rem; text-align: center }
+th, td { padding: .32rem .7rem; text-align: left; border-bottom: 1px solid var(--rule); white-space: nowrap }
+.n { text-align: right } th { font-weight: 600; color: var(--faint); white-space: normal }
+tr.sum td { font-weight: 600 } .beside { display: flex; flex-wrap: wrap; column-gap: 3rem }
+table.heat th + th { text-align: center; padding: .32rem .2rem } td.long { white-space: normal }
+table.heat td + td { border: 2px solid var(--paper); min-width: 2.4rem; text-align: center; padding: .32rem .2rem }
 svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
 """.strip()
 _SCALE = (
@@ -277,19 +327,29 @@ def _colour(share: float) -> tuple[str, str]:
 
 
 def _table(block: _Block) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in block.columns)
+    number = [all(_is_number(row[c]) for row in block.rows if c < len(row)) for c in range(len(block.columns))]
+    mark = [' class="n"' if one else "" for one in number]
+    head = "".join(f"<th{m}>{html.escape(c)}</th>" for c, m in zip(block.columns, mark, strict=True))
     body = []
     for index, row in enumerate(block.rows):
-        cells = [f"<td>{html.escape(c)}</td>" for c in row]
+        cells = []
+        for cell, one in zip(row, mark, strict=False):
+            long = ' class="long"' if len(cell) > 40 else one
+            cells.append(f"<td{long}>{html.escape(cell)}</td>")
         for value in block.heat[index] if block.heat is not None else ():
             if value is None:
                 cells.append("<td>–</td>")
             else:
                 back, ink = _colour(value)
                 cells.append(f'<td style="background:{back};color:{ink}">{100 * value:.0f}</td>')
-        body.append(f"<tr>{''.join(cells)}</tr>")
+        total = ' class="sum"' if row[0].startswith(("average", "mean")) else ""
+        body.append(f"<tr{total}>{''.join(cells)}</tr>")
     kind = ' class="heat"' if block.heat is not None else ""
     return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "", 1).isdigit() or cell == "–"
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -300,31 +360,33 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _svg(block: _Block) -> str:
-    width, height, left, bottom, top = 860, 330, 56, 44, 12
+    width, height, left, right, bottom, top = 860, 330, 56, 30, 44, 12
     points = [p for _, line in block.curves for p in line]
     if not points:
         return ""
-    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
+    scale = math.log2 if block.doubling else float
+    x0, x1 = scale(min(p[0] for p in points)), scale(max(p[0] for p in points))
     y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
     x1 += (x1 == x0) or 0
     y0, y1 = (y0 - 0.5, y1 + 0.5) if y0 == y1 else (y0 - 0.06 * (y1 - y0), y1 + 0.06 * (y1 - y0))
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
-            left + (x - x0) / (x1 - x0) * (width - left - 20),
+            left + 10 + (scale(x) - x0) / (x1 - x0) * (width - left - right - 10),
             top + (y1 - y) / (y1 - y0) * (height - bottom - top),
         )
 
-    out = [f'<svg viewBox="0 0 {width} {height + 22 * len(block.curves)}" width="{width}" role="img">']
+    name = html.escape(block.title, quote=True)
+    out = [
+        f'<svg viewBox="0 0 {width} {height + 22 * len(block.curves)}" width="{width}" role="img" aria-label="{name}">'
+    ]
     for tick in _ticks(y0, y1):
-        _, y = at(x0, tick)
-        out.append(f'<line x1="{left}" x2="{width - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>')
+        _, y = at(points[0][0], tick)
+        out.append(f'<line x1="{left}" x2="{width - right + 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>')
         out.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for tick in _ticks(x0, x1, 8):
+    for tick in sorted({p[0] for p in points}) if block.doubling else _ticks(x0, x1, 8):
         x, _ = at(tick, y0)
-        out.append(
-            f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{short_length(round(tick))}</text>'
-        )
+        out.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick:,.0f}</text>')
     out.append(
         f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">{html.escape(block.axes[0])}</text>'
         f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})" text-anchor="middle">'
@@ -332,8 +394,11 @@ def _svg(block: _Block) -> str:
     )
     for number, (name, line) in enumerate(block.curves):
         ink = _INK[number % len(_INK)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in line))
+        places = [at(*p) for p in line]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         out.append(f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="2"/>')
+        if len(line) <= 24:
+            out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{ink}"/>' for x, y in places]
         y = height + 22 * number + 8
         out.append(f'<rect x="{left}" y="{y - 6}" width="18" height="4" fill="{ink}"/>')
         out.append(f'<text x="{left + 26}" y="{y}">{html.escape(name)}</text>')
@@ -343,16 +408,19 @@ def _svg(block: _Block) -> str:
 def page(runs: Sequence[Run]) -> str:
     """The HTML page."""
     body = ["<h1>Evaluation</h1>", f"<p>{len(runs)} results, made by longverse eval.</p>"]
-    for block in _blocks(runs):
-        body.append(f"<h2>{html.escape(block.title)}</h2>")
-        if block.note:
-            body.append(f"<p>{html.escape(block.note)}</p>")
-        if block.columns:
-            body.append(_table(block))
-        if block.curves:
-            body.append(_svg(block))
+    if any(run.kind == "needle" for run in runs):
+        body.append("<p>Needles: the depth of the fact down, tokens of the prompt across, per cent found.</p>")
+    for small, some in itertools.groupby(_blocks(runs), key=lambda block: block.small):
+        parts = [f"<section>{_section(block)}</section>" for block in some]
+        body += ['<div class="beside">', *parts, "</div>"] if small else parts
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
+
+
+def _section(block: _Block) -> str:
+    note = f'<p class="note">{html.escape(block.note)}</p>' if block.note else ""
+    table = _table(block) if block.columns else ""
+    return f"<h2>{html.escape(block.title)}</h2>{note}{table}{_svg(block) if block.curves else ''}"

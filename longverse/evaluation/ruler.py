@@ -144,8 +144,8 @@ class RulerResult:
         tasks, lengths = self.settings["tasks"], self.settings["lengths"]
         cells = [[None if (s := self.score(t, n)) is None else s / 100 for n in lengths] for t in tasks]
         cells.append([None if (s := self.average(n)) is None else s / 100 for n in lengths])
-        panel = {"columns": [f"{n:,}" for n in lengths], "rows": [*tasks, "average"], "cells": cells, "y": "task",
-                 "x": "length of prompt and answer in tokens"}  # fmt: skip
+        panel = {"columns": [f"{n:,}" for n in lengths], "rows": [*tasks, "average"], "cells": cells, "sum": True,
+                 "x": "length of prompt and answer in tokens", "y": "task"}  # fmt: skip
         heatmaps([panel], folder / "ruler.png", title=f"RULER: {self.model['model']}",
                  subtitle=f"{self.settings['samples']} rows a cell", colour_label="score")  # fmt: skip
         return [*paths, folder / "ruler.png"]

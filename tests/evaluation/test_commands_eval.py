@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from longverse.commands_eval import app
 from longverse.errors import UserError
+from longverse.evaluation.plots import short_length
 from longverse.evaluation.report import markdown, page, read_runs
 
 from .conftest import write_jsonl
@@ -166,3 +167,23 @@ def test_runs_of_one_model_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('{"kind": "loss"}')
     with pytest.raises(UserError, match=r"broken\.json is a damaged result"):
         read_runs([tmp_path])
+
+
+def test_lengths_are_written_short_only_where_they_are_round() -> None:
+    assert [short_length(n) for n in (700, 1000, 1500, 4096, 8000, 262_000)] == [
+        "700", "1K", "1.5K", "4,096", "8K", "262K",
+    ]  # fmt: skip
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    for name, value in (
+        ("needle.json", {"kind": "needle", "model": {"model": "m"}, "settings": {}}),
+        (
+            "ruler.json",
+            {"kind": "ruler", "model": {"model": "m"}, "settings": {"lengths": [1]}, "rows": [{"task": "vt"}]},
+        ),
+        ("longbench.json", {"kind": "longbench", "model": {"model": "m"}, "scores": []}),
+    ):
+        (tmp_path / name).write_text(json.dumps(value))
+        with pytest.raises(UserError, match=rf"{name} is a damaged result, or one of another version"):
+            read_runs([tmp_path / name])
