@@ -88,7 +88,7 @@ def serve(
     from .server.worker import Worker
 
     open_session = _opener(engine, attention, cache)
-    folder = expand(library) if library is not None else cache_folder() / "library"
+    folder = expand(library) if library is not None else cache_folder() / "documents"
     documents = Library(folder, lambda text: len(engine.tokenizer.encode(text)))
     worker = Worker(
         engine, slots=slots, queue_limit=queue, cache_bytes=_memory(cache_memory, engine), open_session=open_session

@@ -74,10 +74,11 @@ class Answer:
 
     def __init__(
         self, kind: str, model: str, tokenizer: Tokenizer, works: Sequence[Generation], *, find_calls: bool = False,
-        return_progress: bool = False, include_usage: bool = False, echo: bool = False,
+        return_progress: bool = False, include_usage: bool = False, echo: bool = False, documents: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.kind, self.model, self.tokenizer, self.works = kind, model, tokenizer, works
         self.find_calls, self.return_progress, self.include_usage = find_calls, return_progress, include_usage
+        self.documents = documents
         self.id = ("chatcmpl-" if kind == "chat" else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
         choices = sum(work.choices for work in works)
@@ -112,6 +113,8 @@ class Answer:
                     yield self._chunk(event.index, self._delta(event.index, part))
                 last = self._chunk(event.index, {} if self.kind == "chat" else {"text": ""}, event.logged)
                 last["choices"][0]["finish_reason"] = self._reason(event)
+                if event.text is not None:
+                    last["choices"][0]["delta"]["cited"] = self._cited(event)
                 yield last | {"timings": timings(event.stats)}
             elif isinstance(event, Failed):
                 yield failed(event).body()
@@ -141,6 +144,7 @@ class Answer:
         texts: list[list[str]] = [[] for _ in range(size)]
         logged: list[list[Logged]] = [[] for _ in range(size)]
         reasons = [""] * size
+        cited: list[dict[str, Any] | None] = [None] * size
         async for event in running.events():
             if isinstance(event, Failed):
                 raise failed(event)
@@ -154,6 +158,9 @@ class Answer:
                 logged[event.index] += event.logged
             if isinstance(event, Ended):
                 reasons[event.index] = self._reason(event)
+                if event.text is not None:
+                    texts[event.index] = [event.text]
+                    cited[event.index] = self._cited(event)
         choices = []
         for index in range(size):
             wanted = any(work.top is not None for work in self.works)
@@ -165,6 +172,8 @@ class Answer:
                 if self.calls[index]:
                     message["content"] = text or None
                     message["tool_calls"] = [call.record() for call in self.calls[index]]
+                if cited[index] is not None:
+                    message["cited"] = cited[index]
                 choice["message"] = message
             else:
                 choice["text"] = self.prefixes[index] + text
@@ -190,6 +199,22 @@ class Answer:
         if self.calls[event.index]:
             return "tool_calls"
         return event.stats.finish_reason
+
+    def _cited(self, event: Ended) -> dict[str, Any]:
+        """The citations of an answer about documents: `marks` tell behind which character of `answer` which of them,
+        counted from 1, belong. Without `found`, `answer` says so, and `model_answer` is what the model guessed."""
+        found = event.cited
+        record: dict[str, Any] = {"answer": event.text, "found": False, "citations": [], "marks": []}
+        if found is not None:
+            record["found"] = found.found
+            record["citations"] = [
+                citation.record() | {"place": citation.place, "file_id": self.documents[citation.document]}
+                for citation in found.citations
+            ]
+            record["marks"] = [{"offset": offset, "citations": list(numbers)} for offset, numbers in found.marks]
+            if not found.found:
+                record["model_answer"] = found.answer
+        return record
 
     def usage(self, stats: Sequence[Stats]) -> dict[str, Any]:
         """Tokens of the request: each prompt once, whatever the number of choices."""

@@ -22,6 +22,7 @@ def router(service: Service) -> APIRouter:
             "chat", service.model, service.engine.tokenizer, [work],
             find_calls=bool(body.tools) and body.tool_choice != "none", return_progress=body.return_progress,
             include_usage=wants_usage(body),
+            documents=tuple(dict.fromkeys(name for message in body.messages for name in message.files())),
         )  # fmt: skip
         return await service.respond(request, body, answer, [work])
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..documents import ask
+from ..documents.citations import Cited
 from ..inference.engine import Session, Stats
 from ..inference.sampling import Constraint, Sampling
 from .worker import Failed, Turn
@@ -31,12 +33,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ended:
-    """Choice `index` is complete."""
+    """Choice `index` is complete. `cited` and `text`, of an answer about documents: its citations, and what it says in
+    the end (that the documents do not say it, where they do not)."""
 
     index: int
     stats: Stats
     logged: tuple[Logged, ...] = ()
     queued_seconds: float = 0.0
+    cited: Cited | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Generation:
     tokens      what the session is planned for: prompt and answer at least
     boundary    first tokens that are a document's: a forward ends there, so that the bits of an answer do not depend
                 on whether the document was read before
+    asked       the documents and the question, where the answer is to be tied to them; way: how (ask.way_for)
     """
 
     ids: list[int]
@@ -65,6 +71,8 @@ class Generation:
     constraint: Callable[[], Constraint] | None = None
     tokens: int = 0
     boundary: int = 0
+    asked: ask.Prompts | None = None
+    way: str = "off"
 
     def __call__(self, session: Session, turn: Turn) -> None:
         session.boundary = self.boundary
@@ -77,9 +85,17 @@ class Generation:
                 constraint=constraint,
                 on_token=None if self.top is None else self._logger(session, logged),
             )
+            ids: list[int] = []
+            text = ""
+            # Where the documents may not hold the answer it is checked before it is shown, as `longverse ask` does.
+            waits = self.asked is not None and (self.way == "numbers" or ask.doubtful(self.asked, 0))
             progress = turn.progress if choice == 0 else None
-            for piece in session.stream(self.ids, sampling, on_progress=progress, cancelled=turn.cancelled):
-                turn.emit(Piece(self.first + choice, piece, _drained(logged)))
+            for piece in session.stream(self.ids, sampling, on_progress=progress, cancelled=turn.cancelled, ids=ids):
+                if self.asked is not None and not text:
+                    piece = piece.lstrip()
+                text += piece
+                if not waits:
+                    turn.emit(Piece(self.first + choice, piece, _drained(logged)))
                 turn.pause()
             stats = session.stats
             if stats.finish_reason == "cancelled":
@@ -87,7 +103,15 @@ class Generation:
                 return
             if stats.finish_reason == "length" and getattr(constraint, "complete", False):
                 stats.finish_reason = "stop"  # whole with its last token
-            turn.emit(Ended(self.first + choice, stats, _drained(logged), turn.queued_seconds))
+            cited = None
+            if self.asked is not None and text.strip():
+                cited = ask.cited(session, self.asked, 0, text, ids)
+                final = cited.answer if cited.found else ask.not_found(self.asked, 0)
+                if waits or not cited.found:
+                    turn.emit(Piece(self.first + choice, final if waits else f"\n{final}", _drained(logged)))
+                text = final
+            final_text = text if self.asked is not None else None
+            turn.emit(Ended(self.first + choice, stats, _drained(logged), turn.queued_seconds, cited, final_text))
         turn.emit(Finished())
 
     def _logger(self, session: Session, logged: list[Logged]) -> Callable[[int, Tensor], None]:

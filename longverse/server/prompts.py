@@ -4,11 +4,12 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..documents import ask
 from ..documents.reader import Document
+from ..documents.words import Index
 from ..inference.engine import Engine
 from . import tools
 from .errors import ApiError
@@ -22,13 +23,26 @@ KEPT = 8  # documents whose ids are kept
 @dataclass(frozen=True)
 class Prompt:
     """ids       what the model reads
-    documents  ids of the library's documents in it, in their order
     boundary   how many first tokens are the documents' and shared by every question about them
+    documents  ids of the library's documents in it, in their order
+    asked      what a citation needs, where the answer is to be tied to the documents
+    way        attention, numbers or off
     """
 
     ids: list[int]
-    documents: tuple[str, ...] = ()
     boundary: int = 0
+    documents: tuple[str, ...] = ()
+    asked: ask.Prompts | None = None
+    way: str = "off"
+
+
+@dataclass
+class Shelf:
+    """Documents that are asked about together; `beginnings` by whether their paragraphs are numbered."""
+
+    documents: tuple[Document, ...]
+    index: Index
+    beginnings: dict[bool, list[int]] = field(default_factory=dict)
 
 
 class Prompts:
@@ -36,7 +50,7 @@ class Prompts:
 
     def __init__(self, engine: Engine, library: Library) -> None:
         self.engine, self.library = engine, library
-        self._kept: OrderedDict[tuple[str, ...], list[int]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, ...], Shelf] = OrderedDict()
         self._lock = threading.Lock()
 
     def chat(self, request: ChatRequest) -> Prompt:
@@ -45,36 +59,57 @@ class Prompts:
         if isinstance(request.tool_choice, NamedTool):
             functions = [tool for tool in functions if tool.function.name == request.tool_choice.function.name]
         described = [tool.model_dump(exclude_none=True) for tool in functions]
-        documents = tuple(dict.fromkeys(name for message in request.messages for name in message.files()))
+        names = tuple(dict.fromkeys(name for message in request.messages for name in message.files()))
         turns = self._turns(request.messages)
-        if documents:
-            turns = self._with_documents(turns, request.messages, documents)
+        way = "off"
+        if names:
+            # What is to be JSON or a call is not an answer that could be tied to a sentence.
+            free = not functions and not request.json_mode
+            way = ask.way_for(self.engine, (request.cite or "auto") if free else "off")
+            shelf = self.shelf(names)
+            question = next(turn["content"] for turn in reversed(turns) if turn["role"] == "user")
+            turns = self._with_documents(turns, shelf, way == "numbers")
         native = self.engine.chat.knows_tools
         if described and not native:
             turns = _with_system(turns, tools.introduction(described))
         ids = self.engine.chat.encode(turns, tools=described if described and native else None)
-        boundary = common_prefix(self.beginning(documents), ids) if documents else 0
-        return Prompt(ids, documents, boundary)
+        if not names:
+            return Prompt(ids)
+        boundary = common_prefix(self.beginning(names, way == "numbers"), ids)
+        asked = ask.Prompts((question,), (ids,), len(ids), shelf.documents, way == "numbers", (None,), shelf.index)
+        return Prompt(ids, boundary, names, asked if way != "off" else None, way)
 
-    def beginning(self, documents: tuple[str, ...]) -> list[int]:
-        """The ids that every question about these documents begins with."""
+    def shelf(self, names: tuple[str, ...]) -> Shelf:
+        """The documents of these ids, their words indexed once."""
         with self._lock:
-            if (found := self._kept.get(documents)) is not None:
-                self._kept.move_to_end(documents)
+            if (found := self._kept.get(names)) is not None:
+                self._kept.move_to_end(names)
                 return found
-        text = self._text(documents)
-        one, other = (self.engine.chat.encode(ask.messages(text, question)) for question in ("a", "问"))
-        found = one[: common_prefix(one, other)]
+        documents = tuple(self.library.document(name) for name in names)
+        found = Shelf(documents, Index(documents))
         with self._lock:
-            self._kept[documents] = found
+            self._kept[names] = found
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return found
 
-    def kept(self, documents: tuple[str, ...]) -> list[int] | None:
-        """`beginning`, if it was asked for lately."""
+    def beginning(self, names: tuple[str, ...], numbered: bool = False) -> list[int]:
+        """The ids that every question about these documents begins with."""
+        shelf = self.shelf(names)
+        if numbered not in shelf.beginnings:
+            text = ask.text_of(shelf.documents, numbered=numbered)
+            # Two questions in two languages share nothing but the documents.
+            one, other = (
+                self.engine.chat.encode(ask.messages(text, question, numbered=numbered)) for question in ("a", "问")
+            )
+            shelf.beginnings[numbered] = one[: common_prefix(one, other)]
+        return shelf.beginnings[numbered]
+
+    def kept(self, names: tuple[str, ...]) -> list[int] | None:
+        """`beginning`, if it was made lately."""
         with self._lock:
-            return self._kept.get(documents)
+            shelf = self._kept.get(names)
+            return next(iter(shelf.beginnings.values()), None) if shelf is not None else None
 
     def forget(self, document: str) -> None:
         """Its ids are kept no longer."""
@@ -82,19 +117,15 @@ class Prompts:
             for key in [key for key in self._kept if document in key]:
                 del self._kept[key]
 
-    def _text(self, documents: tuple[str, ...]) -> str:
-        return joined([self.library.document(name) for name in documents])
-
-    def _with_documents(
-        self, turns: list[dict[str, Any]], messages: Sequence[Message], documents: tuple[str, ...]
-    ) -> list[dict[str, Any]]:
+    def _with_documents(self, turns: list[dict[str, Any]], shelf: Shelf, numbered: bool) -> list[dict[str, Any]]:
         """The documents stand before the first question; later turns are as they came."""
         place = next(n for n, turn in enumerate(turns) if turn["role"] == "user")
         question = turns[place]["content"]
         if not question.strip():
             raise ApiError(400, "The message with the document holds no question: add a text part.", param="messages")
-        system = "\n\n".join(turn["content"] for turn in turns[:place] if turn["role"] == "system")
-        return [*ask.messages(self._text(documents), question, system=system or None), *turns[place + 1 :]]
+        system = "\n\n".join(turn["content"] for turn in turns[:place] if turn["role"] == "system") or None
+        text = ask.text_of(shelf.documents, numbered=numbered)
+        return [*ask.messages(text, question, system=system, numbered=numbered), *turns[place + 1 :]]
 
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         turns: list[dict[str, Any]] = []
@@ -114,13 +145,6 @@ class Prompts:
         if not any(turn["role"] in ("user", "exec") for turn in turns):
             raise ApiError(400, "The conversation holds no message of the user.", param="messages")
         return turns
-
-
-def joined(documents: Sequence[Document]) -> str:
-    """Several documents as one text, each under its name; a single one as it is."""
-    if len(documents) == 1:
-        return documents[0].text
-    return "\n\n".join(f"# {document.name}\n\n{document.text.strip()}" for document in documents)
 
 
 def _with_system(turns: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

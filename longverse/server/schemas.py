@@ -164,6 +164,10 @@ class ChatRequest(Drawing):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
+    cite: Annotated[
+        Literal["auto", "attention", "numbers", "off"] | None,
+        Field(description="How an answer about documents is tied to them; auto where it is left out."),
+    ] = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
 

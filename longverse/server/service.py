@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,9 @@ class Service:
         sampling = self.sampling(request, len(prompt.ids), request.longest)
         tokens = len(prompt.ids) + sampling.max_new_tokens
         if prompt.documents:
-            tokens = max(tokens, self.planned(len(self.prompts.beginning(prompt.documents))))
+            tokens = max(tokens, self.planned(prompt.boundary))
+        if prompt.way == "attention" and not sampling.stop:  # small models do not know when to end
+            sampling = replace(sampling, stop=("\n\n",))
         return Generation(
             prompt.ids,
             sampling,
@@ -103,6 +105,8 @@ class Service:
             constraint=self._constraint(request, sampling.max_new_tokens),
             boundary=prompt.boundary,
             tokens=tokens,
+            asked=prompt.asked,
+            way=prompt.way,
         )
 
     def planned(self, beginning: int) -> int:

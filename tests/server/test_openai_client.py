@@ -11,6 +11,7 @@ import torch
 from openai import OpenAI
 
 from longverse.documents import ask
+from longverse.documents.reader import Document, decode
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 from longverse.server.sessions import planned_length
@@ -280,9 +281,18 @@ def test_errors_are_openais(client: OpenAI) -> None:
 REPORT = "# The mill\n\nThe mill stands in Ost.\n\nIt was built by Ada Rell in 1871.\n\n水车在东村。\n"
 
 
-def with_file(identity: str, question: str) -> list[Any]:
-    parts = [{"type": "file", "file": {"file_id": identity}}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": parts}]
+def with_file(*identities: str, question: str) -> list[Any]:
+    parts: list[Any] = [{"type": "file", "file": {"file_id": identity}} for identity in identities]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def asked(engine: Engine, documents: list[Document], question: str, new: int) -> tuple[str, Any, list[int]]:
+    """What `longverse ask` does: the text it gives out, the citations, and the prompt."""
+    prompts = ask.prepare(engine, documents, [question], new)
+    session = engine.session(2048)
+    done = session.complete(prompts.ids[0], Sampling(max_new_tokens=new, stop=("\n\n",)))
+    cited = ask.cited(session, prompts, 0, done.text.lstrip(), done.tokens)
+    return cited.answer if cited.found else ask.not_found(prompts, 0), cited, prompts.ids[0]
 
 
 def test_a_document_is_uploaded_read_and_asked(server: Running, client: OpenAI, engine: Engine) -> None:
@@ -292,22 +302,52 @@ def test_a_document_is_uploaded_read_and_asked(server: Running, client: OpenAI, 
     assert about["tokens"] == len(engine.tokenizer.encode(REPORT))
     assert about["fits"] is True
     assert about["read"] is False
-    questions = ["Who built it?", "Where is it?", "何时？"]
-    for number, question in enumerate(questions):
-        done = client.chat.completions.create(model="tiny", messages=with_file(stored.id, question), max_tokens=12)
-        ids = engine.chat.encode(ask.messages(REPORT, question))
-        assert done.choices[0].message.content == engine.session(2048).complete(ids, Sampling(max_new_tokens=12)).text
+    document = decode(REPORT.encode(), "mill.md")
+    for number, question in enumerate(["Who built it?", "Where does the mill stand?", "何时？"]):
+        messages = with_file(stored.id, question=question)
+        done = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12)
+        text, cited, ids = asked(engine, [document], question, 12)
+        message: Any = done.choices[0].message
+        assert message.content == message.cited["answer"] == text
+        assert message.cited["found"] is cited.found
+        for got, expected in zip(message.cited["citations"], cited.citations, strict=True):
+            assert got["file_id"] == stored.id
+            assert got["cited_text"] == REPORT[got["start_char_index"] : got["end_char_index"]] == expected.text
         assert done.usage is not None
         assert done.usage.prompt_tokens == len(ids)
         assert done.usage.prompt_tokens_details is not None
         if number:
             assert (done.usage.prompt_tokens_details.cached_tokens or 0) > len(engine.tokenizer.encode(REPORT))
+        raw = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, extra_body={"cite": "off"})
+        assert raw.choices[0].message.content == engine.session(2048).complete(ids, Sampling(max_new_tokens=12)).text
     assert client.files.retrieve(stored.id).document["read"] is True  # type: ignore[attr-defined]
     assert next(iter(client.files.list())).id == stored.id
     assert client.files.content(stored.id).read() == REPORT.encode()
     assert client.files.delete(stored.id).deleted
     with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="tiny", messages=with_file(stored.id, "Who?"))
+        client.chat.completions.create(model="tiny", messages=with_file(stored.id, question="Who?"))
+
+
+def test_a_streamed_answer_ends_with_its_citations(client: OpenAI, engine: Engine) -> None:
+    other = "The bridge was built by Bo Finn.\n"
+    files = [
+        client.files.create(file=(name, text.encode()), purpose="user_data")
+        for name, text in (("mill.md", REPORT), ("bridge.txt", other))
+    ]
+    documents = [decode(REPORT.encode(), "mill.md"), decode(other.encode(), "bridge.txt")]
+    for question in ("Who built the mill?", "Who is Zed Quorl?"):
+        text, cited, _ = asked(engine, documents, question, 12)
+        chunks = list(
+            client.chat.completions.create(
+                model="tiny", messages=with_file(*(f.id for f in files), question=question), max_tokens=12, stream=True
+            )
+        )
+        last: Any = chunks[-1].choices[0].delta
+        assert last.cited["answer"] == text
+        assert last.cited["found"] is cited.found
+        assert [c["file_id"] for c in last.cited["citations"]] == [files[c.document].id for c in cited.citations]
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert said.endswith(text.rstrip())
 
 
 def test_reading_ahead_streams_progress_and_the_question_finds_it_read(server: Running, client: OpenAI) -> None:
@@ -319,7 +359,7 @@ def test_reading_ahead_streams_progress_and_the_question_finds_it_read(server: R
     assert progress[-1]["processed"] == progress[-1]["total"]
     assert events[-1]["status"] == "ready"
     assert events[-1]["file"]["document"]["read"] is True
-    done = client.chat.completions.create(model="tiny", messages=with_file(stored.id, "What?"), max_tokens=2)
+    done = client.chat.completions.create(model="tiny", messages=with_file(stored.id, question="What?"), max_tokens=2)
     assert done.usage is not None
     assert done.usage.prompt_tokens_details is not None
     assert done.usage.prompt_tokens_details.cached_tokens == progress[-1]["total"]
