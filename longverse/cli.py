@@ -16,7 +16,17 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, commands_data, commands_eval, commands_models, commands_serve, commands_train, console
+from . import (
+    __version__,
+    commands_data,
+    commands_eval,
+    commands_models,
+    commands_plan,
+    commands_serve,
+    commands_store,
+    commands_train,
+    console,
+)
 from .commands_ask import ask
 from .commands_common import (
     AsJson,
@@ -277,6 +287,9 @@ for command in (commands_models.convert, commands_models.quantize, commands_mode
 app.command()(commands_train.extend)
 app.command()(commands_train.finetune)
 app.command()(commands_serve.serve)
+app.command()(commands_store.read)
+app.command()(commands_plan.plan)
+app.add_typer(commands_store.library_app, name="library")
 
 
 def main(arguments: list[str] | None = None) -> int:

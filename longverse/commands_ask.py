@@ -34,6 +34,7 @@ from .commands_common import (
     load_engine,
     make_sampling,
 )
+from .commands_store import CacheFormat
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def ask(
     seed: Seed = None,
     stop: Stop = None,
     system: Annotated[str | None, typer.Option("--system", help="Other instructions than the built-in ones.")] = None,
+    cache: CacheFormat = "auto",
     rope: Rope = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -115,7 +117,7 @@ def ask(
     else:
         prompts = prepare(engine, documents, asked, max_new_tokens, system=system, numbered=way == "numbers")
         read = []
-    session = open_session(engine, documents, prompts, quiet=quiet)
+    session = open_session(engine, documents, prompts, cache=cache, quiet=quiet)
     for number, question in enumerate(prompts.questions):
         if not as_json and len(asked) > 1:
             console.out().print(console.Text(("\n" if number else "") + question, style="bold"))
@@ -133,12 +135,14 @@ def ask(
         console.note(console.figures(session.stats), quiet=quiet)
 
 
-def open_session(engine: Engine, documents: list[Document], prompts: Prompts, *, quiet: bool) -> Session:
+def open_session(engine: Engine, documents: list[Document], prompts: Prompts, *, cache: str, quiet: bool) -> Session:
     """The session that will answer. What it returns has Session's surface: stream, complete, stats, tokens.
 
     Options that change how the documents are attended, cached or stored come here as arguments, and here alone.
     """
-    return engine.session(prompts.planned_tokens)
+    from .commands_store import open_kept
+
+    return open_kept(engine, prompts, cache=cache, quiet=quiet)
 
 
 def answer(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .errors import UserError
@@ -65,6 +66,25 @@ def say_bytes(count: float) -> str:
     if count >= 2**30:
         return f"{count / 2**30:,.1f} GiB"
     return f"{count / 2**20:,.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**20:,.1f} MiB"
+
+
+def memory_of_machine() -> tuple[int, int]:
+    """Bytes of memory that this process may use in all, and that are free now: the machine's, or what a container's
+    limit leaves of them."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, free = int(memory.total), int(memory.available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            held = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            held -= int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # given back when asked
+            total, free = min(total, int(limit)), min(free, max(0, int(limit) - held))
+    except (OSError, ValueError):
+        pass  # no such limits here
+    return total, free
 
 
 # ---- the model -----------------------------------------------------------------------------------------------
@@ -241,7 +261,9 @@ def find_card(text: str) -> tuple[Card, str]:
         raise UserError(f"The card {text!r} is not known: name one of {names}, or its memory like 80GB.") from None
     fitting = [card for card in CARDS if card.memory >= memory] or list(CARDS[:1])
     like = min(fitting, key=lambda card: (card.memory, card.flops))
-    return Card(f"{text.strip()} card", like.flops, like.bandwidth, memory), f"times as of the {like.name}; name a card"
+    return Card(
+        f"a card with {text.strip()}", like.flops, like.bandwidth, memory
+    ), f"times are as of the {like.name}, since no card was named"
 
 
 def card_rates(card: Card) -> Rates:
@@ -361,7 +383,7 @@ def _reason(plan: Plan, first: str) -> str:
     if plan.choice is None:
         least = min(plan.options, key=lambda option: option.total_bytes)
         fitting = _longest(plan, least)
-        ways = f"a context of {fitting:,} tokens at most, or" if fitting >= 1024 else "a smaller model or"
+        ways = f"a context of {fitting:,} tokens at most or" if fitting >= 1024 else "a smaller model or"
         return (
             f"Nothing fits: {plan.context:,} tokens take at least {say_bytes(least.total_bytes)} ({least.weights}"
             f" weights, {least.cache} cache) and {plan.device} has {room}: take {ways} more memory."

@@ -71,6 +71,7 @@ class Store:
         self.folder = folder if folder is not None else cache_folder() / "library"
         self.limit = LIMIT if limit_bytes is None else limit_bytes
         self.notes: list[str] = []
+        self._said: set[str] = set()  # nothing is noted twice
 
     # ---- finding ----------------------------------------------------------------------------------------
 
@@ -182,16 +183,10 @@ class Store:
                    is reading the same document is waited for (on_wait is told its number). False: it is read all the
                    same, and `notes` say why it is not kept
         """
-        capacity = max(planned, engine.window) if attention == "exact" else 2 * planned
-        if engine.network.config.rope.kind == "dynamic":
-            capacity = planned
-        layout = Layout.of(engine, capacity, cache, attention)
-        tokens = np.asarray(ids, dtype=np.int32)
-        shaped = layout.fingerprint(engine)
-        folder = self.folder / name_of(shaped, capacity, tokens)
+        layout, tokens, shaped, folder = self._place(engine, ids, planned, cache, attention)
         manifest = {
             "version": VERSION, "document": {"name": name or folder.name}, "model": engine.name, "created": time.time(),
-            "tokens": len(ids), "capacity": capacity, "piece": layout.piece, "fingerprint": shaped,
+            "tokens": len(ids), "capacity": layout.capacity, "piece": layout.piece, "fingerprint": shaped,
         }  # fmt: skip
 
         def plain() -> Session:
@@ -200,8 +195,8 @@ class Store:
         def unkept(reason: str) -> Session:
             if must_keep:
                 raise UserError(reason)
-            self.notes.append(reason)
-            session = plain()
+            self._note(reason)
+            session = self.find(engine, ids, planned, cache=cache, attention=attention) or plain()
             session.read(ids, on_progress=on_progress, cancelled=cancelled)
             return session
 
@@ -230,6 +225,23 @@ class Store:
         self.prune(self.limit, spare=folder.name)
         return session
 
+    def knows(self, engine: Engine, ids: list[int], planned: int, *, cache: str, attention: str = "exact") -> bool:
+        """Whether a reading of exactly these tokens was begun; it may be unfinished or damaged. Arguments as `read`."""
+        return self._place(engine, ids, planned, cache, attention)[3].is_dir()
+
+    def _place(
+        self, engine: Engine, ids: list[int], planned: int, cache: str, attention: str
+    ) -> tuple[Layout, np.ndarray, dict[str, Any], Path]:
+        """What a reading consists of, its tokens, its fingerprint, and the folder named after all of them."""
+        # Holes cost nothing: where angles do not depend on it, the planned size has room for any question to come.
+        capacity = max(planned, engine.window) if attention == "exact" else 2 * planned
+        if engine.network.config.rope.kind == "dynamic":
+            capacity = planned
+        layout = Layout.of(engine, capacity, cache, attention)
+        tokens = np.asarray(ids, dtype=np.int32)
+        shaped = layout.fingerprint(engine)
+        return layout, tokens, shaped, self.folder / name_of(shaped, capacity, tokens)
+
     def _read_on(
         self,
         session: Session,
@@ -248,7 +260,7 @@ class Store:
                 reason = self._refusal(error, keeper.kept, total)
                 if must_keep:
                     raise UserError(reason) from None
-                self.notes.append(reason)
+                self._note(reason)
             if on_progress is not None:
                 on_progress(done, total)
 
@@ -264,7 +276,7 @@ class Store:
             reason = self._refusal(error, keeper.kept, len(ids))
             if must_keep:
                 raise UserError(reason) from None
-            self.notes.append(reason)
+            self._note(reason)
 
     def _existing(self, folder: Path, length: int) -> tuple[Entry | None, list[Record]]:
         """An entry and its whole stretches; what is damaged beyond use is removed. The lock is held."""
@@ -278,7 +290,7 @@ class Store:
             for name, array in entry.arrays.items():
                 entry.allocate(name, array.shape, array.dtype)
         except Damaged:
-            self.notes.append(f"The kept reading {folder.name} is damaged and is made anew.")
+            self._note(f"The kept reading {folder.name} is damaged and is made anew.")
             self._discard(folder)
             return None, []
         if len(good) < len(records):
@@ -435,11 +447,14 @@ class Store:
             " that can."
         )
 
+    def _note(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.notes.append(text)
+
     def _note_damage(self, entry: Entry, good: int) -> None:
         rest = f"after {good:,} of its {entry.tokens_count:,} tokens" if good else "and cannot be used"
-        self.notes.append(
-            f"The kept reading of {entry.name} ({entry.id}) is damaged {rest}; what is lost is read again."
-        )
+        self._note(f"The kept reading of {entry.name} ({entry.id}) is damaged {rest}; what is lost is read again.")
 
 
 def gigabytes(count: int) -> str:

@@ -1,0 +1,325 @@
+"""`longverse read` and `longverse library`: documents read once and kept; and how `ask` finds them again.
+
+    prompts -> where the documents end in them -> a kept reading, or a session that will read -> one line of plan
+
+Nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import console
+from .commands_common import AsJson, Device, Dtype, Model, Quiet, Rope, load_engine
+from .errors import UserError
+from .plan import parse_bytes
+
+if TYPE_CHECKING:
+    from .documents.ask import Prompts
+    from .inference.engine import Engine, Session
+    from .inference.store import Kept, Store
+
+CacheFormat = Annotated[
+    str,
+    typer.Option("--cache", help="Keys and values: full, int8, int4; auto is the most precise that the memory holds."),
+]
+Limit = Annotated[str | None, typer.Option("--limit", help="The most that all kept documents may take, like 20GB.")]
+
+library_app = typer.Typer(invoke_without_command=True, help="List, remove and prune the documents that `read` kept.")
+
+
+def read(
+    files: Annotated[list[str], typer.Argument(help="A document, or several to be asked about together.")],
+    model: Model = "smol",
+    system: Annotated[
+        str | None, typer.Option("--system", help="The instructions that `ask --system` will be given.")
+    ] = None,
+    cache: CacheFormat = "auto",
+    rope: Rope = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    limit: Limit = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read a document and keep what was read, so that it is never read again.
+
+    `longverse ask` with the same file and model finds it by itself. A reading that was stopped goes on where it was.
+
+    [bold]Examples[/bold]
+
+    longverse read report.pdf
+
+    longverse ask report.pdf "Who is the chair?"
+
+    longverse library
+    """
+    from .commands_ask import read_documents
+
+    store_limit = library_limit(limit)
+    documents = read_documents(files, quiet=quiet)
+    engine = load_engine(model, dtype, device, rope, quiet)
+    from .documents.ask import prepare, way_for
+    from .inference.store_keys import ROOM, planned_length
+
+    numbered = way_for(engine, "auto") == "numbers"
+    prompts = prepare(engine, documents, ["a"], 256, system=system, numbered=numbered)
+    end = document_end(engine, prompts)
+    planned = planned_length(engine, end, min(max(end + ROOM, prompts.planned_tokens), engine.window))
+    cache = choose_cache(engine, planned, cache, quiet=quiet)
+    store = open_store(store_limit)
+    name = ", ".join(document.name for document in documents)
+    ids = prompts.ids[0][:end]
+    held: list[int] = []
+    started = time.perf_counter()
+    with console.interruptible() as stopped, console.Task(f"Reading {name}", quiet=quiet) as task:
+
+        def progress(done: int, total: int) -> None:
+            held.append(done)
+            task(done, total)
+
+        session = store.read(
+            engine, ids, planned, name=name, cache=cache, on_progress=progress, cancelled=stopped,
+            on_wait=lambda holder: console.note(
+                f"Another process ({holder}) is reading this document; waiting for it (Ctrl-C stops).", quiet=quiet
+            ),
+        )  # fmt: skip
+    tell(store, quiet=quiet)
+    seconds, done = time.perf_counter() - started, len(session.tokens)
+    fresh = done - (held[0] if held else done)
+    if done < end:
+        console.note(f"Stopped. {done:,} of {end:,} tokens are kept: the same command reads on from there.")
+        raise KeyboardInterrupt
+    size = next((kept.bytes for kept in store.entries() if kept.name == name and kept.length == end), 0)
+    if as_json:
+        console.json_line(
+            {"document": name, "model": engine.name, "tokens": end, "read_tokens": fresh, "seconds": round(seconds, 3),
+             "bytes": size, "cache": cache, "planned_tokens": session.planned_tokens}
+        )  # fmt: skip
+        return
+    what = f"read {fresh:,} in {console.duration(seconds)}" if fresh else "nothing new to read"
+    console.line(f"{name}: {end:,} tokens kept, {size / 1e6:,.0f} MB ({what}).")
+    console.note(f'Next: longverse ask {files[0]} "…"', quiet=quiet)
+
+
+# ---- library -------------------------------------------------------------------------------------------------
+
+
+@library_app.callback()
+def library(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the documents that `longverse read` kept, the latest used first.
+
+    [bold]Examples[/bold]
+
+    longverse library
+
+    longverse library remove report.pdf
+
+    longverse library prune --limit 20GB
+    """
+    if context.invoked_subcommand is not None:
+        return
+    store = open_store(library_limit(None))
+    kept = store.entries()
+    if as_json:
+        console.json_line(
+            {"documents": [vars(one) for one in kept], "bytes": sum(one.bytes for one in kept), "limit": store.limit,
+             "folder": str(store.folder)}
+        )  # fmt: skip
+        return
+    if not kept:
+        console.line(f"Nothing is kept in {store.folder}. `longverse read FILE` keeps a document.")
+        return
+    rows = [
+        [one.id[:8], one.name, one.model, _length(one), f"{one.bytes / 1e6:,.0f} MB", _way(one), _ago(one.used)]
+        for one in kept
+    ]
+    heads = ("id", "document", "model", "tokens", "size", "cache", "last used")
+    console.out().print(console.table(heads, rows, right=(3, 4)))
+    total = sum(one.bytes for one in kept)
+    console.line(f"\n{total / 1e9:,.2f} GB of {store.limit / 1e9:,.0f} GB, in {store.folder}")
+
+
+@library_app.command()
+def remove(
+    which: Annotated[list[str], typer.Argument(help="Ids, or names of documents, as `longverse library` lists them.")],
+    as_json: AsJson = False,
+) -> None:
+    """Remove kept documents."""
+    store = open_store(library_limit(None))
+    removed = [kept for name in which for kept in store.remove(name)]
+    _report(removed, as_json)
+
+
+@library_app.command()
+def prune(limit: Limit = None, as_json: AsJson = False) -> None:
+    """Remove the documents used longest ago until the rest takes no more than the limit."""
+    limit_bytes = library_limit(limit)
+    store = open_store(limit_bytes)
+    _report(store.prune(store.limit), as_json, left=store.size)
+
+
+def _report(removed: list[Kept], as_json: bool, left: int | None = None) -> None:
+    freed = sum(kept.bytes for kept in removed)
+    if as_json:
+        more = {} if left is None else {"left": left}
+        console.json_line({"removed": [vars(kept) for kept in removed], "bytes": freed} | more)
+        return
+    for kept in removed:
+        console.line(f"removed {kept.name} ({kept.id[:8]}), {kept.bytes / 1e6:,.0f} MB")
+    if left is not None:
+        console.line(f"{freed / 1e6:,.0f} MB removed; {left / 1e9:,.2f} GB stay.")
+
+
+def _length(kept: Kept) -> str:
+    if kept.state == "unfinished":
+        return f"{kept.length:,} of {kept.tokens:,}"
+    return f"{kept.tokens:,}" if kept.state == "whole" else kept.state
+
+
+def _way(kept: Kept) -> str:
+    return kept.cache if kept.attention in ("", "exact") else f"{kept.cache}, {kept.attention}"
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0.0, time.time() - moment)
+    if seconds < 60:
+        return "now"
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "now"
+
+
+# ---- what `ask` calls ----------------------------------------------------------------------------------------
+
+
+def open_kept(
+    engine: Engine, prompts: Prompts, *, attention: str = "exact", cache: str = "auto", quiet: bool
+) -> Session:
+    """The session that will answer `prompts`: over a kept reading where there is one, finishing or mending it where it
+    is not whole, else one that reads. Says in one line what is planned; UserError where the memory does not suffice."""
+    from .inference.store_keys import planned_length
+
+    end = document_end(engine, prompts)
+    if not end:  # every question has passages of its own
+        session = engine.session(
+            prompts.planned_tokens, attention=attention, cache=choose_cache(engine, prompts.planned_tokens, cache)
+        )
+        say_plan(engine, session, prompts.planned_tokens, quiet=quiet)
+        return session
+    planned = planned_length(engine, end, prompts.planned_tokens)
+    store = open_store(library_limit(None))
+    wanted = None if cache == "auto" else cache
+    ids = prompts.ids[0]
+    found = store.find(engine, ids, planned, cache=wanted, attention=attention)
+    form = found.cache_format if found is not None else choose_cache(engine, planned, cache, quiet=quiet)
+    if (found is None or len(found.tokens) < end) and store.knows(
+        engine, ids[:end], planned, cache=form, attention=attention
+    ):
+        found = None  # its files are written to now
+        tell(store, quiet=quiet)
+        with console.Task(f"Reading {prompts.documents[0].name}", quiet=quiet) as task:
+            found = store.read(
+                engine, ids[:end], planned, name=", ".join(document.name for document in prompts.documents),
+                cache=form, attention=attention, must_keep=False, on_progress=task,
+            )  # fmt: skip
+    tell(store, quiet=quiet)
+    session = found or engine.session(planned, attention=attention, cache=form)
+    session.boundary = end
+    say_plan(engine, session, prompts.planned_tokens, quiet=quiet)
+    return session
+
+
+def document_end(engine: Engine, prompts: Prompts) -> int:
+    """How many tokens of each prompt are the same for every question: up to the documents' end. 0 where each question
+    has passages of its own.
+
+    Told from short prompts about the last words alone, since encoding a book twice takes seconds: what stands after
+    the document is as long in them.
+    """
+    from .documents.ask import messages
+    from .inference.engine import common_prefix
+
+    if any(places is not None for places in prompts.places):
+        return 0
+    tail = prompts.documents[-1].text.strip("\n")[-200:]
+    own, *others = (
+        engine.chat.encode(messages(tail, question, numbered=prompts.numbered))
+        for question in (prompts.questions[0], "a", "问")
+    )
+    after = len(own) - min(common_prefix(own, other) for other in others)
+    ids = prompts.ids[0]
+    return len(ids) - after if ids[-after:] == own[-after:] else 0
+
+
+def open_store(limit: int | None) -> Store:
+    from .inference.store import Store
+
+    return Store(limit_bytes=limit)
+
+
+def library_limit(text: str | None) -> int | None:
+    """Bytes of --limit or LONGVERSE_LIBRARY_LIMIT; None where neither says."""
+    text = text if text is not None else os.environ.get("LONGVERSE_LIBRARY_LIMIT") or None
+    return parse_bytes(text) if text is not None else None
+
+
+def tell(store: Store, *, quiet: bool) -> None:
+    """Show what the store has to say, once."""
+    for remark in store.notes:
+        console.note(remark, quiet=quiet)
+    store.notes.clear()
+
+
+# ---- the plan's line -----------------------------------------------------------------------------------------
+
+
+def choose_cache(engine: Engine, tokens: int, cache: str, *, quiet: bool = False) -> str:
+    """`cache`, or for auto the most precise format that the free memory holds. UserError where none or the given one
+    does not fit: before any work, and in one sentence."""
+    from .commands_plan import requirements
+
+    needs, free = requirements(engine, tokens)
+    if cache != "auto" and cache not in needs:
+        raise UserError(f"There is no cache format {cache!r}: choose one of auto, {', '.join(needs)}.")
+    form = next((form for form, need in needs.items() if need <= free), None) if cache == "auto" else cache
+    if form is None or needs[form] > free:
+        least = min(needs.items(), key=lambda item: item[1])
+        ways = [] if form is None or needs[least[0]] > free else [f"take --cache {least[0]} ({_gb(least[1])})"]
+        ways += ["give a shorter document", "close other programs"]
+        form = form or least[0]
+        raise UserError(
+            f"{tokens:,} tokens need {_gb(needs[form])} of memory with {engine.name} (cache: {form}), and {_gb(free)}"
+            f" are free: {', '.join(ways[:-1])} or {ways[-1]}."
+        )
+    if cache == "auto" and form != "full":
+        console.note(
+            f"A full cache would need {_gb(needs['full'])} and {_gb(free)} are free: the cache is {form}.", quiet=quiet
+        )
+    return form
+
+
+def say_plan(engine: Engine, session: Session, tokens: int, *, quiet: bool) -> None:
+    """One line before the work: tokens, what is kept of them, the cache's size, predicted seconds."""
+    if quiet:
+        return
+    from .commands_plan import predict
+
+    held = len(session.tokens)
+    size: Any = session.cache.bytes_per_token * tokens
+    parts = [f"{tokens:,} tokens" + (f" ({held:,} kept, not read again)" if held else "")]
+    parts.append(f"{session.cache_format} cache {_gb(size)}")
+    seconds = predict(engine, session, tokens)
+    if seconds is not None:
+        parts.append(f"about {console.duration(seconds[0])} to read, {1 / seconds[1]:,.0f} tok/s to write")
+    console.note("Plan: " + " · ".join(parts))
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
