@@ -5,6 +5,8 @@ Everything heavy is imported inside the commands, so that `longverse --help` sta
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +61,18 @@ def _out(out: Path | None, kind: str, model: str) -> Path:
     from longverse.errors import expand
 
     return expand(out) if out is not None else Path("results") / f"{kind}-{Path(model).stem}"
+
+
+@contextmanager
+def _progress(title: str, unit: str, folder: Path) -> Iterator[console.Task]:
+    """A progress bar; a Ctrl-C says where the finished rows are."""
+    with console.Task(title, unit=unit) as task:
+        try:
+            yield task
+        except KeyboardInterrupt:
+            task.close()
+            console.note(f"Stopped; all that is finished is kept in {folder}: the same command goes on.")
+            raise
 
 
 def _show(result: Any, folder: Path, as_json: bool) -> None:
@@ -121,7 +135,7 @@ def needle(
         if lengths is None:
             settings = replace(settings, lengths=default_lengths(backend.window, max_new_tokens))
         folder = _out(out, "needle", backend.name)
-        with console.Task("Asking", unit="questions") as task:
+        with _progress("Asking", "questions", folder) as task:
             result = run_needle(backend, settings, journal=folder / "needle.jsonl", on_progress=task)
     _show(result, folder, as_json)
 
@@ -183,16 +197,11 @@ def longbench(
         read_task(folder, task, e=e)  # every row is checked before the model is loaded
     with who.ask() as backend:
         place = _out(out, "longbench", backend.name)
-        with console.Task("LongBench", unit="rows") as report:
-            run = LongBenchRun(
+        with _progress("LongBench", "rows", place) as report:
+            scores = LongBenchRun(
                 backend=backend, data=folder, config=read, out=place, tasks=wanted, max_length=max_length,
                 truncation=truncation, limit=limit, e=e, on_progress=report,
-            )  # fmt: skip
-            try:
-                scores = run.run()
-            except KeyboardInterrupt:
-                console.note(f"Stopped; every finished row is kept in {place}: the same command goes on.")
-                raise
+            ).run()  # fmt: skip
         settings = {
             "e": e, "max_length": max_length, "truncation": truncation, "limit": limit, "tasks": list(wanted),
             "cut_rows": sum(s.cut or 0 for s in scores),
@@ -246,7 +255,7 @@ def _longbench_v2(
     prompts = read_prompts(folder, reasoning=reasoning)
     with who.ask() as backend:
         place = _out(out, "longbench-v2", backend.name)
-        with console.Task("LongBench v2", unit="answers") as task:
+        with _progress("LongBench v2", "answers", place) as task:
             result = run_v2(
                 backend, items, prompts, place, max_length=max_length, reasoning=reasoning, on_progress=task
             )
@@ -288,7 +297,7 @@ def ruler(
     )
     with who.ask() as backend:
         folder = _out(out, "ruler", backend.name)
-        with console.Task("RULER", unit="rows") as task:
+        with _progress("RULER", "rows", folder) as task:
             result = run_ruler(backend, settings, qa=questions, journal=folder / "ruler.jsonl", on_progress=task)
     _show(result, folder, as_json)
 

@@ -113,10 +113,11 @@ def template_tokens(backend: Backend) -> int:
     return backend.count(Request.user("x")) - len(backend.encode("x"))
 
 
-def check_window(backend: Backend, prompt_tokens: int, new_tokens: int) -> None:
-    """UserError when prompt plus answer are longer than the model's window."""
+def check_window(backend: Backend, prompt_tokens: int, new_tokens: int, error: type[Exception] = UserError) -> None:
+    """UserError, before a run, when prompt plus answer are longer than the model's window. In `answer` it is the row's
+    own Failure: one row that grew when it was cut must not stop all the others."""
     if backend.window is not None and prompt_tokens + new_tokens > backend.window:
-        raise UserError(
+        raise error(
             f"A prompt of {prompt_tokens:,} tokens and an answer of {new_tokens:,} exceed {backend.name}'s window of "
             f"{backend.window:,} tokens: shorten it, or state a longer --window (with a --rope that reaches it)."
         )

@@ -129,7 +129,7 @@ class EngineBackend:
         from longverse.inference.sampling import Sampling
 
         ids = prompt_ids(self.engine.tokenizer, self.engine.chat, request)
-        check_window(self, len(ids), request.max_new_tokens)
+        check_window(self, len(ids), request.max_new_tokens, Failure)
         planned = request.planned_tokens or len(ids) + request.max_new_tokens
         if self._session is None or planned != self._session.planned_tokens or not request.reuse:
             self._session = None  # frees the old cache before the new one is made

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from longverse.errors import UserError
@@ -122,82 +121,43 @@ def _chinese_colour(colour: str) -> tuple[str, ...]:
     return (colour, bare) if len(bare) > 1 else (colour,)
 
 
-Maker = Callable[[Picker], Fact]
-
-
-def _plain(kind: str, language: str) -> Maker:
-    def make(p: Picker) -> Fact:
-        en = language == "en"
-        if kind == "code":
-            place, value = p.pick("building"), p.number(1000, 9999)
-            if en:
-                return Fact(
-                    kind,
-                    (f"The code of the vault under the {place} is {value}.",),
-                    f"What is the code of the vault under the {place}?",
-                    (value,),
-                )
-            return Fact(kind, (f"{place}地下金库的密码是{value}。",), f"{place}地下金库的密码是多少？", (value,))
-        if kind == "birthplace":
-            name, city = p.person(), p.pick("city")
-            if en:
-                return Fact(
-                    kind, (f"{name} was born in the city of {city}.",), f"In which city was {name} born?", (city,)
-                )
-            return Fact(kind, (f"{name}出生在{city}。",), f"{name}出生在哪里？", (city,))
-        if kind == "price":
-            thing, value = p.pick("object"), p.number(101, 989)
-            if en:
-                return Fact(
-                    kind,
-                    (f"The price of the {thing} is {value} crowns.",),
-                    f"What is the price of the {thing}?",
-                    (value,),
-                )
-            return Fact(kind, (f"{thing}的价格是{value}元。",), f"{thing}的价格是多少元？", (value,))
-        if kind == "date":
-            place, dates = p.pick("building"), p.date()
-            if en:
-                return Fact(
-                    kind, (f"The {place} was opened on {dates[0]}.",), f"On which date was the {place} opened?", dates
-                )
-            return Fact(kind, (f"{place}于{dates[0]}落成。",), f"{place}是哪年哪月哪日落成的？", dates)
-        if kind == "colour":
-            place, colour = p.pick("building"), p.pick("colour")
-            if en:
-                return Fact(
-                    kind,
-                    (f"The front door of the {place} is painted {colour}.",),
-                    f"What colour is the front door of the {place}?",
-                    (colour,),
-                )
-            accepted = _chinese_colour(colour)
-            return Fact(kind, (f"{place}的大门漆成了{colour}。",), f"{place}的大门漆成了什么颜色？", accepted)
-        if kind == "profession":
-            name, job = p.person(), p.pick("job")
-            if en:
-                return Fact(
-                    kind, (f"The profession of {name} is {job}.",), f"What is the profession of {name}?", (job,)
-                )
-            return Fact(kind, (f"{name}的职业是{job}。",), f"{name}的职业是什么？", (job,))
-        if kind == "password":
-            club, word = p.pick("club"), p.pick("word")
-            if en:
-                return Fact(
-                    kind, (f"The password of the {club} is {word}.",), f"What is the password of the {club}?", (word,)
-                )
-            return Fact(kind, (f"{club}的口令是“{word}”。",), f"{club}的口令是什么？", (word,))
-        name, animal = p.person(), p.pick("animal")
-        if en:
-            return Fact(
-                kind, (f"{name} keeps a tame {animal} at home.",), f"Which animal does {name} keep at home?", (animal,)
-            )
-        return Fact(kind, (f"{name}在家里养了一只{animal}。",), f"{name}在家里养了什么动物？", (animal,))
-
-    return make
-
-
-PLAIN_KINDS = ("code", "birthplace", "price", "date", "colour", "profession", "password", "pet")
+# kind: what the fact is about ("person", or a list), the sort of its value, and (fact, question) by language, with {a}
+# for what it is about and {x} for the value.
+_PLAIN: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
+    "code": ("building", "code", {
+        "en": ("The code of the vault under the {a} is {x}.", "What is the code of the vault under the {a}?"),
+        "zh": ("{a}地下金库的密码是{x}。", "{a}地下金库的密码是多少？"),
+    }),
+    "birthplace": ("person", "city", {
+        "en": ("{a} was born in the city of {x}.", "In which city was {a} born?"),
+        "zh": ("{a}出生在{x}。", "{a}出生在哪里？"),
+    }),
+    "price": ("object", "price", {
+        "en": ("The price of the {a} is {x} crowns.", "What is the price of the {a}?"),
+        "zh": ("{a}的价格是{x}元。", "{a}的价格是多少元？"),
+    }),
+    "date": ("building", "date", {
+        "en": ("The {a} was opened on {x}.", "On which date was the {a} opened?"),
+        "zh": ("{a}于{x}落成。", "{a}是哪年哪月哪日落成的？"),
+    }),
+    "colour": ("building", "colour", {
+        "en": ("The front door of the {a} is painted {x}.", "What colour is the front door of the {a}?"),
+        "zh": ("{a}的大门漆成了{x}。", "{a}的大门漆成了什么颜色？"),
+    }),
+    "profession": ("person", "job", {
+        "en": ("The profession of {a} is {x}.", "What is the profession of {a}?"),
+        "zh": ("{a}的职业是{x}。", "{a}的职业是什么？"),
+    }),
+    "password": ("club", "word", {
+        "en": ("The password of the {a} is {x}.", "What is the password of the {a}?"),
+        "zh": ("{a}的口令是“{x}”。", "{a}的口令是什么？"),
+    }),
+    "pet": ("person", "animal", {
+        "en": ("{a} keeps a tame {x} at home.", "Which animal does {a} keep at home?"),
+        "zh": ("{a}在家里养了一只{x}。", "{a}在家里养了什么动物？"),
+    }),
+}  # fmt: skip
+PLAIN_KINDS = tuple(_PLAIN)
 
 # (kind, fact, question): the question shares no word with the fact. {x} is the value.
 _PARAPHRASED = {
@@ -228,7 +188,6 @@ _PARAPHRASED = {
     ),
 }
 PARAPHRASE_KINDS = tuple(kind for kind, *_ in _PARAPHRASED["en"])
-HOP_KINDS = ("employer", "boat", "meeting")
 
 
 def _value(p: Picker, sort: str) -> tuple[str, ...]:
@@ -244,50 +203,26 @@ def _value(p: Picker, sort: str) -> tuple[str, ...]:
     return (value,)
 
 
-def _paraphrased(kind: str, language: str) -> Maker:
-    def make(p: Picker) -> Fact:
-        _, fact, question, sort = next(row for row in _PARAPHRASED[language] if row[0] == kind)
-        accepted = _value(p, sort)
-        return Fact(kind, (fact.replace("{x}", accepted[0]),), question, accepted)
-
-    return make
-
-
-def _two_hop(kind: str, language: str) -> Maker:
-    def make(p: Picker) -> Fact:
-        name, en = p.person(), language == "en"
-        if kind == "employer":
-            firm, city = p.pick("firm"), p.pick("city")
-            if en:
-                first, second = f"{name} works for the {firm}.", f"The {firm} has its head office in {city}."
-                question = f"In which city is the head office of the firm that {name} works for?"
-            else:
-                first, second = f"{name}在{firm}工作。", f"{firm}的总部设在{city}。"
-                question = f"{name}工作的单位总部设在哪里？"
-            return Fact(kind, (first, second), question, (city,))
-        if kind == "boat":
-            boat, accepted = p.pick("boat"), _value(p, "colour")
-            if en:
-                first, second = (
-                    f"{name} owns the boat called {boat}.",
-                    f"The boat called {boat} is painted {accepted[0]}.",
-                )
-                question = f"What colour is the boat that {name} owns?"
-            else:
-                first, second = f"{name}的船叫做{boat}。", f"{boat}漆成了{accepted[0]}。"
-                question = f"{name}的船漆成了什么颜色？"
-            return Fact(kind, (first, second), question, accepted)
-        team, day = p.pick("team"), p.pick("day")
-        if en:
-            first, second = f"{name} is the leader of the {team}.", f"The {team} meets every {day}."
-            question = f"On which day of the week does the group led by {name} meet?"
-        else:
-            first, second = f"{name}是{team}的负责人。", f"{team}每逢{day}集合。"
-            question = f"{name}负责的那个队伍星期几集合？"
-        return Fact(kind, (first, second), question, (day,))
-
-    return make
-
+# kind: (names, sort of the value, and (first sentence, second, question) by language): {p} is a person, {a} what stands
+# in both sentences, {x} the value.
+_HOPS: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
+    "employer": ("firm", "city", {
+        "en": ("{p} works for the {a}.", "The {a} has its head office in {x}.",
+               "In which city is the head office of the firm that {p} works for?"),
+        "zh": ("{p}在{a}工作。", "{a}的总部设在{x}。", "{p}工作的单位总部设在哪里？"),
+    }),
+    "boat": ("boat", "colour", {
+        "en": ("{p} owns the boat called {a}.", "The boat called {a} is painted {x}.",
+               "What colour is the boat that {p} owns?"),
+        "zh": ("{p}的船叫做{a}。", "{a}漆成了{x}。", "{p}的船漆成了什么颜色？"),
+    }),
+    "meeting": ("team", "day", {
+        "en": ("{p} is the leader of the {a}.", "The {a} meets every {x}.",
+               "On which day of the week does the group led by {p} meet?"),
+        "zh": ("{p}是{a}的负责人。", "{a}每逢{x}集合。", "{p}负责的那个队伍星期几集合？"),
+    }),
+}  # fmt: skip
+HOP_KINDS = tuple(_HOPS)
 
 KINDS = {"facts": PLAIN_KINDS, "paraphrase": PARAPHRASE_KINDS, "hop": HOP_KINDS, "several": ("number",)}
 
@@ -296,8 +231,21 @@ def make_fact(mode: str, kind: str, picker: Picker) -> Fact:
     """One fact of the given mode ("facts", "paraphrase", "hop") and kind, from the picker's lists."""
     if kind not in KINDS[mode]:
         raise UserError(f"No kind of fact is called {kind!r}; choose among {', '.join(KINDS[mode])}.")
-    makers = {"facts": _plain, "paraphrase": _paraphrased, "hop": _two_hop}
-    return makers[mode](kind, picker.language)(picker)
+    language = picker.language
+    if mode == "facts":
+        about, sort, texts = _PLAIN[kind]
+        names = {"a": picker.person() if about == "person" else picker.pick(about)}
+        *sentences, question = texts[language]
+    elif mode == "hop":
+        about, sort, texts = _HOPS[kind]
+        names = {"p": picker.person(), "a": picker.pick(about)}
+        *sentences, question = texts[language]
+    else:
+        _, *sentences, question, sort = next(row for row in _PARAPHRASED[language] if row[0] == kind)
+        names = {}
+    accepted = _value(picker, sort)
+    names["x"] = accepted[0]
+    return Fact(kind, tuple(one.format(**names) for one in sentences), question.format(**names), accepted)
 
 
 def several_facts(picker: Picker, count: int) -> tuple[list[Fact], str]:

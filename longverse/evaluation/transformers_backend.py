@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longverse.errors import UserError, expand
-from longverse.evaluation.backends import Lane, Reply, Request, check_window
+from longverse.evaluation.backends import Failure, Lane, Reply, Request, check_window
 from longverse.evaluation.engine_backend import fingerprint
 
 
@@ -79,7 +79,7 @@ class TransformersBackend:
         import torch
 
         ids = self._ids(request)
-        check_window(self, len(ids), request.max_new_tokens)
+        check_window(self, len(ids), request.max_new_tokens, Failure)
         more: dict[str, Any] = {}
         ends = self.model.generation_config.eos_token_id
         ends = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]

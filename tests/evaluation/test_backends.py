@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from longverse.errors import UserError
-from longverse.evaluation.backends import IN_A_ROW, Failure, Reply, Request, answer_all, load_tokenizer
+from longverse.evaluation.backends import IN_A_ROW, Failure, Reply, Request, answer_all, check_window, load_tokenizer
 from longverse.evaluation.endpoint import EndpointBackend
 from longverse.evaluation.engine_backend import EngineBackend, EngineProcesses, fingerprint
 from longverse.evaluation.needle import NeedleSettings, run_needle
@@ -158,8 +158,11 @@ def test_an_answer_of_one_line_never_begins_with_its_end(engine: Engine, monkeyp
 
 
 def test_the_window_is_kept(engine: Engine) -> None:
-    with pytest.raises(UserError, match="window of 4,096"):
+    with pytest.raises(Failure, match="window of 4,096"):
         EngineBackend(engine).answer(Request(prompt="a b c " * 3000, max_new_tokens=4))
+    with pytest.raises(UserError, match="window of 4,096"):
+        check_window(EngineBackend(engine), 4093, 4)
+    check_window(EngineBackend(engine), 4092, 4)
 
 
 def test_what_may_pass_is_tried_again() -> None:
@@ -395,8 +398,9 @@ def test_processes_give_the_engines_answers_and_say_when_one_is_killed(engine: E
                 assert isinstance(reply, Reply)
                 expected = alone.answer(request)
                 assert (reply.text, reply.new_tokens) == (expected.text, expected.new_tokens)
-        with pytest.raises(UserError, match="window of 4,096"):
-            list(answer_all(several, jobs[3:]))
+        ((_, _, refused),) = answer_all(several, jobs[3:])
+        assert isinstance(refused, Failure)
+        assert "window of 4,096" in str(refused)
         os.kill(several.lanes[0].process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         with pytest.raises(UserError, match=r"worker process ended \(exit code -9"):
             list(answer_all(several, jobs[:2]))
