@@ -70,7 +70,7 @@ def _handle_errors(app: FastAPI) -> None:
         if isinstance(error.__cause__, ApiError):  # raised while the framework read the body
             return error.__cause__.response()
         said = {
-            400: "The body cannot be read: send valid JSON in UTF-8.",
+            400: "The body cannot be read: send valid JSON in UTF-8, or to /v1/files a form with one file.",
             404: "There is nothing at this address.",
             405: "This address does not take that method.",
         }

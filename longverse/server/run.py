@@ -1,4 +1,9 @@
-"""The running server: uvicorn with limits on silent connections, and a stop that lets answers finish."""
+"""The running server: uvicorn with limits on silent connections, and a stop that lets answers finish.
+
+Imports no torch, so that an address which is taken is said at once.
+"""
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -8,14 +13,16 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import UserError
-from .worker import Worker
+
+if TYPE_CHECKING:
+    from .worker import Worker
 
 SILENCE = 20.0  # seconds in which a connection must have sent a whole request's head
 MOST_CONNECTIONS = 512
@@ -97,6 +104,14 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def configured(app: ASGIApp) -> uvicorn.Config:
+    """uvicorn as we want it: no names, no web sockets, no headers believed, little said."""
+    return uvicorn.Config(
+        app, http=Protocol, ws="none", loop="asyncio", lifespan="off", log_level="error", access_log=False,
+        server_header=False, proxy_headers=False, timeout_keep_alive=15, timeout_graceful_shutdown=3,
+    )  # fmt: skip
+
+
 def serve(
     app: ASGIApp,
     worker: Worker,
@@ -106,11 +121,7 @@ def serve(
     on_start: Callable[[], None] | None = None,
 ) -> None:
     """Run until a signal; returns when everything has stopped."""
-    config = uvicorn.Config(
-        app, http=Protocol, ws="none", loop="asyncio", lifespan="off", log_level="warning", access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=15, timeout_graceful_shutdown=3,
-    )  # fmt: skip
-    server = Server(config, worker, grace)
+    server = Server(configured(app), worker, grace)
     if on_start is not None:
         on_start()
     server.run(sockets=[sock])

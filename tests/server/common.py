@@ -19,7 +19,7 @@ from longverse.models.network import NetworkConfig
 from longverse.models.tokenizer import gpt2_bytes
 from longverse.server.app import create_app
 from longverse.server.library import Library
-from longverse.server.run import Server, address_of, bind
+from longverse.server.run import Server, address_of, bind, configured
 from longverse.server.service import Settings
 from longverse.server.worker import Worker
 from tests.helpers import random_tensors, tiny_config
@@ -67,16 +67,8 @@ class Running:
         self.sock: socket.socket = bind("127.0.0.1", 0)
         self.url = address_of(self.sock)
         self.port = int(self.url.rsplit(":", 1)[1])
-        import uvicorn
-
-        from longverse.server.run import Protocol
-
         app = create_app(engine, self.worker, self.library, settings or Settings())
-        config = uvicorn.Config(
-            app, http=Protocol, ws="none", lifespan="off", log_level="error", proxy_headers=False,
-            timeout_graceful_shutdown=2,
-        )  # fmt: skip
-        self.server = Server(config, self.worker, 0.0)
+        self.server = Server(configured(app), self.worker, 0.0)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
         self.thread.start()
         while not self.server.started:
