@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console
-from .errors import UserError
+from .errors import UserError, expand
 
 if TYPE_CHECKING:
     from .train.config import Recipe, Stage
     from .train.doctor import Finding
     from .train.forecast import Forecast
+    from .train.probe import Figures
     from .train.run import Outcome, Watch
     from .train.trainer import StepReport
 
@@ -45,9 +46,11 @@ def extend(
 
     Example: longverse extend smol --recipe recipes/smol_cpu.yaml --out runs/smol
     """
+    from .models.embedded import plain
     from .train.config import Recipe
 
-    plan = Recipe.load(recipe, model)
+    # An embedded model is extended as it comes, without the adapter that longverse has for it already.
+    plan = Recipe.load(expand(recipe), plain(model))
     _run(plan, out, device=device, stages=stages, dry=dry, write_merged=merge)
 
 
@@ -62,6 +65,7 @@ def finetune(
     rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 16,
     max_tokens: Annotated[int | None, typer.Option(help="Longer conversations are left out. [the window]")] = None,
     rope: Annotated[str | None, typer.Option(help="A RoPE change, such as abf:500000 or dynamic:2.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4: hold the frozen weights in 4 bits (QLoRA).")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Also write a whole checkpoint, the adapter merged in.")
@@ -71,31 +75,34 @@ def finetune(
 ) -> None:
     """Train a model on your own conversations. Only the answers are learned.
 
-    Writes an adapter that longverse and PEFT load, or with --merge a checkpoint as well.
+    Writes OUT/adapter, a model for every command's --model and for PEFT, or with --merge a whole checkpoint as well.
 
-    Example: longverse finetune smol --data chats.jsonl --out runs/mine --merge
+    Example: longverse finetune smol --data chats.jsonl --out runs/mine
     """
     from .data.config import build
     from .train.config import Recipe
 
+    if full and bits:
+        raise UserError("--bits holds frozen weights small and --full freezes none: leave one of them out.")
     lines = _count_lines(data)
     window = max_tokens or _window(model)
     total = steps or max(1, round(epochs * lines / batch))
     stage = {
-        "name": "finetune", "data": [{"messages": str(data.expanduser().resolve())}], "steps": total, "batch": batch,
+        "name": "finetune", "data": [{"messages": str(expand(data).resolve())}], "steps": total, "batch": batch,
         "learning_rate": learning_rate, "max_tokens": window, "rope": rope, "warmup": min(20, total // 10),
         "micro_tokens": min(4096, window),
     }  # fmt: skip
     values: dict[str, Any] = {
-        "model": model, "name": out.name, "method": "full" if full else "lora", "lora": {"rank": rank}, "seed": seed,
+        "model": model, "name": out.name, "method": "full" if full else "lora",
+        "lora": {"rank": rank, "bits": bits}, "seed": seed,
         "stages": [stage],
     }  # fmt: skip
-    _run(build(Recipe, values, "the run"), out, device=device, write_merged=merge, shipped=True)
+    _run(build(Recipe, values, "the run"), out, device=device, write_merged=merge)
 
 
 def _count_lines(path: Path) -> int:
     try:
-        with path.expanduser().open("rb") as file:
+        with expand(path).open("rb") as file:
             lines = sum(1 for line in file if line.strip())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a JSON-lines file with messages.") from None
@@ -132,15 +139,17 @@ def _run(recipe: Recipe, out: Path, **options: Any) -> None:
 
 
 def _tell(outcome: Outcome, out: Path, dry: bool) -> None:
-    if not outcome.finished:
-        if not dry:
-            console.note(f"Stopped after step {outcome.step} of stage {outcome.stage}; the same command goes on there.")
-            raise typer.Exit(130)
+    if dry:
         return
+    if outcome.interrupted:
+        console.note(f"Stopped after step {outcome.step} of stage {outcome.stage}; the same command goes on there.")
+        raise SystemExit(130)
     from .train.plot import plot_log
 
-    if (picture := plot_log(out)) is not None:
+    if (picture := plot_log(expand(out), outcome.probes)) is not None:
         console.line(f"Loss curve: {picture}")
+    if not outcome.finished:
+        console.note(f"Stage {outcome.stage} is done; the same command without --stages goes on with the next.")
     if outcome.adapter is not None:
         console.line(f"Adapter: {outcome.adapter}")
     if outcome.model is not None:
@@ -168,10 +177,10 @@ class _Screen:
             stop=stop,
         )
 
-    def progress(self, title: str, done: int, total: int) -> None:
+    def progress(self, title: str, done: int, total: int, unit: str) -> None:
         if title != self.title:
             self.close()
-            self.task, self.title = console.Task(title, unit="bytes"), title
+            self.task, self.title = console.Task(title, unit=unit), title
         assert self.task is not None
         self.task(done, total)
 
@@ -205,7 +214,7 @@ class _Screen:
             f"{report.stage} {report.step}/{report.steps}",
             f"loss {report.loss:.4f}",
             f"{report.tokens_per_second:,.0f} tok/s",
-            f"{report.gflops:,.0f} GFLOP/s",
+            f"{report.gflops:,.0f} GFLOP/s" + (f" ({100 * report.mfu:.0f} % MFU)" if report.mfu else ""),
             f"longest {report.longest:,}",
             f"lr {report.learning_rate:.1e}",
             f"norm {report.gradient_norm:.2f}",
@@ -214,10 +223,18 @@ class _Screen:
         )
         self.say("  ".join(parts))
 
-    def probed(self, stage: Stage, figures: dict[str, Any]) -> None:
-        for language, row in figures.items():
+    def probed(self, stage: Stage, steps: int, figures: Figures) -> None:
+        self.close()
+        when = f"after {stage.name}" if steps == stage.steps else f"after step {steps} of {stage.name}"
+        for language, row in figures.found.items():
             cells = ", ".join(f"{int(n):,}: {_share(share)}" for n, share in row.items())
-            self.say(f"Facts found after {stage.name} ({language}): {cells}")
+            self.say(f"Facts found {when} ({language}): {cells}")
+        if figures.loss:
+            (first, _, near), (_, last, far) = figures.loss[0], figures.loss[-1]
+            self.say(
+                f"Loss of held-out text {when}: {figures.mean_loss:.4f} nats a token; {near:.4f} from position"
+                f" {first:,} on, {far:.4f} up to {last - 1:,}"
+            )
 
     def say(self, text: str) -> None:
         console.err().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from longverse.models.adapters import CONFIG
 from longverse.models.checkpoint import Loaded
 from longverse.models.network import NetworkConfig
 from longverse.models.shards import replacing
 from longverse.train.config import Recipe, Source
+from longverse.train.probe import Figures
 from longverse.train.trainer import read_log
 
 
@@ -21,10 +21,10 @@ def write_card(
     out: Path,
     original: NetworkConfig,
     shape: NetworkConfig,
-    probes: dict[str, dict[str, Any]],
+    probes: dict[str, Figures],
 ) -> None:
     """Write README.md into a finished adapter or checkpoint folder. Figures come from the run's log and probes."""
-    log = read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []
+    log = read_log(out / "log.jsonl")
     adapter = (folder / CONFIG).exists()
     lines = ["---"]
     if recipe.licence:
@@ -68,15 +68,9 @@ def write_card(
         lines.append("| " + " | ".join(cells) + " |")
     weightings = ", ".join(sorted({stage.weighting for stage in recipe.stages}))
     lines += ["", f"Loss weights: {weightings}. Seed {recipe.seed}."]
-    if probes:
-        lines += ["", "## Needle probe", "", _probe_note(recipe), ""]
-        lengths = sorted({int(n) for found in probes.values() for row in found.values() for n in row})
-        lines.append("| after stage | language | " + " | ".join(f"{n:,}" for n in lengths) + " |")
-        lines.append("|---|---|" + "---|" * len(lengths))
-        for stage_name, found in probes.items():
-            for language, row in found.items():
-                cells = [_percent(row.get(str(n))) for n in lengths]
-                lines.append(f"| {stage_name} | {language} | " + " | ".join(cells) + " |")
+    if recipe.lora.bits and recipe.method == "lora":
+        lines += ["", f"Trained over weights held in {recipe.lora.bits} bits (QLoRA); a merge is made with those."]
+    lines += _probed(recipe, probes)
     with replacing(folder / "README.md") as aside:
         aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -89,11 +83,38 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
-def _probe_note(recipe: Recipe) -> str:
-    return (
-        f"Share of {recipe.probe.facts} invented facts found by exact attention, greedy, by length in tokens; a handful"
-        " of questions, for following a run: measure with `longverse eval needle`."
-    )
+def _probed(recipe: Recipe, probes: dict[str, Figures]) -> list[str]:
+    lines = []
+    if any(figures.found for figures in probes.values()):
+        lines += [
+            "",
+            "## Needle probe",
+            "",
+            f"Share of {recipe.probe.facts} invented facts found by exact attention, greedy, by length in tokens; a"
+            " handful of questions, for following a run: measure with `longverse eval needle`.",
+            "",
+        ]
+        lengths = sorted({int(n) for figures in probes.values() for row in figures.found.values() for n in row})
+        lines.append("| after stage | language | " + " | ".join(f"{n:,}" for n in lengths) + " |")
+        lines.append("|---|---|" + "---|" * len(lengths))
+        for stage, figures in probes.items():
+            for language, row in figures.found.items():
+                cells = [_percent(row.get(str(n))) for n in lengths]
+                lines.append(f"| {stage} | {language} | " + " | ".join(cells) + " |")
+    if any(figures.loss for figures in probes.values()):
+        blocks = next(figures.loss for figures in probes.values() if figures.loss)
+        lines += [
+            "",
+            "## Loss by position",
+            "",
+            "Nats a token of a held-out text, by the tokens that stand before.",
+            "",
+        ]
+        lines.append("| after stage | " + " | ".join(f"to {end - 1:,}" for _, end, _ in blocks) + " |")
+        lines.append("|---|" + "---|" * len(blocks))
+        for stage, figures in probes.items():
+            lines.append(f"| {stage} | " + " | ".join(f"{nats:.3f}" for *_, nats in figures.loss) + " |")
+    return lines
 
 
 def _use(shape: NetworkConfig, original: NetworkConfig) -> list[str]:

@@ -58,12 +58,15 @@ class Lora:
     alpha    the update is scaled by alpha / rank; twice the rank when left out
     targets  projections that get an adapter
     also     trained in full beside it: embeddings (with the head), norms
+    bits     4 holds the frozen projections in int4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), a quarter of their
+             memory, and makes each anew where it is used; when left out they stay as they are
     """
 
     rank: int = 16
     alpha: float | None = None
     targets: tuple[str, ...] = PROJECTIONS
     also: tuple[str, ...] = ()
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         _at_least(self.rank, 1, "The LoRA rank")
@@ -73,6 +76,8 @@ class Lora:
             _one_of(name, PROJECTIONS, "LoRA target")
         for name in self.also:
             _one_of(name, ALSO, "A part to train beside LoRA,")
+        if self.bits not in (None, 4):
+            raise UserError(f"LoRA's frozen weights can be held in 4 bits, not {self.bits}: write 4, or leave it out.")
 
     @property
     def scaling(self) -> float:
@@ -161,6 +166,11 @@ class Stage:
             raise UserError(f"{where} learning_rate is {self.learning_rate:g} and must be above 0.")
         if not 0 <= self.floor <= 1:
             raise UserError(f"{where} floor is {self.floor:g} and must lie between 0 and 1.")
+        if self.window is not None and self.window < self.max_tokens:
+            raise UserError(
+                f"{where} window is {self.window:,} tokens and smaller than its data, max_tokens {self.max_tokens:,}:"
+                " raise the one or lower the other."
+            )
         if self.warmup > self.steps:
             raise UserError(f"{where} {self.warmup} warm-up steps exceed its {self.steps} steps: lower warmup.")
         _one_of(self.schedule, SCHEDULES, f"{where} schedule")
@@ -178,17 +188,38 @@ class Stage:
 
 @dataclass(frozen=True)
 class Probe:
-    """A small needle test after every stage: `facts` invented facts at each of `lengths` tokens, half of them Chinese
-    where `chinese` is set."""
+    """What is measured on the way: after every stage, and every `every` steps of it (0: only after).
+
+    lengths, facts, chinese  needles: `facts` invented facts at each of `lengths` tokens, half of them Chinese if set
+    text       a file whose end is held out: loss by position over `texts` stretches of `text_tokens` tokens of it
+    patience   a stage ends early when its window has not grown for so many probes in a row (0: never). The window is
+               the longest of `lengths` up to which, at it and at every shorter one, at least `enough` of the facts
+               are found; while there is none yet, nothing is counted
+    """
 
     lengths: tuple[int, ...] = ()
     facts: int = 8
     chinese: bool = False
+    every: int = 0
+    text: str | None = None
+    text_tokens: int = 4096
+    texts: int = 4
+    patience: int = 0
+    enough: float = 0.85
 
     def __post_init__(self) -> None:
-        _at_least(self.facts, 1, "The probe's number of facts")
+        for name, least in (("facts", 1), ("every", 0), ("text_tokens", 16), ("texts", 1), ("patience", 0)):
+            _at_least(getattr(self, name), least, f"The probe's {name}")
         for length in self.lengths:
             _at_least(length, 256, "A probe length")
+        if not 0 < self.enough <= 1:
+            raise UserError(f"The probe's enough is {self.enough:g} and must lie above 0 and up to 1.")
+        if self.patience and not (self.every and self.lengths):
+            raise UserError("The probe's patience needs 'lengths' and 'every': it counts the needle probes of a stage.")
+
+    def __bool__(self) -> bool:
+        """Whether anything is measured."""
+        return bool(self.lengths or self.text)
 
 
 @dataclass(frozen=True)
@@ -198,6 +229,7 @@ class Recipe:
     model      embedded name, folder, .gguf file or hub id
     method     lora (with `lora`) or full
     precision  auto (bf16 where the hardware multiplies it), bf16, fp32
+    probe      what is measured on the way, see Probe
     clip       norm to which gradients are clipped, 0 for never
     save_every steps between checkpoints; `keep` newest are kept
     keep_stages  also write what each stage ends with, to OUT/stages/NN-NAME: for comparing stages
@@ -267,20 +299,25 @@ class Recipe:
         stages = tuple(
             dataclasses.replace(stage, data=tuple(place(source) for source in stage.data)) for stage in self.stages
         )
-        new = self.new
+        new, probe = self.new, self.probe
         if new is not None:
             new = dataclasses.replace(new, texts=tuple(_place(text, base) for text in new.texts))
-        return dataclasses.replace(self, stages=stages, new=new)
+        if probe.text is not None:
+            probe = dataclasses.replace(probe, text=_place(probe.text, base))
+        return dataclasses.replace(self, stages=stages, new=new, probe=probe)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
 
     def fingerprint(self) -> str:
-        """16 hex digits; equal for recipes that train alike (how often to save or probe is left out)."""
+        """16 hex digits; equal for recipes that train alike (how often to save or probe is left out, unless probes may
+        end a stage)."""
         values = self.to_dict()
-        for key in ("save_every", "keep", "keep_stages", "probe", "name", "licence", "sequence"):
+        for key in ("save_every", "keep", "keep_stages", "name", "licence", "sequence"):
             values.pop(key)
+        if not self.probe.patience:
+            values.pop("probe")
         for stage in values["stages"]:
             for key in ("window", "micro_tokens", "recompute_above", "offload"):
                 stage.pop(key)

@@ -63,7 +63,7 @@ def _isolation(model: LossModel, examples: list[Example], ranks: Ranks) -> Findi
     whole = [dataclasses.replace(example, spans=((1, len(example), 1.0),)) for example in examples]
     ids = whole[0].ids.copy()
     place = len(ids) // 2
-    ids[place] = ids[place - 1] if ids[place] != ids[place - 1] else int(ids[place]) ^ 1
+    ids[place] = (ids[place] + 1) % model.network.config.vocab_size
     losses = [
         model(make_row([first, *whole[1:]], "token").to(ranks.device), per_token=True)
         for first in (whole[0], dataclasses.replace(whole[0], ids=ids))

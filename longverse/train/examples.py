@@ -54,10 +54,11 @@ class Example:
 
 class Examples(Protocol):
     """A source of examples by number. `lengths` int64 [n], or empty for a source without end, which then has
-    `length(index)`, about how many tokens an example will have."""
+    `length(index)`, about how many tokens an example will have. `identity` changes when any example does."""
 
     label: str
     lengths: np.ndarray
+    identity: str
 
     def get(self, index: int) -> Example: ...
 
@@ -160,6 +161,7 @@ class Conversations:
     label: str
     lengths: np.ndarray  # int64 [n], of the examples that are kept
     left_out: dict[str, int]  # why, and how many
+    identity: str
     _ids: np.ndarray = field(repr=False)  # uint32 [all tokens]
     _starts: np.ndarray = field(repr=False)  # int64 [lines + 1]
     _spans: np.ndarray = field(repr=False)  # float64 [spans, 4]: line, first, end, weight
@@ -189,7 +191,8 @@ class Conversations:
             raise UserError(f"{path} cannot be read ({error.strerror}).") from None
         digest = hashlib.sha256(data)
         digest.update(f"{CACHE_FORMAT} {fingerprint(tokenizer)} {chat.kind} {tokenizer.chat_template}".encode())
-        stored = cache / f"{path.stem}-{digest.hexdigest()[:16]}.npz" if cache is not None else None
+        identity = digest.hexdigest()[:16]
+        stored = cache / f"{path.stem}-{identity}.npz" if cache is not None else None
         arrays = _load_arrays(stored)
         if arrays is None:
             arrays = _tokenise(data, path, chat, on_progress)
@@ -207,8 +210,8 @@ class Conversations:
             raise UserError(f"{path} {what}: change min_tokens and max_tokens, or the file.")
         left_out = {"longer": int((lengths > longest).sum()), "shorter": int((lengths < min_tokens).sum())}
         return cls(
-            path.name, lengths[fits], {k: v for k, v in left_out.items() if v}, arrays["ids"], arrays["starts"],
-            arrays["spans"], arrays["numbers"], np.flatnonzero(fits),
+            path.name, lengths[fits], {k: v for k, v in left_out.items() if v}, identity, arrays["ids"],
+            arrays["starts"], arrays["spans"], arrays["numbers"], np.flatnonzero(fits),
         )  # fmt: skip
 
     def get(self, index: int) -> Example:
@@ -275,10 +278,10 @@ class Texts:
 
     label: str
     lengths: np.ndarray
+    identity: str
     store: TokenStore
     packing: Packing
     keep: bool
-    left_out: dict[str, int]
 
     @classmethod
     def open(
@@ -291,7 +294,8 @@ class Texts:
         parts = pieces(documents["length"], sequence, copies=documents["copies"], extra=documents["extra"])
         packing = Packing.plan(parts, sequence, seed=seed)
         lengths = np.add.reduceat(packing.pieces["length"], packing.first[:-1])
-        return cls(Path(folder).name, lengths, store, packing, keep, {})
+        identity = hashlib.sha256((Path(folder) / "store.json").read_bytes()).hexdigest()[:16]
+        return cls(Path(folder).name, lengths, identity, store, packing, keep)
 
     def get(self, index: int) -> Example:
         own = self.packing.sequence_pieces(index)
@@ -326,6 +330,10 @@ class Mixture:
             mine = self._which == n
             self._turn[mine] = np.arange(mine.sum())
         self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def identities(self) -> list[str]:
+        """What the sources are: another list means other examples."""
+        return [f"{source.label} {source.identity}" for source in self.sources]
 
     def step(self, step: int) -> list[Example]:
         """The `batch` examples of a step."""

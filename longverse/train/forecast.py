@@ -1,4 +1,5 @@
-"""What a stage will take, before it begins: time from two dry rows, memory from what a dry row keeps."""
+"""What a stage will take, before it begins: time from two dry rows, memory from what a dry row keeps; and how much this
+machine could do at best."""
 
 from __future__ import annotations
 
@@ -18,6 +19,12 @@ from longverse.train.rows import Row, make_row
 from longverse.train.state import trained
 
 SHORT, LONG = 256, 1024  # tokens of the two dry rows
+# 10^12 dense bfloat16 operations a second, from the makers' data sheets, by what the card's name holds.
+CARDS = {
+    "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "GH200": 989, "B200": 2250, "A100": 312,
+    "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A40": 150, "A6000": 155, "4090": 165, "3090": 71,
+}  # fmt: skip
+SQUARE = 1024  # rows and columns of the matrices whose product is timed on a CPU
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,15 @@ def forecast(model: LossModel, mixture: Mixture, stage: Stage, recipe: Recipe, r
     b = max(0.0, (times[1] / LONG - times[0] / SHORT) / (LONG - SHORT))
     a = max(times[1] / LONG - b * LONG, 0.1 * times[1] / LONG)
     per_token = kept / LONG
-    total = squares = longest = 0
-    widest = 0
+    again = 4 / 3 if recipe.method == "full" else 3 / 2  # linear work of a row that is computed anew in its backward
+    total = squares = longest = widest = 0
+    linear = 0.0
     for lengths in mixture.lengths():
+        width = min(int(lengths.sum()), max(stage.micro_tokens, int(lengths.max())))
         total += int(lengths.sum())
+        linear += int(lengths.sum()) * (again if width > stage.recompute_above else 1.0)
         squares += int((lengths.astype(np.float64) ** 2).sum())
-        longest = max(longest, int(lengths.max()))
-        widest = max(widest, min(int(lengths.sum()), max(stage.micro_tokens, int(lengths.max()))))
+        longest, widest = max(longest, int(lengths.max())), max(widest, width)
     shape = model.network.config
     layer_inputs = 2 * shape.hidden_size * model.network.model.norm.weight.element_size() * shape.num_layers
     part = widest / ranks.sequence
@@ -69,13 +78,13 @@ def forecast(model: LossModel, mixture: Mixture, stage: Stage, recipe: Recipe, r
         activations = part * ((0 if stage.offload else layer_inputs) + 2 * per_token / shape.num_layers)
     else:
         activations = part * per_token
-    parameters = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    parameters = sum(p.numel() * p.element_size() for p in [*model.network.parameters(), *model.network.buffers()])
     moments = sum(p.numel() * 12 for p in trained(model.network).values())  # gradient and two moments in float32
     result = Forecast(
         stage.steps,
         total,
         longest,
-        (a * total + b * squares) / ranks.data / ranks.sequence,
+        (a * linear + b * squares) / ranks.data / ranks.sequence,
         parameters // ranks.world,
         moments // ranks.world,
         int(activations),
@@ -117,6 +126,24 @@ def _pass(model: LossModel, row: Row) -> tuple[float, int]:
     seconds = time.perf_counter() - started
     model.zero_grad(set_to_none=True)
     return seconds, sum(kept.values())
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second that one processor does at best, 0 where that is not known: of a card by its name (bfloat16
+    only), of a CPU the product of two large matrices timed here with as many threads as there are."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((teraflops for card, teraflops in CARDS.items() if card in name), 0)
+        return known * 1e12 if dtype == torch.bfloat16 else 0.0
+    if device.type != "cpu":
+        return 0.0
+    a, b = (torch.ones(SQUARE, SQUARE, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(4):  # the first one also sets up
+        started = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - started)
+    return 2 * SQUARE**3 / min(times)
 
 
 def available_memory(device: torch.device) -> int:

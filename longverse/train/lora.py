@@ -5,6 +5,10 @@ Shapes: r rank, x [.., in].   y = x W^T + scaling * (x A^T) B^T     A [r, in]   
 W stays as it was loaded (bf16 or float32) and gets no gradient; A and B are float32. Outside of training the layer
 computes with the merged weight itself, `adapters.low_rank`, so that what is evaluated is bit for bit what is shipped
 after the merge.
+
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314): W is held in int4 (models/quant_linear.py: groups of 64 with zero
+points, not the paper's NF4 with doubly quantised scales) and made anew in each forward and once more in each backward
+pass. The merged weight is then that of the dequantised W.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +26,35 @@ from torch import Tensor, nn
 
 from longverse.errors import UserError
 from longverse.models.adapters import CONFIG, PREFIX, SETTINGS, WEIGHTS, low_rank
-from longverse.models.network import CausalLM
+from longverse.models.network import CausalLM, NetworkConfig
+from longverse.models.quant_linear import QuantLinear, quantize_network
 from longverse.models.shards import SafetensorsWriter, TensorInfo, replacing, write_json
 from longverse.train.config import Lora
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm")
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer and its low-rank update."""
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T of a quantised W, [.., in] to [.., out]. Only the quantised weight waits for the backward pass."""
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        return slopes[0] @ ctx.layer.dequantized(slopes[0].dtype), None
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer, plain or quantised, and its low-rank update."""
+
+    def __init__(self, base: nn.Linear | QuantLinear, rank: int, scaling: float) -> None:
         super().__init__()
         self.base = base
         self.scaling = scaling
-        device = base.weight.device
+        device = next(chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
         self._held: Tensor | None = None  # the merged weight, while `merged` holds it
@@ -48,22 +67,39 @@ class LoraLinear(nn.Module):
             self.lora_A.copy_(values)
             self.lora_B.zero_()
 
-    def merged_weight(self) -> Tensor:
-        """[out, in] in the base's dtype."""
+    def merged_weight(self, dtype: torch.dtype) -> Tensor:
+        """[out, in] in the base's dtype; of a quantised base, in `dtype`."""
         if self._held is not None:
             return self._held
-        return low_rank(self.base.weight.detach(), self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+        base = self.base.dequantized(dtype) if isinstance(self.base, QuantLinear) else self.base.weight.detach()
+        return low_rank(base, self.lora_A.detach(), self.lora_B.detach(), self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.linear(x, self.merged_weight(), self.base.bias)
+            return F.linear(x, self.merged_weight(x.dtype), self.base.bias)
         inner = F.linear(x, self.lora_A.to(x.dtype)) * self.scaling  # [.., r]
-        return self.base(x) + F.linear(inner, self.lora_B.to(x.dtype))
+        if isinstance(self.base, QuantLinear):
+            number = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            frozen = _FrozenProduct.apply(x.to(number), self.base)
+        else:
+            frozen = self.base(x)
+        return frozen + F.linear(inner, self.lora_B.to(x.dtype))  # type: ignore[no-any-return]
 
 
 def add_lora(network: CausalLM, lora: Lora, seed: int = 0) -> None:
-    """Freeze a network and put LoRA on its projections, in place. The same seed begins the same adapter."""
+    """Freeze a network and put LoRA on its projections, in place. The same seed begins the same adapter.
+
+    Raises UserError when the projections do not fit the groups of lora.bits.
+    """
     network.requires_grad_(False)
+    if lora.bits is not None and not any(isinstance(module, QuantLinear) for module in network.modules()):
+        shape = network.config
+        group = next((group for group in (64, 32) if all(size % group == 0 for size in _inputs(shape))), 64)
+        if left := quantize_network(network, lora.bits, group):
+            raise UserError(
+                f"{left[0]} does not divide into groups of 64 or 32 weights, so this model cannot be held in"
+                f" {lora.bits} bits: leave 'bits' out."
+            )
     generator = torch.Generator().manual_seed(seed)
     for layer in network.model.layers:
         for block in (layer.self_attn, layer.mlp):
@@ -71,8 +107,6 @@ def add_lora(network: CausalLM, lora: Lora, seed: int = 0) -> None:
                 base = getattr(block, name, None)
                 if base is None:
                     continue
-                if not isinstance(base, nn.Linear):
-                    raise UserError(f"{name} is {type(base).__name__}: load the model unquantised to train LoRA on it.")
                 adapted = LoraLinear(base, lora.rank, lora.scaling)
                 adapted.reset(generator)
                 setattr(block, name, adapted)
@@ -81,6 +115,11 @@ def add_lora(network: CausalLM, lora: Lora, seed: int = 0) -> None:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     network.tie()
+
+
+def _inputs(shape: NetworkConfig) -> tuple[int, int, int]:
+    """Input sizes of the projections."""
+    return shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size
 
 
 def _trained_too(name: str, lora: Lora) -> bool:
@@ -97,10 +136,11 @@ def lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
 
 @contextmanager
 def merged(network: nn.Module) -> Iterator[None]:
-    """Compute the merged weights once and hold them: for generating with an adapted network."""
-    layers = lora_layers(network).values()
+    """Compute the merged weights once and hold them: for generating with an adapted network. Over a quantised base they
+    are made at each use instead, since held they would be the whole model that was to be kept small."""
+    layers = [layer for layer in lora_layers(network).values() if not isinstance(layer.base, QuantLinear)]
     for layer in layers:
-        layer._held = layer.merged_weight()
+        layer._held = layer.merged_weight(layer.lora_A.dtype)
     try:
         yield
     finally:
@@ -111,9 +151,13 @@ def merged(network: nn.Module) -> Iterator[None]:
 def merge(network: CausalLM) -> None:
     """Put plain linear layers with the merged weights where LoRA was, in place."""
     for name, layer in lora_layers(network).items():
-        layer.base.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
+        weight, base = layer.merged_weight(network.dtype), layer.base
+        with torch.device("meta"):
+            plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = base.bias  # type: ignore[assignment]
         parent, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(parent), leaf, layer.base)
+        setattr(network.get_submodule(parent), leaf, plain)
 
 
 def save_adapter(

@@ -50,19 +50,19 @@ class _WeightedNll(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = F.linear(hidden[part], head).float()  # [n, V]
-            log_z = logits.logsumexp(-1)  # [n]
-            own = logits.gather(1, targets[part, None])[:, 0]  # [n]
-            total += ((log_z - own) * weights[part]).sum()
+            log_p = torch.log_softmax(F.linear(hidden[part], head), -1, dtype=torch.float32)  # [n, V]
+            own = log_p.gather(1, targets[part, None])  # [n, 1]
+            weight = weights[part, None]  # [n, 1]
+            total -= (own * weight).sum()
             if grad_hidden is None and grad_head is None:
                 continue
-            slope = logits.sub_(log_z[:, None]).exp_()  # d nll / d logits = softmax - one-hot
-            slope.scatter_add_(1, targets[part, None], -torch.ones_like(own)[:, None])
-            slope = slope.mul_(weights[part, None]).to(hidden.dtype)
+            slope = log_p.exp_()  # d nll / d logits = softmax - one-hot
+            slope = slope.scatter_add_(1, targets[part, None], -torch.ones_like(own)).to(hidden.dtype)
+            # The weights belong to rows, so they may as well be taken into the narrower factor.
             if grad_hidden is not None:
-                grad_hidden[part] = slope @ head
+                grad_hidden[part] = (slope @ head) * weight
             if grad_head is not None:
-                grad_head += (slope.T @ hidden[part]).float()
+                grad_head += (slope.T @ (hidden[part] * weight).to(hidden.dtype)).float()
         ctx.gradients = grad_hidden, grad_head.to(head.dtype) if grad_head is not None else None
         return total
 

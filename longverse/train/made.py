@@ -11,6 +11,7 @@ Example n is a function of (seed, n) alone.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from pathlib import Path
@@ -81,6 +82,8 @@ class Made:
                 if not words:
                     raise UserError(f"{path} holds no words to put facts together from: give a text in prose.")
                 self._texts.append((language, text, words))
+        told = "".join(text for _, text, _ in self._texts)
+        self.identity = hashlib.sha256(f"{kind} {seed} {told}".encode()).hexdigest()[:16]
         self._ordinary = [n for n in range(tokenizer.vocab_size) if n not in tokenizer.special_ids]
 
     def get(self, index: int) -> Example:

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from longverse.models.network import Attend, CausalLM, NetworkConfig
 from longverse.train.rows import Row, document_attention
 
 CPU = torch.device("cpu")
+PATIENCE = timedelta(hours=4)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,16 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()  # type: ignore[no-any-return]
 
+    def gather(self, values: list[str]) -> list[str]:
+        """The values of all ranks, each once, in the order of the ranks."""
+        if self.world == 1:
+            return values
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, values)
+        return list(dict.fromkeys(value for own in found for value in own))
+
 
 def check_degree(degree: int, shape: NetworkConfig, world: int) -> None:
     """Raise UserError unless a Ulysses degree divides the heads and the ranks; the message names those that do."""
@@ -102,7 +114,8 @@ def start(shape: NetworkConfig, degree: int, device: torch.device) -> Ranks:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait at a barrier while rank 0 builds and tokenises data.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     rank = dist.get_rank()
     group = None
     for first in range(0, world, degree):  # every rank must take part in making every group

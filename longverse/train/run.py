@@ -2,9 +2,10 @@
 probe; then write what came of it.
 
     OUT/run.json           the recipe as it ran, and what it ran on
-    OUT/log.jsonl          a line a step
+    OUT/log.jsonl          a line a step, and a line a probe on the way
+    OUT/tensorboard/       the same, where TensorBoard is installed
     OUT/checkpoints/       state to go on from
-    OUT/probe-NN-STAGE.json   needle figures after each stage
+    OUT/probe-NN-STAGE.json   facts found and loss by position after each stage
     OUT/stages/NN-STAGE/   (keep_stages) what each stage ended with
     OUT/adapter/           (lora) PEFT's format, our RoPE plan and window, a model card
     OUT/model/             (full, or merged on request) a checkpoint folder
@@ -14,7 +15,6 @@ Running the same command again goes on from the newest checkpoint, or does nothi
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -26,13 +26,12 @@ from torch import nn
 
 from longverse.data.lock import FolderLock, disk_errors
 from longverse.data.vocabulary import fingerprint
-from longverse.errors import UserError
+from longverse.errors import UserError, expand
 from longverse.models.checkpoint import (
     Loaded,
     build,
     choose_device,
     choose_dtype,
-    load,
     open_model,
     stored_dtype,
 )
@@ -40,17 +39,19 @@ from longverse.models.network import NetworkConfig
 from longverse.models.rope import RopePlan
 from longverse.models.shards import read_json, write_json
 from longverse.train import parallel
-from longverse.train.card import write_card
+from longverse.train.board import Board
 from longverse.train.config import Recipe, Source, Stage
 from longverse.train.doctor import Finding, examine
 from longverse.train.examples import Conversations, Examples, Mixture, Texts
-from longverse.train.forecast import Forecast, forecast
+from longverse.train.forecast import Forecast, forecast, peak_flops
 from longverse.train.forward import LossModel
-from longverse.train.lora import add_lora, lora_layers, merge, merged, save_adapter
+from longverse.train.lora import add_lora
 from longverse.train.new import make_model
 from longverse.train.parallel import Ranks
-from longverse.train.state import latest, load_state
-from longverse.train.trainer import StepReport, make_optimizer, train_stage
+from longverse.train.probe import Figures, Prober, has_stopped_growing
+from longverse.train.results import write_results
+from longverse.train.state import latest, load_state, remove_remnants
+from longverse.train.trainer import Log, StepReport, make_optimizer, read_probes, train_stage
 
 
 def _ignore(*values: Any) -> None:
@@ -61,29 +62,42 @@ def _ignore(*values: Any) -> None:
 class Watch:
     """What a run tells while it runs; every callback may be left out.
 
-    note(text); progress(title, done, total) of loading and tokenising; findings(stage, list); planned(stage, forecast);
-    step(report); probed(stage, figures); stop() -> True asks for an end with a checkpoint.
+    note(text); progress(title, done, total, unit) of loading, tokenising and building; findings(stage, list);
+    planned(stage, forecast); step(report); probed(stage, steps, figures), steps being those done of the stage;
+    stop() -> True asks for an end with a checkpoint.
     """
 
     note: Callable[[str], None] = _ignore
-    progress: Callable[[str, int, int], None] = _ignore
+    progress: Callable[[str, int, int, str], None] = _ignore
     findings: Callable[[Stage, list[Finding]], None] = _ignore
     planned: Callable[[Stage, Forecast], None] = _ignore
     step: Callable[[StepReport], None] = _ignore
-    probed: Callable[[Stage, dict[str, Any]], None] = _ignore
+    probed: Callable[[Stage, int, Figures], None] = _ignore
     stop: Callable[[], bool] = lambda: False
+
+    def until_stopped(self, title: str, unit: str) -> Callable[[int, int], None]:
+        """An on_progress(done, total) for work that has no other way of being stopped."""
+
+        def tell(done: int, total: int) -> None:
+            if self.stop():
+                raise KeyboardInterrupt
+            self.progress(title, done, total, unit)
+
+        return tell
 
 
 @dataclass
 class Outcome:
-    """finished: False when a signal ended the run; adapter, model: what was written."""
+    """finished: all stages are done and the result is written. interrupted: a signal ended the run. Neither: only some
+    stages were asked for. adapter, model: what was written. probes: figures after each stage by its name."""
 
     finished: bool
     stage: str
     step: int
+    interrupted: bool = False
     adapter: Path | None = None
     model: Path | None = None
-    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    probes: dict[str, Figures] = field(default_factory=dict)
 
 
 def run_recipe(
@@ -91,7 +105,6 @@ def run_recipe(
     out: str | Path,
     *,
     device: str = "auto",
-    shipped: bool = False,
     write_merged: bool = False,
     stages: int | None = None,
     dry: bool = False,
@@ -99,97 +112,192 @@ def run_recipe(
 ) -> Outcome:
     """Run a recipe, or go on with it.
 
-    shipped       begin from an embedded model together with the adapter that comes with it (finetune); else from the
-                  plain model (extend)
     write_merged  also write OUT/model for a LoRA run
     stages        stop after so many stages
     dry           load, examine and forecast the first stage only
     Raises UserError for whatever the user can mend.
     """
-    out, watch = Path(out).expanduser(), watch or Watch()
+    out, watch = expand(out), watch or Watch()
     if recipe.new is not None and not (Path(recipe.model) / "config.json").exists():
         watch.note(f"{recipe.model} is not there: it is made, tokenizer and random weights.")
         make_model(recipe.new, Path(recipe.model), recipe.seed)
-    loaded = load_for_training(recipe, device, shipped, lambda done, total: watch.progress("Loading", done, total))
+    loaded = load_for_training(recipe, device, watch.until_stopped("Loading", "bytes"))
     ranks = parallel.start(loaded.network.config, recipe.sequence, loaded.network.device)
     for text in loaded.notes:
         watch.note(text)
+    run = _Run(recipe, out, loaded, ranks, watch, write_merged)
     if ranks.rank:
-        return _run(recipe, out, loaded, ranks, write_merged, stages, dry, watch)
+        return run.all_stages(stages, dry)
     with FolderLock(out), disk_errors(out):
-        return _run(recipe, out, loaded, ranks, write_merged, stages, dry, watch)
+        return run.all_stages(stages, dry)
 
 
-def _run(
-    recipe: Recipe,
-    out: Path,
-    loaded: Loaded,
-    ranks: Ranks,
-    write_merged: bool,
-    stages: int | None,
-    dry: bool,
-    watch: Watch,
-) -> Outcome:
-    network = loaded.network
-    original = network.config
-    with ranks.leader_first():
-        check_run(recipe, out, loaded, ranks)
-        for stage in recipe.stages:  # what cannot be built is said before hours of training, not after
-            for source in stage.data:
-                build_data(source, watch)
-    prepare(network, recipe)
-    # Frozen bfloat16 weights under LoRA need no autocast; float32 weights that are trained in bfloat16 do.
-    whole = recipe.method == "full" or bool(recipe.lora.also)
-    model = LossModel(network, autocast=whole and precision(recipe, network.device) == torch.bfloat16)
-    parallel.shard(model, network, ranks, model.autocast)
-    found = latest(out / "checkpoints")
-    at_stage, at_step = (found[1]["stage"][0], found[1]["step"]) if found is not None else (0, 0)
-    if found is not None:
-        watch.note(f"Going on after step {at_step} of stage {found[1]['stage'][1]}.")
-    probes: dict[str, dict[str, Any]] = {}
-    last = len(recipe.stages) if stages is None else min(stages, len(recipe.stages))
-    for number, stage in enumerate(recipe.stages[:last]):
-        change_rope(loaded, stage)
-        first = at_step if number == at_stage else stage.steps if number < at_stage else 0
-        if found is not None and number == at_stage:
-            optimizer = make_optimizer(model, recipe)
-            load_state(found[0], network, optimizer, first)
-        elif number == 0 or number > at_stage:
-            optimizer = make_optimizer(model, recipe)
-        if first < stage.steps:
-            with ranks.leader_first():
-                mixture = open_mixture(recipe, stage, loaded, out, watch)
-            _examine(model, mixture, stage, original.rope, loaded, ranks, watch)
-            watch.planned(stage, forecast(model, mixture, stage, recipe, ranks))
-            if dry:
-                return Outcome(False, stage.name, first)
-            end = train_stage(
-                model,
-                optimizer,
-                mixture,
-                stage,
-                recipe,
-                out,
-                number=number,
-                first_step=first,
-                ranks=ranks,
-                on_step=watch.step,
-                stop=watch.stop,
-            )
-            if end.interrupted:
-                return Outcome(False, stage.name, end.steps, probes=probes)
-        state_window(loaded, stage, original)
-        place = out / f"probe-{number:02d}-{stage.name}.json"
-        # Of a stage before the checkpoint's the weights are gone: its figures are those of the file, or none.
-        if recipe.probe.lengths and ranks.world == 1 and (number >= at_stage or place.exists()):
-            probes[stage.name] = probe(recipe, loaded, place)
-            watch.probed(stage, probes[stage.name])
-        here = out / "stages" / f"{number:02d}-{stage.name}"
-        if recipe.keep_stages and number >= at_stage and not here.exists():
-            write_results(recipe, loaded, out, here, ranks, original, probes, False, watch)
-    if last < len(recipe.stages):
-        return Outcome(False, recipe.stages[last - 1].name, recipe.stages[last - 1].steps, probes=probes)
-    return write_results(recipe, loaded, out, out, ranks, original, probes, write_merged, watch)
+@dataclass
+class _Run:
+    """One run of a recipe in this process."""
+
+    recipe: Recipe
+    out: Path
+    loaded: Loaded
+    ranks: Ranks
+    watch: Watch
+    write_merged: bool
+    probes: dict[str, Figures] = field(default_factory=dict)
+
+    def all_stages(self, stages: int | None, dry: bool) -> Outcome:
+        recipe, loaded, ranks, watch, out = self.recipe, self.loaded, self.ranks, self.watch, self.out
+        network = loaded.network
+        self.original = network.config
+        with ranks.leader_first():
+            check_run(recipe, out, loaded, ranks)
+            for stage in recipe.stages:  # what cannot be built is said before hours of training, not after
+                for source in stage.data:
+                    build_data(source, watch)
+        prepare(network, recipe)
+        # Frozen bfloat16 weights under LoRA need no autocast; float32 weights that are trained in bfloat16 do.
+        number = precision(recipe, network.device)
+        whole = recipe.method == "full" or bool(recipe.lora.also)
+        self.model = LossModel(network, autocast=whole and number == torch.bfloat16)
+        self.peak = peak_flops(network.device, number)
+        parallel.shard(self.model, network, ranks, self.model.autocast)
+        found = latest(out / "checkpoints")
+        at_stage, at_step = (found[1]["stage"][0], found[1]["step"]) if found is not None else (0, 0)
+        early = found is not None and found[1].get("early", False)
+        if found is not None:
+            watch.note(f"Going on after step {at_step} of stage {found[1]['stage'][1]}.")
+        log = Log(out / "log.jsonl")
+        if ranks.rank == 0 and not dry:
+            remove_remnants(out / "checkpoints")
+            log.forget((at_stage, at_step))
+        self.board = Board(out / "tensorboard", recipe, (at_stage, at_step)) if not (ranks.rank or dry) else None
+        self.prober = Prober(recipe.probe, loaded, watch.stop) if recipe.probe and not dry else None
+        if self.prober is not None and ranks.world > 1:
+            watch.note("Probes need the whole network on one rank: with several there are none.")
+            self.prober = None
+        last = len(recipe.stages) if stages is None else min(stages, len(recipe.stages))
+        step = 0
+        for number_, stage in enumerate(recipe.stages[:last]):
+            change_rope(loaded, stage)
+            first = at_step if number_ == at_stage else stage.steps if number_ < at_stage else 0
+            if found is not None and number_ == at_stage:
+                optimizer = make_optimizer(self.model, recipe)
+                load_state(found[0], network, optimizer, first)
+            elif number_ == 0 or number_ > at_stage:
+                optimizer = make_optimizer(self.model, recipe)
+            step = first
+            if first < stage.steps and not (early and number_ == at_stage):
+                with ranks.leader_first():
+                    mixture = open_mixture(recipe, stage, loaded, out, watch)
+                told = found[1].get("data") if found is not None and number_ == at_stage else None
+                if told is not None and told != mixture.identities():
+                    raise UserError(
+                        f"The data of stage {stage.name} is not what this run was trained on up to step {first}"
+                        f" ({_first_change(told, mixture.identities())}): put it back, or give another --out."
+                    )
+                self._examine(mixture, stage)
+                watch.planned(stage, forecast(self.model, mixture, stage, recipe, ranks))
+                if dry:
+                    return Outcome(False, stage.name, first)
+                end = train_stage(
+                    self.model,
+                    optimizer,
+                    mixture,
+                    stage,
+                    recipe,
+                    out,
+                    number=number_,
+                    first_step=first,
+                    ranks=ranks,
+                    on_step=lambda report, number=number_: self._step(number, report),  # type: ignore[misc]
+                    follow=self._follower(number_, stage, log),
+                    stop=watch.stop,
+                    state={"data": mixture.identities()},
+                    peak_flops=self.peak,
+                )
+                step = end.steps
+                if end.early:
+                    watch.note(f"Stage {stage.name} ends after step {step}: its window has stopped growing.")
+                if end.interrupted:
+                    return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
+            state_window(loaded, stage, self.original)
+            place = out / f"probe-{number_:02d}-{stage.name}.json"
+            # Of a stage before the checkpoint's the weights are gone: its figures are those of the file, or none.
+            if self.prober is not None and (number_ >= at_stage or place.exists()):
+                new = not place.exists()
+                figures = self.prober.after_stage(place)
+                if figures is None:
+                    return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
+                self.probes[stage.name] = figures
+                if new and self.board is not None:
+                    self.board.probe(number_, step, figures)
+                watch.probed(stage, step, figures)
+            here = out / "stages" / f"{number_:02d}-{stage.name}"
+            if recipe.keep_stages and number_ >= at_stage and not here.exists():
+                self._write(here, write_merged=False)
+        outcome = Outcome(last == len(recipe.stages), recipe.stages[last - 1].name, step, probes=self.probes)
+        if outcome.finished:
+            outcome.adapter, outcome.model = self._write(out, self.write_merged)
+        return self._end(outcome)
+
+    def _end(self, outcome: Outcome) -> Outcome:
+        if self.board is not None:
+            self.board.close()
+        return outcome
+
+    def _step(self, number: int, report: StepReport) -> None:
+        if self.board is not None:
+            self.board.step(number, report)
+        self.watch.step(report)
+
+    def _follower(self, number: int, stage: Stage, log: Log) -> Callable[[int], bool] | None:
+        """What the trainer asks before each step: measures when a probe is due, says whether the stage is to end. What
+        was measured is in the log, so that a run that goes on decides as one that was never stopped."""
+        plan, prober = self.recipe.probe, self.prober
+        if prober is None or not plan.every:
+            return None
+        lines = [line for line in read_probes(log.path) if line["number"] == number]
+        windows = {int(line["step"]): int(line["probe"]["window"]) for line in lines}
+
+        def follow(step: int) -> bool:
+            if step == 0 or step % plan.every:
+                return False
+            if step not in windows:
+                if (measured := prober.measure()) is None:
+                    return False  # stopped meanwhile: it is made up for when the run goes on
+                figures = measured[0]
+                windows[step] = figures.window
+                log.write({"number": number, "stage": stage.name, "step": step, "probe": asdict(figures)})
+                if self.board is not None:
+                    self.board.probe(number, step, figures)
+                self.watch.probed(stage, step, figures)
+            past = [windows[at] for at in sorted(windows) if at <= step]
+            return has_stopped_growing(past, plan.patience)
+
+        return follow
+
+    def _examine(self, mixture: Mixture, stage: Stage) -> None:
+        findings = examine(self.model, mixture.step(0), self.original.rope, self.loaded.tokenizer.eos_ids, self.ranks)
+        self.watch.findings(stage, findings)
+        for finding in findings:
+            if not finding.passed:
+                raise UserError(
+                    f"Stage {stage.name} was not begun, a check of it failed ({finding.name}: {finding.detail}): look"
+                    " at the data and the recipe's rope."
+                )
+
+    def _write(self, place: Path, write_merged: bool) -> tuple[Path | None, Path | None]:
+        if write_merged and (place / "model").exists():
+            self.watch.note(f"{place / 'model'} is there already and stays as it is.")
+        return write_results(
+            self.recipe,
+            self.loaded,
+            self.out,
+            place,
+            self.ranks,
+            self.original,
+            self.probes,
+            write_merged=write_merged,
+        )
 
 
 # ---- before the first step ----------------------------------------------------------------------------
@@ -202,22 +310,19 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
-def load_for_training(
-    recipe: Recipe, device: str, shipped: bool, on_progress: Callable[[int, int], None] | None = None
-) -> Loaded:
+def load_for_training(recipe: Recipe, device: str, on_progress: Callable[[int, int], None] | None = None) -> Loaded:
     """The model with weights in the type they are kept in while training: float32 where they are trained, else that of
-    the products. Raises UserError for a quantised model."""
+    the products. Quantised weights stay as they are, and only LoRA can train on them (UserError otherwise)."""
     place = choose_device(device)
     number = torch.float32 if recipe.method == "full" else precision(recipe, place)
-    if shipped:
-        dtype = "float32" if number == torch.float32 else "bfloat16"
-        return load(recipe.model, dtype=dtype, device=device, on_progress=on_progress)
     opened = open_model(recipe.model, on_progress)
-    if opened.form is not None:
+    if opened.form is not None and recipe.method == "full":
         raise UserError(
-            f"{opened.name} is quantised, and only a model in bf16 or float32 can be trained: take that one."
+            f"{opened.name} is quantised, and only a model in bf16 or float32 can be trained in full: take that one, or"
+            " write method: lora."
         )
-    network = build(NetworkConfig.from_dict(opened.config), opened.tensors, number, place, None, on_progress)
+    shape = NetworkConfig.from_dict(opened.config)
+    network = build(shape, opened.tensors, number, place, opened.form, on_progress)
     notes = list(opened.notes)
     if (stored := stored_dtype(opened.tensors.infos)) != number:
         notes.append(f"The file's {stored} weights are held as {number}.".replace("torch.", ""))
@@ -226,9 +331,12 @@ def load_for_training(
 
 def check_run(recipe: Recipe, out: Path, loaded: Loaded, ranks: Ranks) -> None:
     """Write OUT/run.json, or compare with the one there: a folder belongs to one recipe and one model."""
+    from longverse.evaluation.engine_backend import fingerprint as weights_of
+
     mine = {
         "fingerprint": recipe.fingerprint(),
         "model": loaded.name,
+        "weights": weights_of(loaded.network),
         "tokenizer": fingerprint(loaded.tokenizer),
         "shape": {key: value for key, value in asdict(loaded.network.config).items() if key not in ("rope", "window")},
         "recipe": recipe.to_dict(),
@@ -239,6 +347,8 @@ def check_run(recipe: Recipe, out: Path, loaded: Loaded, ranks: Ranks) -> None:
         remedy = f"give another --out, or delete {out} to begin anew"
         if (theirs.get("tokenizer"), theirs.get("shape")) != (mine["tokenizer"], mine["shape"]):
             raise UserError(f"{out} holds a run of another model ({theirs.get('model')}): {remedy}.")
+        if theirs.get("weights", mine["weights"]) != mine["weights"]:
+            raise UserError(f"{out} holds a run that began with other weights of {theirs.get('model')}: {remedy}.")
         if theirs.get("fingerprint") != mine["fingerprint"]:
             change = _first_change(theirs.get("recipe", {}), json.loads(json.dumps(mine["recipe"])))
             raise UserError(f"{out} holds a run of another recipe ({change}): {remedy}.")
@@ -295,11 +405,6 @@ def open_mixture(recipe: Recipe, stage: Stage, loaded: Loaded, out: Path, watch:
     sources: list[Examples] = []
     for source in stage.data:
         if source.messages is not None:
-            title = f"Tokenising {Path(source.messages).name}"
-
-            def say(done: int, total: int, title: str = title) -> None:
-                watch.progress(title, done, total)
-
             opened: Any = Conversations.open(
                 source.messages,
                 loaded.tokenizer,
@@ -307,7 +412,7 @@ def open_mixture(recipe: Recipe, stage: Stage, loaded: Loaded, out: Path, watch:
                 min_tokens=stage.min_tokens,
                 max_tokens=stage.max_tokens,
                 cache=out / "tokens",
-                on_progress=say,
+                on_progress=watch.until_stopped(f"Tokenising {Path(source.messages).name}", "bytes"),
             )
             for why, count in opened.left_out.items():
                 limit = stage.max_tokens if why == "longer" else stage.min_tokens
@@ -353,7 +458,7 @@ def build_data(source: Source, watch: Watch) -> None:
             )
 
         def count(done: int, total: int) -> None:
-            watch.progress("Building items", done, total)
+            watch.progress("Building", done, total, "items")
 
         build_sft(settings, config.parent, on_progress=count, cancelled=watch.stop)
     else:
@@ -364,147 +469,3 @@ def build_data(source: Source, watch: Watch) -> None:
         raise KeyboardInterrupt
     if not place.exists():
         raise UserError(f"{config} does not make {place}: the recipe and the configuration's 'out' must agree.")
-
-
-def _examine(
-    model: LossModel, mixture: Mixture, stage: Stage, before: RopePlan, loaded: Loaded, ranks: Ranks, watch: Watch
-) -> None:
-    findings = examine(model, mixture.step(0), before, loaded.tokenizer.eos_ids, ranks)
-    watch.findings(stage, findings)
-    for finding in findings:
-        if not finding.passed:
-            raise UserError(
-                f"Stage {stage.name} was not begun, a check of it failed ({finding.name}: {finding.detail}): look at"
-                " the data and the recipe's rope."
-            )
-
-
-# ---- after a stage, and after the last ------------------------------------------------------------------
-
-
-def probe(recipe: Recipe, loaded: Loaded, path: Path) -> dict[str, Any]:
-    """Needle figures of the network as it stands: share of facts found by language and length. A finished probe is read
-    from its file."""
-    if path.exists():
-        return dict(read_json(path)["found"])
-    from longverse.evaluation.engine_backend import EngineBackend
-    from longverse.evaluation.needle import NeedleSettings, run_needle
-    from longverse.inference.engine import Engine
-
-    plan, network = recipe.probe, loaded.network
-    training = network.training
-    network.eval()
-    try:
-        with merged(network):
-            engine = Engine(network, loaded.tokenizer, loaded.chat, loaded.name, loaded.config, window=1 << 24)
-            languages = ("en", "zh") if plan.chinese else ("en",)
-            each = max(1, plan.facts // len(languages))
-            depths = tuple((n + 0.5) / each for n in range(each))
-            settings = NeedleSettings(tuple(sorted(plan.lengths)), depths, languages, repeats=1)
-            result = run_needle(EngineBackend(engine), settings)
-    finally:
-        network.train(training)
-    found: dict[str, Any] = {}
-    for language in languages:
-        grid = result.grid(language)
-        columns = [[row[n] for row in grid if row[n] is not None] for n in range(len(settings.lengths))]
-        found[language] = {
-            str(length): sum(column) / len(column) if column else None  # type: ignore[arg-type]
-            for length, column in zip(settings.lengths, columns, strict=True)
-        }
-    write_json(path, {"found": found, "result": result.to_dict()})
-    return found
-
-
-def config_after(loaded: Loaded) -> dict[str, Any]:
-    """The config.json of the trained model: the old one with the RoPE plan and the window spelt out."""
-    shape = loaded.network.config
-    config = {key: value for key, value in loaded.config.items() if key not in ("rope_theta", "rope_scaling")}
-    return config | rope_entries(shape.rope, shape.window)
-
-
-def rope_entries(plan: RopePlan, window: int) -> dict[str, Any]:
-    """The entries of a config.json that a RoPE plan and a window need."""
-    entries: dict[str, Any] = {"rope_parameters": plan.to_rope_parameters(), "max_position_embeddings": window}
-    if plan.kind == "dynamic":
-        entries |= {"max_position_embeddings": plan.original_window, "context_window": window}
-    return entries
-
-
-def write_results(
-    recipe: Recipe,
-    loaded: Loaded,
-    out: Path,
-    place: Path,
-    ranks: Ranks,
-    original: NetworkConfig,
-    probes: dict[str, dict[str, Any]],
-    write_merged: bool,
-    watch: Watch,
-) -> Outcome:
-    """Write PLACE/adapter or PLACE/model, each with a model card. Sharded weights are gathered by every rank."""
-    network = loaded.network
-    outcome = Outcome(True, recipe.stages[-1].name, recipe.stages[-1].steps, probes=probes)
-    shape = network.config
-    if ranks.world > 1:
-        network = _gathered(loaded, recipe)
-        if ranks.rank:
-            return outcome
-    card: dict[str, Any] = {
-        "recipe": recipe,
-        "loaded": loaded,
-        "out": out,
-        "original": original,
-        "shape": shape,
-        "probes": probes,
-    }
-    if recipe.method == "lora":
-        outcome.adapter = place / "adapter"
-        settings = rope_entries(shape.rope, shape.window) if shape != original else None
-        save_adapter(network, recipe.lora, outcome.adapter, base=recipe.model, settings=settings, dtype=torch.bfloat16)
-        write_card(outcome.adapter, **card)
-    if recipe.method == "full" or write_merged:
-        outcome.model = place / "model"
-        place.mkdir(parents=True, exist_ok=True)
-        if outcome.model.exists():
-            watch.note(f"{outcome.model} is there already and stays as it is.")
-            return outcome
-        if recipe.method == "lora":
-            network = copy.deepcopy(network)
-            merge(network)
-        _write_model(recipe, loaded, network, outcome.model)
-        write_card(outcome.model, **card)
-    return outcome
-
-
-def _gathered(loaded: Loaded, recipe: Recipe) -> Any:
-    """A network on the CPU with whole weights, for writing."""
-    from longverse.models.network import CausalLM
-
-    with torch.device("meta"):
-        network = CausalLM(loaded.network.config)
-    if recipe.method == "lora":
-        add_lora(network.to_empty(device="cpu"), recipe.lora)
-    state = {name: parallel.whole(tensor).cpu() for name, tensor in loaded.network.state_dict().items()}
-    network.load_state_dict(state, assign=True)
-    for name, layer in lora_layers(network).items():
-        assert layer.lora_A.shape[0] == recipe.lora.rank, name
-    network.tie()
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(dict(loaded.network.named_parameters())[name].requires_grad)
-    return network
-
-
-def _write_model(recipe: Recipe, loaded: Loaded, network: Any, target: Path) -> None:
-    from longverse.models.convert import SHARD_BYTES, write_folder
-    from longverse.models.shards import TensorInfo
-
-    opened = open_model(recipe.model)
-    number = stored_dtype(opened.tensors.infos)
-    if number == torch.float16:
-        number = torch.bfloat16  # trained weights may lie outside of its range
-    shapes = network.config.parameter_shapes()
-    tensors = {name: tensor for name, tensor in network.state_dict().items() if name in shapes}
-    infos = {name: TensorInfo(tuple(tensor.shape), number) for name, tensor in tensors.items()}
-    config = config_after(loaded) | {"dtype": str(number).removeprefix("torch.")}
-    write_folder(opened, target, config, network.config, infos, iter(tensors.items()), [], SHARD_BYTES, None, None)

@@ -4,7 +4,8 @@
     OUT/checkpoints/00-sft-000120/state.json          stage, steps done, what it belongs to
 
 Only trained weights are in it. Tensors are whole, also when a run shards them over many ranks, so that a run may go on
-with another number of ranks. A checkpoint is written under another name and renamed; the newest `keep` remain.
+with another number of ranks. A checkpoint is written under another name and renamed; the newest `keep` remain. One that
+a failing disk damaged is passed over for the one before it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from longverse.train.parallel import whole, write_whole
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_NAME = re.compile(r"(\d\d)-(.+)-(\d{6})")
+_NAME = re.compile(r"(\d\d)-(.+)-(\d{6,})")
 
 
 def trained(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -67,15 +68,33 @@ def save_state(
     if writer is not None:
         writer.write("rng", rng)
         writer.close()
-        with (aside / "state.safetensors").open("rb") as file:
-            os.fsync(file.fileno())
         write_json(aside / "state.json", {"format": FORMAT, "stage": list(stage), **state})
-        if target.exists():
-            shutil.rmtree(target)
+        for path in (aside / "state.safetensors", aside / "state.json", aside):
+            _to_disk(path)
+        if target.exists():  # saved twice after the same step: the one or the other is always there
+            os.replace(target, folder / f".{target.name}.old")
         os.replace(aside, target)
+        _to_disk(folder)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+        remove_remnants(folder)
     return target
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk, not only on their way."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def remove_remnants(folder: Path) -> None:
+    """Delete what killed or failed writers left beside the checkpoints. Call it as the folder's only writer."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(".") and _NAME.match(path.name[1:]):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _tensors(
@@ -95,18 +114,27 @@ def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first; remnants of killed writers have other names."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "state.json").exists())
+    names = {path: _NAME.fullmatch(path.name) for path in folder.iterdir()}
+    found = {path: match for path, match in names.items() if match and (path / "state.json").exists()}
+    return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][3])))
 
 
 def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint and its state.json, or None."""
+    """The newest readable checkpoint and its state.json, or None. Raises UserError when there are some and none can be
+    read, or for a format of another version."""
     found = checkpoints(folder)
-    if not found:
-        return None
-    state = read_json(found[-1] / "state.json")
-    if state.get("format") != FORMAT:
-        raise UserError(f"{found[-1]} has checkpoint format {state.get('format')}, known is {FORMAT}: begin anew.")
-    return found[-1], state
+    for path in reversed(found):
+        try:
+            state = read_json(path / "state.json")
+            SafetensorsFile(path / "state.safetensors")
+        except UserError:
+            continue
+        if state.get("format") != FORMAT:
+            raise UserError(f"{path} has checkpoint format {state.get('format')}, known is {FORMAT}: begin anew.")
+        return path, state
+    if found:
+        raise UserError(f"None of the checkpoints in {folder} can be read: delete that folder to begin anew.")
+    return None
 
 
 def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer | None, steps: int) -> None:

@@ -4,7 +4,8 @@ A step is: take its examples, lay them in rows, forward and backward each row, c
 weighted mean over all labels of all its examples, whatever rows and ranks they were spread over.
 
 Which examples a step takes is a function of (seed, step), and a checkpoint holds weights, moments and random state;
-so a run killed anywhere goes on from its last checkpoint as if nothing had happened, on CPU bit for bit.
+so a run killed anywhere goes on from its last checkpoint as if nothing had happened, on CPU (with as many threads) bit
+for bit.
 """
 
 from __future__ import annotations
@@ -52,17 +53,19 @@ class StepReport:
     seconds: float
     tokens_per_second: float
     gflops: float  # achieved, 10^9 floating-point operations a second
+    mfu: float  # their share of what the processors can do, 0 where that is not known
     peak_memory_bytes: int
     seconds_left: float  # of this stage, from the last steps' cost and the coming steps' lengths
 
 
 @dataclass
 class StageEnd:
-    """How a stage ended: after how many steps, and whether a signal stopped it."""
+    """How a stage ended: after how many steps, and whether a signal stopped it. early: its window grew no longer."""
 
     steps: int
     interrupted: bool
     checkpoint: Path | None
+    early: bool = False
 
 
 OnStep = Callable[[StepReport], None]
@@ -94,14 +97,19 @@ def train_stage(
     first_step: int = 0,
     ranks: Ranks | None = None,
     on_step: OnStep | None = None,
+    follow: Callable[[int], bool] | None = None,
     stop: Callable[[], bool] = lambda: False,
     state: dict[str, Any] | None = None,
+    peak_flops: float = 0.0,
 ) -> StageEnd:
     """Run a stage from `first_step` (steps already done) on. Writes OUT/log.jsonl and OUT/checkpoints.
 
-    number: of the stage in its recipe; stop: asked between rows; True ends the run after the last whole step, with a
-    checkpoint; state: what every checkpoint is to say beside the step. Raises UserError when a loss is not finite:
-    nothing was updated by then, and the last checkpoint stands.
+    number      of the stage in its recipe
+    follow      called with the steps done before each step; True ends the stage there
+    stop        asked between rows; True ends the run after the last whole step, with a checkpoint
+    state       what every checkpoint is to say beside the step
+    peak_flops  operations a second that one rank's processor can do, 0 when not known
+    Raises UserError when a loss is not finite: nothing was updated by then, and the last checkpoint stands.
     """
     ranks = ranks or Ranks()
     state = state or {}
@@ -110,15 +118,17 @@ def train_stage(
     parameters = list(trained(model.network).values())
     costs = [_cost(lengths) for lengths in mixture.lengths()]
     clock = _Clock(costs[first_step:])
-    log = Log(out / "log.jsonl", (number, first_step)) if ranks.rank == 0 else None
+    log = Log(out / "log.jsonl") if ranks.rank == 0 else None
     checkpoint: Path | None = None
 
-    def save(steps: int) -> Path:
-        here = {**state, "step": steps, "fingerprint": recipe.fingerprint()}
+    def save(steps: int, early: bool = False) -> Path:
+        here = {**state, "step": steps, "fingerprint": recipe.fingerprint(), "early": early}
         place = (number, stage.name)
         return save_state(out / "checkpoints", place, model.network, optimizer, here, rank=ranks.rank, keep=recipe.keep)
 
     for step in range(first_step, stage.steps):
+        if follow is not None and follow(step):
+            return StageEnd(step, False, save(step, early=True), early=True)
         started = time.perf_counter()
         rows, total = make_rows(mixture.step(step), stage.weighting, stage.micro_tokens, ranks.data_rank, ranks.data)
         losses: list[tuple[Tensor, tuple[str, ...]]] = []
@@ -150,7 +160,8 @@ def train_stage(
         limit = recipe.clip if recipe.clip > 0 else math.inf
         norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(_not_finite(stage, step, loss, losses))
+            bad = [name for nll, names in losses if not bool(torch.isfinite(nll)) for name in names]
+            raise UserError(_not_finite(stage, step, loss, ranks.gather(bad)))
         rate = stage.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -177,11 +188,12 @@ def train_stage(
             seconds,
             tokens_all / seconds,
             work / seconds / 1e9,
+            work / seconds / (peak_flops * ranks.world) if peak_flops else 0.0,
             peak_memory(ranks.device),
             clock.left(seconds),
         )
         if log is not None:
-            log.write(number, report)
+            log.write({"number": number, **asdict(report)})
         if on_step is not None:
             on_step(report)
         if ask or done % recipe.save_every == 0 or done == stage.steps:
@@ -191,9 +203,8 @@ def train_stage(
     return StageEnd(stage.steps, False, checkpoint)
 
 
-def _not_finite(stage: Stage, step: int, loss: float, losses: list[tuple[Tensor, tuple[str, ...]]]) -> str:
-    bad = [names for nll, names in losses if not bool(torch.isfinite(nll))]
-    where = "; ".join(name for names in bad for name in names) or "the gradient, of finite losses"
+def _not_finite(stage: Stage, step: int, loss: float, bad: list[str]) -> str:
+    where = "; ".join(bad) or "the gradient, of finite losses"
     return (
         f"Stage {stage.name}, step {step + 1}: the loss is {loss} ({where}): training stopped before the"
         " update and the last checkpoint stands; lower learning_rate, or look at that data."
@@ -220,28 +231,41 @@ class _Clock:
 
 
 class Log:
-    """log.jsonl: one line a step. On a resume the lines past the checkpoint go: those steps are done again."""
+    """log.jsonl: a line for every step (a StepReport and the stage's number), and one for every probe on the way."""
 
-    def __init__(self, path: Path, done: tuple[int, int]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [line for line in read_log(path) if (line["number"], line["step"]) <= done]
-            with replacing(path) as aside:
+
+    def forget(self, after: tuple[int, int]) -> None:
+        """Drop the lines past a checkpoint (stage number, steps done): those steps are done again. A line that a kill
+        cut off goes too."""
+        if self.path.exists():
+            kept = [line for line in _lines(self.path) if (line["number"], line["step"]) <= after]
+            with replacing(self.path) as aside:
                 aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def write(self, number: int, report: StepReport) -> None:
+    def write(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"number": number, **asdict(report)}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; one cut off by a kill is left out."""
+    """The steps of a log.jsonl, empty where there is none."""
+    return [line for line in _lines(path) if "probe" not in line]
+
+
+def read_probes(path: Path) -> list[dict[str, Any]]:
+    """The probes of a log.jsonl: number, stage, step, and the figures as `probe`."""
+    return [line for line in _lines(path) if "probe" in line]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except ValueError:  # cut off by a kill
             continue
     return lines
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from longverse.errors import UserError
 from longverse.models.adapters import merge_adapter
@@ -108,12 +111,97 @@ def test_transformers_and_peft_load_the_results(base: Path, tmp_path: Path) -> N
     torch.testing.assert_close(theirs(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_anywhere_change_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Random intervals between checkpoints, and kills at random moments: between rows, in the middle of a checkpoint
+    and of its renaming, until the run gets through."""
+    from longverse.train import state, trainer
+
+    rng = random.Random(seed)
+    plan = two_stages(base, save_every=rng.randint(1, 4), keep=rng.randint(1, 2), method=rng.choice(["lora", "full"]))
+    whole = run_recipe(plan, tmp_path / "whole")
+    places = {"rows": (trainer, "make_rows"), "weights": (state, "SafetensorsWriter"), "state": (state, "write_json")}
+    places["rename"] = (state.os, "replace")
+    for _ in range(5):
+        module, name = places[rng.choice(list(places))]
+        left, real = [rng.randint(1, 4)], getattr(module, name)
+
+        def kill(*values: Any, left: list[int] = left, real: Callable[..., Any] = real, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] <= 0:
+                raise Killed
+            return real(*values, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, kill)
+            try:
+                run_recipe(plan, tmp_path / "cut")
+            except Killed:
+                continue
+            break
+    resumed = run_recipe(plan, tmp_path / "cut")
+    assert resumed.finished
+    keys = ("stage", "step", "loss", "gradient_norm", "learning_rate", "tokens", "labels")
+    logs = [[[line[key] for key in keys] for line in read_log(tmp_path / n / "log.jsonl")] for n in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    assert torch.equal(logits_of(whole, base), logits_of(resumed, base))
+    assert not [path for path in (tmp_path / "cut" / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_a_damaged_checkpoint_is_passed_over(base: Path, tmp_path: Path) -> None:
+    plan = two_stages(base, save_every=2, keep=3)
+    whole = run_recipe(plan, tmp_path / "whole")
+
+    def kill(report: Any) -> None:
+        if (report.stage, report.step) == ("sft", 5):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_recipe(plan, tmp_path / "cut", watch=Watch(step=kill))
+    newest = sorted((tmp_path / "cut" / "checkpoints").glob("01-*"))[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    told: list[str] = []
+    resumed = run_recipe(plan, tmp_path / "cut", watch=Watch(note=told.append))
+    assert "Going on after step 2 of stage sft." in told
+    assert torch.equal(logits_of(whole, base), logits_of(resumed, base))
+    for path in (tmp_path / "cut" / "checkpoints").glob("*/state.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="None of the checkpoints"):
+        run_recipe(plan, tmp_path / "cut")
+
+
 def test_a_stop_is_told_and_goes_on(base: Path, tmp_path: Path) -> None:
     plan, seen = two_stages(base), []
     outcome = run_recipe(plan, tmp_path, watch=Watch(step=seen.append, stop=lambda: len(seen) >= 3))
     assert not outcome.finished
+    assert outcome.interrupted
     assert (outcome.stage, outcome.step) == ("cpt", 3)
+    outcome = run_recipe(plan, tmp_path, stages=1)
+    assert not outcome.finished
+    assert not outcome.interrupted
     assert run_recipe(plan, tmp_path).finished
+
+
+def test_changed_data_is_refused_within_a_stage(base: Path, tmp_path: Path) -> None:
+    data = shutil.copy(base / "m.jsonl", tmp_path / "m.jsonl")
+    plan, seen = recipe(base / "model", data), []
+    run_recipe(plan, tmp_path / "out", watch=Watch(step=seen.append, stop=lambda: len(seen) >= 3))
+    write_messages(data, 40, seed=9)
+    with pytest.raises(UserError, match="data of stage sft is not what this run was trained on up to step 3"):
+        run_recipe(plan, tmp_path / "out")
+    shutil.copy(base / "m.jsonl", data)
+    assert run_recipe(plan, tmp_path / "out").finished
+
+
+def test_other_weights_are_refused(base: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(base / "model", tmp_path / "model")
+    plan = recipe(model, base / "m.jsonl")
+    run_recipe(plan, tmp_path / "out")
+    [file] = model.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({**tensors, "model.norm.weight": 2 * tensors["model.norm.weight"]}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="other weights of model"):
+        run_recipe(plan, tmp_path / "out")
 
 
 def test_dry_examines_and_forecasts(base: Path, tmp_path: Path) -> None:
@@ -165,7 +253,7 @@ def test_probe(base: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path, ignore_errors=True)
     plan = recipe(base / "model", base / "m.jsonl", probe={"lengths": [400], "facts": 1})
     outcome = run_recipe(plan, tmp_path)
-    assert outcome.probes["sft"]["en"].keys() == {"400"}
+    assert outcome.probes["sft"].found["en"].keys() == {"400"}
     assert "Needle probe" in (tmp_path / "adapter" / "README.md").read_text()
 
 
