@@ -95,6 +95,10 @@ class NeedleResult:
             lines += [f"{self.failures} of {len(self.trials)} trials got no answer and are not counted.", ""]
         return "\n".join(lines)
 
+    def _heading(self, language: str) -> str:
+        share = self.found(language)
+        return _LANGUAGE[language] + ("" if share is None else f": {100 * share:.0f} % found")
+
     def panels(self) -> list[dict[str, Any]]:
         from longverse.evaluation.plots import short_length
 
@@ -103,7 +107,7 @@ class NeedleResult:
         languages = self.settings["languages"]
         return [
             {
-                "title": _LANGUAGE[language] if len(languages) > 1 else "",
+                "title": self._heading(language) if len(languages) > 1 else "",
                 "columns": columns,
                 "rows": rows,
                 "cells": self.grid(language),

@@ -147,7 +147,7 @@ def _ruler_blocks(runs: Sequence[Run]) -> list[_Block]:
         blocks.append(
             _Block(
                 title=f"RULER: {run.name}",
-                note=f"{result.settings['samples']} rows a cell; effective length: "
+                note=f"{result.rows_a_cell}; effective length: "
                 f"{f'below {lengths[0]:,}' if effective is None else f'{effective:,}'} tokens.",
                 small=True,
                 columns=("task", *(f"{n:,}" for n in lengths)),

@@ -88,6 +88,11 @@ class RulerResult:
         return longest
 
     @property
+    def rows_a_cell(self) -> str:
+        samples = self.settings["samples"]
+        return f"{samples} row{'s' if samples > 1 else ''} a cell"
+
+    @property
     def failures(self) -> int:
         return sum(r.failed is not None for r in self.rows)
 
@@ -114,7 +119,7 @@ class RulerResult:
         def cell(value: float | None) -> str:
             return "–" if value is None else f"{value:.1f}"
 
-        lines = [f"## RULER: {self.model['model']}", "", f"{self.settings['samples']} rows a cell, per cent.", ""]
+        lines = [f"## RULER: {self.model['model']}", "", f"{self.rows_a_cell}, per cent.", ""]
         lines += ["| task | " + " | ".join(f"{n:,}" for n in lengths) + " |", "|---|" + "---|" * len(lengths)]
         for task in self.settings["tasks"]:
             lines.append(f"| {task} | " + " | ".join(cell(self.score(task, n)) for n in lengths) + " |")
@@ -147,7 +152,7 @@ class RulerResult:
         panel = {"columns": [f"{n:,}" for n in lengths], "rows": [*tasks, "average"], "cells": cells, "sum": True,
                  "x": "length of prompt and answer in tokens", "y": "task"}  # fmt: skip
         heatmaps([panel], folder / "ruler.png", title=f"RULER: {self.model['model']}",
-                 subtitle=f"{self.settings['samples']} rows a cell", colour_label="score")  # fmt: skip
+                 subtitle=self.rows_a_cell, colour_label="score")  # fmt: skip
         return [*paths, folder / "ruler.png"]
 
 

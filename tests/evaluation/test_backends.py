@@ -19,6 +19,8 @@ from longverse.errors import UserError
 from longverse.evaluation.backends import IN_A_ROW, Failure, Reply, Request, answer_all, check_window, load_tokenizer
 from longverse.evaluation.endpoint import EndpointBackend
 from longverse.evaluation.engine_backend import EngineBackend, EngineProcesses, fingerprint
+from longverse.evaluation.longbench.runner import LongBenchRun
+from longverse.evaluation.longbench.tasks import read_config
 from longverse.evaluation.needle import NeedleSettings, run_needle
 from longverse.evaluation.transformers_backend import TransformersBackend
 from longverse.inference.engine import Engine
@@ -379,7 +381,10 @@ def test_other_weights_and_other_numbers_are_another_model(engine: Engine, model
     assert fingerprint(again.network) != about["weights"]
 
 
-def test_processes_give_the_engines_answers_and_say_when_one_is_killed(engine: Engine, model_folder: Path) -> None:
+@pytest.mark.slow
+def test_processes_give_the_engines_answers_and_say_when_one_is_killed(
+    engine: Engine, model_folder: Path, bench: Path, tmp_path: Path
+) -> None:
     alone = EngineBackend(engine)
     jobs = [
         [Request.user("The miller walked slowly.", max_new_tokens=9), Request.user("The river.", max_new_tokens=9)],
@@ -401,6 +406,21 @@ def test_processes_give_the_engines_answers_and_say_when_one_is_killed(engine: E
         ((_, _, refused),) = answer_all(several, jobs[3:])
         assert isinstance(refused, Failure)
         assert "window of 4,096" in str(refused)
+        # A whole run: journals hold the same rows, in whatever order; predictions are the same to the byte.
+        tasks = ("hotpotqa", "samsum")
+        config = read_config(bench / "config", tasks)
+        for backend, folder in ((alone, "one"), (several, "two")):
+            LongBenchRun(backend, bench, config, tmp_path / folder, tasks, max_length=300).run()
+        for task in tasks:
+            one, two = ((tmp_path / folder / f"pred/{task}.jsonl").read_bytes() for folder in ("one", "two"))
+            assert one == two
+            one, two = ((tmp_path / folder / f"journal/{task}.jsonl").read_text() for folder in ("one", "two"))
+            assert one.splitlines()[0] == two.splitlines()[0]
+            kept = [
+                sorted((row["key"], row["pred"]) for row in map(json.loads, text.splitlines()[1:]))
+                for text in (one, two)
+            ]
+            assert kept[0] == kept[1]
         os.kill(several.lanes[0].process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         with pytest.raises(UserError, match=r"worker process ended \(exit code -9"):
             list(answer_all(several, jobs[:2]))
