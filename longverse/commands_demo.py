@@ -1,4 +1,5 @@
-"""`longverse demo`: an invented report, questions about it in one session, and which answers were right."""
+"""`longverse demo`: an invented report, questions about it in one session, which answers were right, and where in the
+report they stand; and a question that the report does not answer."""
 
 from __future__ import annotations
 
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from . import console
-from .documents.ask import prepare
+from . import commands_cite, console
 from .documents.reader import decode
-from .documents.report import LANGUAGES, Report, generate_report
+from .documents.report import LANGUAGES, Report, generate_report, unanswerable
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .documents.citations import Cited
     from .inference.engine import Engine, Stats
 
 ANSWER_TOKENS = 40  # an answer is one sentence
@@ -34,6 +35,8 @@ class Row:
     right: bool
     seconds: float
     stats: Stats
+    cited: Cited
+    cites_it: bool  # whether a citation is the sentence that states the fact
 
 
 def check(folder: Path, language: str) -> None:
@@ -48,11 +51,14 @@ def run(
     engine: Engine, seed: int, tokens: int, questions: int, language: str, folder: Path, *, as_json: bool, quiet: bool
 ) -> None:
     """Write the report, ask, and show the table. Raises UserError when the report does not fit the model's window."""
+    from .documents.ask import cited, prepare
     from .inference.sampling import Sampling
 
     report = sized_report(engine, seed, tokens, questions, language)
     document = decode(report.text.encode(), f"longverse-report-{seed}.md")
-    prompts = prepare(engine, document, [fact.question for fact in report.facts], ANSWER_TOKENS)
+    absent = unanswerable(report, 1, seed)
+    asked = [fact.question for fact in report.facts]
+    prompts = prepare(engine, document, [*asked, *absent], ANSWER_TOKENS)
     session = engine.session(prompts.planned_tokens)
     path = write(report, folder, document.name)
     length = len(engine.tokenizer.encode(report.text))
@@ -62,18 +68,33 @@ def run(
         console.line(f"{document.words:,} words, {length:,} tokens, invented from seed {seed} and written to {path}")
     sampling = Sampling(max_new_tokens=ANSWER_TOKENS, stop=("\n", ". ", "。"))
     rows: list[Row] = []
-    for number, (fact, ids) in enumerate(zip(report.facts, prompts.ids, strict=True), start=1):
+    for number, (fact, ids) in enumerate(zip(report.facts, prompts.ids, strict=False), start=1):
         title = "Reading the report" if number == 1 else f"Question {number} of {len(report.facts)}"
         started = time.perf_counter()
         with console.Task(title, quiet=quiet) as task:
-            answer = session.complete(ids, sampling, on_progress=task).text.strip()
+            done = session.complete(ids, sampling, on_progress=task)
+        answer = done.text.strip()
+        checked = cited(session, prompts, number - 1, answer, done.tokens)
         seconds = time.perf_counter() - started
-        rows.append(Row(fact.question, fact.answer, answer, fact.is_answered_by(answer), seconds, session.stats))
+        cites_it = any(passage.start <= fact.position < passage.end for passage in checked.citations)
+        right = fact.is_answered_by(answer)
+        rows.append(Row(fact.question, fact.answer, answer, right, seconds, done.stats, checked, cites_it))
         if not as_json:
             show(number, rows[-1])
+    refused = None
+    if absent:
+        done = session.complete(prompts.ids[-1], sampling)
+        refused = cited(session, prompts, len(asked), done.text, done.tokens)
     if as_json:
-        console.line(json.dumps(record(report, rows, path, length, engine.name), ensure_ascii=False))
+        made = record(report, rows, path, length, engine.name)
+        if refused is not None:
+            made["not_in_the_report"] = {
+                "question": absent[0], "answer": refused.answer, "found": refused.found
+            }  # fmt: skip
+        console.line(json.dumps(made, ensure_ascii=False))
         return
+    if refused is not None:
+        show_refused(absent[0], refused, language)
     totals(rows, length, path)
 
 
@@ -85,6 +106,19 @@ def show(number: int, row: Row) -> None:
     screen.print(Text.assemble("    answer    ", row.answer or "(none)"))
     screen.print(Text.assemble("    expected  ", row.expected))
     screen.print(Text.assemble("    ", verdict, (f"     {console.duration(row.seconds)}", "dim")))
+    if row.cited.found:
+        commands_cite.show(row.cited, indent="    ")
+    else:
+        screen.print(Text("    not found in the report", style="yellow"))
+
+
+def show_refused(question: str, cited: Cited, language: str) -> None:
+    """The question without an answer in the report."""
+    from .documents.citations import NOT_FOUND
+
+    screen = console.out()
+    screen.print(Text.assemble("\n --  ", (question, "bold"), (" (the report does not say)", "dim")))
+    screen.print(Text.assemble("    answer    ", cited.answer if cited.found else NOT_FOUND[language]))
 
 
 def sized_report(engine: Engine, seed: int, tokens: int, questions: int, language: str) -> Report:
@@ -127,7 +161,10 @@ def totals(rows: list[Row], length: int, path: Path) -> None:
         console.line(f"every further question {console.duration(mean)} on average: the report is read once")
     memory = max(row.stats.peak_memory_bytes for row in rows) / 2**30
     console.line(f"memory {memory:.1f} GiB at most; attention {first.attention}")
-    console.line(f'\nNext: longverse ask {path} "{rows[-1].question}"')
+    cites = sum(row.cited.found and row.cites_it for row in rows)
+    console.line(f"{cites} of {len(rows)} citations are the sentence that states the answer")
+    console.line("\nIn the browser: longverse serve, and open http://127.0.0.1:8000/")
+    console.line(f'Next: longverse ask {path} "{rows[-1].question}"')
 
 
 def record(report: Report, rows: list[Row], path: Path, length: int, model: str) -> dict[str, object]:
@@ -137,6 +174,7 @@ def record(report: Report, rows: list[Row], path: Path, length: int, model: str)
         "right": sum(row.right for row in rows), "questions": len(rows),
         "answers": [
             {"question": row.question, "answer": row.answer, "expected": row.expected, "right": row.right,
+             "cites_it": row.cites_it, **commands_cite.record(row.cited),
              "seconds": round(row.seconds, 3), "stats": console.stats_record(row.stats)}
             for row in rows
         ],

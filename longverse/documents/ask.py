@@ -14,7 +14,7 @@ from ..inference.engine import Engine, Session
 from .citations import NOT_FOUND, Cited, cite
 from .document import Document
 from .evidence import attend_to
-from .words import Index, names, terms
+from .words import Index, groups, names, terms
 
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 WAYS = ("auto", "attention", "numbers", "off")
@@ -149,7 +149,7 @@ def doubtful(prompts: Prompts, number: int) -> bool:
     if not asked or not nearest:
         return bool(asked)
     held = index.words[nearest[0]]
-    return index.coverage(asked, held) < 0.9 or bool(names(question) - held)
+    return index.share(groups(question), held) < 0.9 or bool(names(question) - held)
 
 
 def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Sequence[int]) -> Cited:
@@ -157,7 +157,8 @@ def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Seq
     the answer's tokens."""
     places = prompts.places[number]
     attended = attend_to(session, prompts.ids[number], ids, prompts.index, places)
-    lead = len(answer) - len(answer.lstrip())
+    written = session.engine.tokenizer.decode(list(ids))
+    lead = len(written) - len(written.lstrip())  # what stripping took from the beginning
     if attended is not None and lead:
         attended = attended.moved(-lead)
     return cite(prompts.questions[number], answer.strip(), prompts.index, attended)

@@ -14,13 +14,14 @@ answer the question at all is a matter of its words: `Cited.found`.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any
 
-from .words import Index, names, normalise, sentences, terms
+from .words import Index, groups, names, normalise, sentences, terms
 
 REPAIRED = 0.8  # least likeness (difflib's ratio) of a quotation with slips
 SUPPORTED = 0.75  # least share of an answer's own words that its passage must hold
@@ -148,7 +149,7 @@ def speaks_of(signals: dict[str, float]) -> bool:
     """
     if signals.get("strangers", 1.0):
         return False
-    if signals["asked"] >= 0.75:
+    if signals["asked"] >= 0.8:
         return True
     copied = signals["verified"] and signals["answer"] >= SUPPORTED
     if "attention" in signals:
@@ -177,16 +178,17 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
     quoted = _QUOTE.search(sentence)
     match = match_quote(quoted[1] if quoted else sentence, paragraph.text)
     own, asked = frozenset(terms(sentence)), frozenset(terms(question))
+    above = frozenset(terms(" \n ".join(paragraph.heading)))
     spans = sentences(paragraph.text)
     if match is not None:
         # Whole sentences: a bare name is no passage.
         touched = [span for span in spans if span[0] < match[1] and match[0] < span[1]]
         start, end = min(match[0], touched[0][0]), max(match[1], touched[-1][1])
     else:
-        held_by = {span: frozenset(terms(paragraph.text[slice(*span)])) for span in spans}
+        held_by = {span: frozenset(terms(paragraph.text[slice(*span)])) | above for span in spans}
         start, end = max(spans, key=lambda span: (index.coverage(own | asked, held_by[span]), -span[0]))
     said = frozenset(terms(paragraph.text[start:end]))
-    held = said | frozenset(terms(" \n ".join(paragraph.heading)))
+    held = said | above
     supported = min(index.coverage(own, held), index.coverage(own, said) + 0.25)  # the headings add a quarter at most
     if match is not None and match[2] == "verified":
         status = "verified"
@@ -200,7 +202,7 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
         place=document.place(paragraph.start + start, paragraph.start + end), heading=paragraph.heading, status=status,
     )  # fmt: skip
     return citation, {
-        "asked": index.coverage(asked, held),  # share of the question's words in the passage and its headings
+        "asked": index.share(groups(question), held),  # share of the question's words in the passage and its headings
         "strangers": float(len(names(question) - index.around(place))),
         "answer": index.coverage(own - asked, held),  # share of what the answer adds
         "verified": float(status != "unverified"),
@@ -235,7 +237,7 @@ def match_quote(quote: str, text: str) -> tuple[int, int, str] | None:
     bare = quote.strip().strip("\"“”'‘’「」『』").rstrip(".。!！?？,，;；:：…").strip()
     if not bare:
         return None
-    if (at := text.find(bare)) >= 0:
+    if (at := _whole(bare, text)) >= 0:
         return at, at + len(bare), "verified"
     wanted, _ = _folded(bare)
     folded, origins = _folded(text)
@@ -264,7 +266,9 @@ def _folded(text: str) -> tuple[str, list[int]]:
     characters: list[str] = []
     origins: list[int] = []
     for place, character in enumerate(text):
-        for folded in normalise(character):
+        for folded in unicodedata.normalize("NFKD", normalise(character)):
+            if "\u0300" <= folded <= "\u036f":  # an accent, which may be a character of its own or not
+                continue
             if folded.isspace():
                 if not characters or characters[-1] == " ":
                     continue

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..errors import UserError
-from .report_grammar import Attribute, Draws, Topic, accepted_wordings, read_language
+from .report_grammar import Attribute, Draws, Language, Topic, accepted_wordings, read_language
 
 LANGUAGES = ("en", "zh")
 _HAN = re.compile(r"[\u4e00-\u9fff]")
@@ -92,6 +92,49 @@ def generate_report(seed: int = 0, *, target_words: int = 3000, questions: int =
         write(topic, company)
     text = "\n\n".join(blocks) + "\n"
     return Report(title, text, _spread(facts, questions, len(text), rng), language)
+
+
+def unanswerable(report: Report, questions: int, seed: int = 0) -> tuple[str, ...]:
+    """Questions of the report's own kinds that it does not answer: half of them ask what it leaves unsaid of things
+    that it speaks of, half ask about things that stand in another report. Fewer where it has no more."""
+    words = _language(report.language)
+    rng = random.Random(f"unanswerable {seed} {report.language}")
+    unsaid = []
+    for heading in re.findall(r"^## (.*)$", report.text, re.MULTILINE):
+        for topic in words.topics:
+            named = re.fullmatch(re.escape(topic.heading).replace(r"\{name\}", "(?P<name>.+)"), heading)
+            # The opening and the closing sections state all of theirs.
+            if named is None or topic.where != "topic":
+                continue
+            for attribute in topic.attributes:
+                said = attribute.sentence.replace("{name}", named["name"]).split("{value}")
+                if attribute.question and not re.search(".+?".join(map(re.escape, said)), report.text):
+                    unsaid.append(attribute.question.replace("{name}", named["name"]))
+    size = _count_words(report.text, report.language)
+    foreign = []
+    for other in range(20):
+        strange = generate_report(seed + 7919 * (other + 1), target_words=size, questions=10, language=report.language)
+        for fact in strange.facts:
+            subject = _subject(fact, words)
+            if subject and subject not in report.text:
+                foreign.append(fact.question)
+        if len(foreign) >= questions:
+            break
+    rng.shuffle(unsaid)
+    rng.shuffle(foreign)
+    mixed = [question for pair in zip(unsaid, foreign, strict=False) for question in pair]
+    rest = unsaid[len(foreign) :] + foreign[len(unsaid) :]
+    return tuple(dict.fromkeys(mixed + rest))[:questions]
+
+
+def _subject(fact: Fact, words: Language) -> str:
+    """The name that a fact is about, by the question's template."""
+    for topic in words.topics:
+        for attribute in topic.attributes:
+            pattern = re.escape(attribute.question).replace(r"\{name\}", "(?P<name>.+)")
+            if attribute.question and (found := re.fullmatch(pattern, fact.question)):
+                return found["name"]
+    return ""
 
 
 _Stated = list[tuple[int, Attribute, str, str]]  # offset in the block, attribute, value, sentence

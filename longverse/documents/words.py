@@ -26,11 +26,14 @@ _STOP = (
 )
 NEIGHBOURS = 8  # paragraphs before and after one in which its names may stand
 STOP = frozenset(_STOP.split())
-# Grammar, question words and counters: a pair with one of them says little.
-_STOP_HAN = frozenset(
-    "的了是在有和与及或于为以之其这那此谁哪何什么吗呢吧啊多少几怎样请问被把将也都就还又很对从到由而并且但"
+# Grammar: a pair with one of them says little.
+_STOP_HAN = frozenset("的了是在有和与及或于为以之其这那此被把将也都就还又很对从到由而并且但")
+_ASKING_HAN = re.compile(
+    "什么时候|为什么|什么|多少|哪[里家个些位种年]?|谁|怎么样?|怎样|如何|是否|请问|几[个年月]|吗|呢|何[时地种处]"
 )
-_SENTENCE = re.compile(r"(?<=[.!?])[\"”’)\]]*\s+(?=[\"“‘(\[]?[A-Z0-9\u0400-\u04ff])|(?<=[。！？；])[”’」』）]*|\n+")
+_SENTENCE = re.compile(
+    rf"(?<=[.!?])[\"”’)\]]*\s+(?=[\"“‘(\[]?[A-Z0-9\u0400-\u04ff{HAN}])|(?<=[。！？；])[”’」』）]*|\n+"
+)
 _ABBREVIATION = re.compile(
     r"(?:\b(?:mr|mrs|ms|dr|prof|st|no|vol|fig|sec|art|eq|vs|e\.g|i\.e|cf|al|inc|ltd|co|jr|sr)|\b[A-Z])\.$",
     re.IGNORECASE,
@@ -59,6 +62,20 @@ def terms(text: str) -> list[str]:
                 if part not in STOP and len(part) > 1:
                     found.append(_stem(part))
     return found
+
+
+def groups(question: str) -> list[tuple[str, ...]]:
+    """What a question asks with, one group for each English word or number and one for each unbroken run of Chinese:
+    its pairs are parts of one thing. Question words are left out."""
+    found: dict[tuple[str, ...], None] = {}
+    for part in re.split(rf"([{HAN}]+)", _ASKING_HAN.sub(" ", question)):
+        if not _HAN_RUN.fullmatch(part):
+            found.update(dict.fromkeys((word,) for word in terms(part)))
+            continue
+        for run in re.split(f"[{''.join(_STOP_HAN)}]", part):
+            if pairs := _pairs(run):
+                found[tuple(pairs)] = None
+    return list(found)
 
 
 def _pairs(run: str) -> list[str]:
@@ -136,6 +153,15 @@ class Index:
         weights = {word: self.rarity(word) for word in set(wanted)}
         total = sum(weights.values())
         return sum(weight for word, weight in weights.items() if word in held) / total if total else 1.0
+
+    def share(self, wanted: Sequence[tuple[str, ...]], held: frozenset[str]) -> float:
+        """The share of a question's groups that is held; a group counts as much as the rarest of its words."""
+        total = reached = 0.0
+        for group in wanted:
+            weight = max(map(self.rarity, group))
+            total += weight
+            reached += weight * self.coverage(group, held)
+        return reached / total if total else 1.0
 
     def around(self, place: int) -> frozenset[str]:
         """The words of a paragraph and of its neighbours in the same section: where a pronoun's name stands."""

@@ -1,0 +1,196 @@
+"""Does an answer's citation point at the right paragraph, and is a question without an answer refused?
+
+    python benchmarks/citations.py [--model smol] [--lengths 4000 8000 16000 32000] [--reports 4] [--questions 8]
+    python benchmarks/citations.py --lengths 4000 --reports 1 --questions 4      a quick look
+    python benchmarks/citations.py --heads --lengths 4000 --reports 6            which heads point at the evidence
+
+Reports are generated from seeds that the limits in documents/citations.py and the heads in documents/evidence.py were
+not chosen on (1000 and up; --heads takes 0 and up). Each is asked as many questions that it answers as it does not:
+half of those about what it leaves unsaid of its own subjects, half about the subjects of other reports. The answerable
+ones are asked again in other words than the report's, where a rewording is known.
+
+    cited      share of answerable questions whose first citation is the right paragraph, refused ones counted wrong
+    attention  the same by the attention of the answer alone, without the words of question and answer
+    refused    share said to be "not found in the document"
+"""
+
+import argparse
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from common import write_results
+
+from longverse.commands_demo import ANSWER_TOKENS, sized_report
+from longverse.documents.ask import cited, prepare
+from longverse.documents.document import Document
+from longverse.documents.evidence import attend_to, token_spans, trace
+from longverse.documents.reader import decode
+from longverse.documents.report import Fact, unanswerable
+from longverse.inference.engine import Engine, Session
+from longverse.inference.sampling import Sampling
+
+SAMPLING = Sampling(max_new_tokens=ANSWER_TOKENS, stop=("\n", ". ", "。"))
+# The generated questions repeat the report's words; people do not.
+REWORDINGS = (
+    (r"Who is the curator of (.*)\?", r"Who looks after the collection of \1?"),
+    (r"Who is the head teacher of (.*)\?", r"Which person runs \1?"),
+    (r"What is the number of workers of (.*)\?", r"How many people work at \1?"),
+    (r"What does the (.*) farm grow\?", r"Which crop is planted on the \1 farm?"),
+    (r"How much did the audit of (.*) cost\?", r"What did \1 pay to have its books audited?"),
+    (r"What is the budget of (.*)\?", r"How much money is set aside for \1?"),
+    (r"Which firm is the auditor of (.*)\?", r"Who checks the books of \1?"),
+    (r"Who is the chair of (.*)\?", r"Who presides over \1?"),
+    (r"Where is the head office of (.*)\?", r"From which town is \1 run?"),
+    (r"What is the speciality of (.*)\?", r"What is \1 best known for?"),
+    (r"What is the number of pupils of (.*)\?", r"How many children attend \1?"),
+    (r"Who is the editor of (.*)\?", r"Who decides what \1 prints?"),
+    (r"What was the cost of repairing (.*)\?", r"How expensive were the repairs of \1?"),
+    (r"Who is the architect of (.*)\?", r"Who designed \1?"),
+    (r"Who is the captain of (.*)\?", r"Who commands \1?"),
+)
+
+
+@dataclass
+class Tally:
+    """Counts of one length."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    misses: list[str] = field(default_factory=list)
+
+    def share(self, part: str, whole: str) -> float | None:
+        return round(self.counts[part] / self.counts[whole], 4) if self.counts[whole] else None
+
+
+def reworded(question: str) -> str:
+    """A question in other words, or nothing."""
+    for pattern, other in REWORDINGS:
+        if re.fullmatch(pattern, question):
+            return re.sub(pattern, other, question)
+    return ""
+
+
+def measure(engine: Engine, tokens: int, seed: int, questions: int, language: str, tally: Tally) -> None:
+    """One report: ask, cite, count."""
+    report = sized_report(engine, seed, tokens, questions, language)
+    document = decode(report.text.encode(), "report.md")
+    asked: list[tuple[str, Fact | None, str]] = [(fact.question, fact, "answerable") for fact in report.facts]
+    asked += [(question, None, "unanswerable") for question in unanswerable(report, questions, seed)]
+    asked += [(other, fact, "reworded") for fact in report.facts if (other := reworded(fact.question))]
+    prompts = prepare(engine, document, [question for question, _, _ in asked], ANSWER_TOKENS)
+    session = engine.session(prompts.planned_tokens)
+    for number, (question, fact, kind) in enumerate(asked):
+        started = time.perf_counter()
+        done = session.complete(prompts.ids[number], SAMPLING)
+        answered = time.perf_counter()
+        if number:  # the first question also pays for reading
+            tally.seconds["answers"] += answered - started
+        alone = attention_alone(session, prompts.ids[number], done.tokens, prompts)
+        begun = time.perf_counter()
+        result = cited(session, prompts, number, done.text, done.tokens)
+        if number:
+            tally.seconds["citations"] += time.perf_counter() - begun
+        tally.counts[kind] += 1
+        tally.counts[f"{kind} refused"] += not result.found
+        if fact is None:
+            if result.found:
+                tally.misses.append(f"accepted: {question} | {done.text.strip()[:100]}")
+            continue
+        right = fact.is_answered_by(done.text)
+        truth = document.paragraph_at(fact.position).number
+        hit = result.found and bool(result.citations) and result.citations[0].paragraph == truth
+        tally.counts[f"{kind} right"] += right
+        tally.counts[f"{kind} cited"] += hit
+        tally.counts[f"{kind} attention"] += alone == truth
+        tally.counts[f"{kind} right verified"] += right and hit and result.citations[0].status != "unverified"
+        tally.counts[f"{kind} wrong verified"] += not right and hit and result.citations[0].status != "unverified"
+        status = result.citations[0].status if result.citations else "no answer"
+        if not hit or (status != "unverified" and not right):
+            what = f"{kind}, {'cited' if hit else 'elsewhere' if result.found else 'refused'}, {status}"
+            signals = {name: round(value, 2) for name, value in result.signals.items()}
+            tally.misses.append(f"{what}: {question} | {done.text.strip()[:100]} | {signals}")
+
+
+def attention_alone(session: Session, prompt: list[int], answer: list[int], prompts) -> int:  # type: ignore[no-untyped-def]
+    """The number of the paragraph with most attention, headings aside; 0 without an answer."""
+    attended = attend_to(session, prompt, answer, prompts.index)
+    if attended is None:
+        return 0
+    shares = attended.over(0, 10**9)
+    text = {place: share for place, share in shares.items() if not prompts.index.places[place][1].level}
+    return prompts.index.places[max(text, key=lambda place: text[place])][1].number if text else 0
+
+
+def heads(engine: Engine, tokens: int, seeds: list[int], questions: int) -> list[dict[str, float]]:
+    """Every head by how often its most attended paragraph is the right one, over right answers."""
+    shape = engine.network.config
+    every = [(layer, head) for layer in range(shape.num_layers) for head in range(shape.num_heads)]
+    hits, mass, copying, total = [0] * len(every), [0.0] * len(every), [0.0] * len(every), 0
+    for seed in seeds:
+        report = sized_report(engine, seed, tokens, questions, "en")
+        document: Document = decode(report.text.encode(), "report.md")
+        prompts = prepare(engine, document, [fact.question for fact in report.facts], ANSWER_TOKENS)
+        session = engine.session(prompts.planned_tokens)
+        spans = token_spans(engine, prompts.ids[0], [paragraph.text for paragraph in document.paragraphs])
+        for number, fact in enumerate(report.facts):
+            done = session.complete(prompts.ids[number], SAMPLING)
+            if not fact.is_answered_by(done.text):
+                continue
+            found = trace(session, prompts.ids[number], done.tokens, spans, every)
+            truth = document.paragraph_at(fact.position).number - 1
+            mean = found.mass.mean(1)  # [N, P]
+            total += 1
+            for row in range(len(every)):
+                hits[row] += int(mean[row].argmax()) == truth
+                mass[row] += float(mean[row, truth])
+                copying[row] += float(found.copying[row])
+    made = [
+        {"layer": layer, "head": head, "right": round(hits[row] / total, 3), "mass": round(mass[row] / total, 3),
+         "copying": round(copying[row] / total, 3)}
+        for row, (layer, head) in enumerate(every)
+    ]  # fmt: skip
+    return sorted(made, key=lambda entry: -entry["mass"])[:24]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smol")
+    parser.add_argument("--rope")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4000, 8000, 16000, 32000])
+    parser.add_argument("--reports", type=int, default=4)
+    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--languages", nargs="+", default=["en"])
+    parser.add_argument("--heads", action="store_true")
+    parser.add_argument("--name", default="", help="written as citations-NAME.json")
+    options = parser.parse_args()
+    engine = Engine.load(options.model, rope=options.rope)
+    name = "citations" + (f"-{options.name}" if options.name else "")
+    if options.heads:
+        best = heads(engine, options.lengths[0], list(range(options.reports)), options.questions)
+        for entry in best:
+            print(entry)
+        print("written:", write_results(f"{name}-heads", {"model": options.model, "heads": best}))
+        return
+    rows = []
+    for language in options.languages:
+        for length in options.lengths:
+            tally = Tally()
+            for report in range(options.reports):
+                measure(engine, length, 1000 + report, options.questions, language, tally)
+            row = {"language": language, "tokens": length, "reports": options.reports}
+            for kind in ("answerable", "reworded"):
+                row |= {f"{kind} {part}": tally.share(f"{kind} {part}", kind) for part in
+                        ("right", "cited", "attention", "refused", "right verified", "wrong verified")}  # fmt: skip
+            row |= {"unanswerable refused": tally.share("unanswerable refused", "unanswerable")}
+            row |= {f"{kind} questions": tally.counts[kind] for kind in ("answerable", "reworded", "unanswerable")}
+            row |= {"seconds for citations, of the answers'": round(
+                tally.seconds["citations"] / max(tally.seconds["answers"], 1e-9), 3)}  # fmt: skip
+            rows.append(row | {"misses": tally.misses})
+            print(row, *tally.misses, sep="\n  ", flush=True)
+    print("written:", write_results(name, {"model": options.model, "rope": options.rope, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Citations give back their exact text, are checked against it, and what is not in a document is said to be absent."""
+
+import re
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from longverse.documents.citations import Attended, Cited, cite, match_quote, without_references
+from longverse.documents.reader import Document, decode
+from longverse.documents.report import generate_report, unanswerable
+from longverse.documents.words import Index, groups, names, sentences, terms
+
+CURATOR = "The curator of the Denton museum is Delia Mitchell"
+WHO = "Who is the curator of the Denton museum?"
+TEXT = """# The Upton report
+
+## The Denton museum
+
+The curator of the Denton museum is Delia Mitchell. It was built in 1,240 days. Visitors like the café.
+
+## The ship Rigel
+
+The Rigel sailed in March. Her crew of 41 was paid on time, and nobody was hurt.
+
+The engine was repaired at a cost of 3.5 million crowns.
+
+## 青溪工厂
+
+青溪工厂的厂长是王嘉林。员工共有412人，产值增长百分之八。
+"""
+
+
+@pytest.fixture(scope="module")
+def document() -> Document:
+    return decode(TEXT.encode(), "report.md")
+
+
+@pytest.fixture(scope="module")
+def index(document: Document) -> Index:
+    return Index([document])
+
+
+def check(cited: Cited, documents: list[Document]) -> None:
+    for citation in cited.citations:
+        document = documents[citation.document]
+        assert document.text[citation.start : citation.end] == citation.text
+        paragraph = document.paragraph_at(citation.start)
+        assert paragraph.start <= citation.start < citation.end <= paragraph.end
+        assert citation.paragraph == paragraph.number
+        record = citation.record()
+        assert document.text[record["start_char_index"] : record["end_char_index"]] == record["cited_text"]
+    for offset, numbers in cited.marks:
+        assert 0 <= offset <= len(cited.answer)
+        assert all(1 <= number <= len(cited.citations) for number in numbers)
+
+
+# ---- words ----------------------------------------------------------------------------------------------------
+
+
+def test_terms_of_both_languages() -> None:
+    assert terms("What are the cities' costs, 1,240 or 3.5%?") == ["city", "cost", "1240", "3.5%"]
+    assert terms("青溪的厂长") == ["青溪", "厂长"]
+    assert groups("货轮恒达号运送什么？") == [("货轮", "轮恒", "恒达", "达号", "号运", "运送")]
+    assert groups("Who is the captain?") == [("captain",)]
+    assert groups("What is it about?") == []
+
+
+def test_names_are_numbers_and_capitals_inside_sentences() -> None:
+    assert names("Where does Delia Mitchell live since 2019?") == {"delia", "mitchell", "2019"}
+    assert names("The curator left.") == set()
+
+
+@given(st.text(st.sampled_from('ab. A!?\n。！”" 1Mr'), max_size=80))
+def test_sentences_lose_nothing_but_white_space(text: str) -> None:
+    spans = sentences(text)
+    end = 0
+    for start, stop in spans:
+        assert not text[end:start].strip()
+        assert text[start:stop] == text[start:stop].strip() != ""
+        end = stop
+    assert not text[end:].strip()
+
+
+def test_sentences_part_where_they_end() -> None:
+    text = 'Mr. Smith paid 3.5 crowns. "Why?" he asked. 他走了。“好！”她说。'
+    parts = [text[a:b] for a, b in sentences(text)]
+    assert parts == ["Mr. Smith paid 3.5 crowns.", '"Why?" he asked.', "他走了。", "“好！”", "她说。"]
+
+
+# ---- quotes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quote", "status", "found"),
+    [
+        (CURATOR, "verified", CURATOR),
+        ("the CURATOR of  the denton museum is Delia Mitchell!", "verified", CURATOR),
+        ("The curator of Denton museum is Delia Mitchel.", "repaired", CURATOR + "."),
+        ("Delia", "verified", "Delia"),
+        ("Visitors like the cafe\u0301", "verified", "Visitors like the café"),
+        ("a sentence about something else entirely", None, None),
+        ("24", None, None),
+        ("...", None, None),
+    ],
+)  # fmt: skip
+def test_quotes_are_matched(document: Document, quote: str, status: str | None, found: str | None) -> None:
+    paragraph = next(p for p in document.paragraphs if "curator" in p.text)
+    match = match_quote(quote, paragraph.text)
+    assert (match[2] if match else None) == status
+    if match:
+        assert paragraph.text[match[0] : match[1]] == found
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_stretch_of_a_text_is_verified_and_found_where_it_reads_so(data: st.DataObject) -> None:
+    text = data.draw(st.sampled_from([TEXT.replace("\n", " "), "“Ｆｕｌｌ　ｗｉｄｔｈ”—x…  y\u00a0z ﬁne"]))
+    edges = [match.start() for match in re.finditer(r"\b", text)]  # whole words: 24 is not in 1,240
+    start, end = sorted(data.draw(st.lists(st.sampled_from(edges), min_size=2, max_size=2, unique=True)))
+    quote = text[start:end]
+    assume(any(character.isalnum() for character in quote))
+    match = match_quote(quote, text)
+    assert match is not None
+    assert match[2] == "verified"
+    plain = quote.strip().strip("\"“”'‘’「」『』").rstrip(".。!！?？,，;；:：…").strip()
+    assert text[match[0] : match[1]] == plain
+
+
+def test_references_are_taken_out_and_kept() -> None:
+    answer, references = without_references("It is so [3]. And so【12，14-15】。 Not [x] nor [0].")
+    assert answer == "It is so. And so。 Not [x] nor."
+    assert references == [(8, [2]), (16, [11, 13, 14]), (len("It is so. And so。 Not [x] nor"), [])]
+
+
+# ---- citing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "status", "found"),
+    [
+        (WHO, "The curator of the Denton museum is Delia Mitchell.", "verified", True),
+        (WHO, "Delia Mitchell", "verified", True),
+        (WHO, "The curator of the Denton museum is Ada Baker.", "unverified", True),
+        (WHO.replace("Denton", "Fairfax"), CURATOR.replace("Denton", "Fairfax"), "unverified", False),
+        ("How large was the crew of the Rigel?", "The crew of the Rigel was 41.", "verified", True),
+        ("What was the crew of the Rigel?", "The crew of the Rigel was 14.", "unverified", True),
+        ("Who is the captain of the Rigel?", "The captain of the Rigel is Tom.", "unverified", False),
+        ("青溪工厂的厂长是谁？", "青溪工厂的厂长是王嘉林。", "verified", True),
+        ("青溪工厂有多少员工？", "员工共有412人。", "verified", True),
+        ("青溪工厂有多少员工？", "青溪工厂有员工421人。", "unverified", True),
+    ],
+)  # fmt: skip
+def test_answers_are_tied_and_checked(
+    document: Document, index: Index, question: str, answer: str, status: str, found: bool
+) -> None:
+    cited = cite(question, answer, index)
+    check(cited, [document])
+    assert cited.found is found
+    assert cited.citations[0].status == status
+
+
+def test_a_citation_is_whole_sentences_with_their_place(document: Document, index: Index) -> None:
+    cited = cite("Who is the curator of the Denton museum?", "Delia Mitchell", index)
+    assert cited.citations[0].text == "The curator of the Denton museum is Delia Mitchell."
+    assert cited.citations[0].heading == ("The Upton report", "The Denton museum")
+    assert (cited.citations[0].place, cited.citations[0].page) == ("line 5", None)
+    assert cited.marked == "Delia Mitchell [1]"
+    answer = "The Rigel sailed in March. The engine was repaired at a cost of 3.5 million crowns."
+    several = cite("What happened to the Rigel?", answer, index)
+    check(several, [document])
+    assert several.marked == answer.replace("March.", "March [1].").replace("crowns.", "crowns [2].")
+
+
+def test_references_decide_where_the_model_gives_them(document: Document, index: Index) -> None:
+    place = next(n for n, (_, p) in enumerate(index.places) if "engine" in p.text)
+    cited = cite("What did the engine cost?", f"It cost 3.5 million crowns [{place + 1}].", index)
+    check(cited, [document])
+    assert cited.answer == "It cost 3.5 million crowns."
+    assert (cited.citations[0].paragraph, cited.citations[0].status) == (place + 1, "verified")
+    # Where they lead nowhere, the words do.
+    wrong = cite("What did the engine cost?", "It cost 3.5 million crowns [2].", index)
+    assert (wrong.citations[0].paragraph, wrong.citations[0].status) == (place + 1, "verified")
+    beyond = cite("What did the engine cost?", "It cost 3.5 million crowns [999].", index)
+    assert beyond.citations[0].paragraph == place + 1
+
+
+def test_attention_chooses_between_paragraphs_that_read_alike() -> None:
+    text = "A lamp costs 5 crowns.\n\nA lamp costs 5 crowns.\n\nNothing else is sold."
+    document = decode(text.encode(), "a.txt")
+    index = Index([document])
+    for place in (0, 1):
+        attended = Attended([{place: 0.5, 2: 0.1}], [0], -0.1)
+        assert (
+            cite("What does a lamp cost?", "A lamp costs 5 crowns.", index, attended).citations[0].paragraph
+            == place + 1
+        )
+
+
+def test_other_words_are_accepted_where_the_model_copies_with_attention() -> None:
+    document = decode(b"The White Orchestra is conducted by Ada Baker.\n\nIt plays on Sundays.", "a.txt")
+    index = Index([document])
+    question, answer = "Who waves the baton of the White Orchestra?", "The White Orchestra is conducted by Ada Baker."
+    assert cite(question, answer, index, Attended([{0: 0.3}], [0], -0.2)).found
+    assert not cite(question, answer, index, Attended([{0: 0.02}], [0], -0.2)).found
+    assert not cite(question, answer, index, Attended([{0: 0.3}], [0], -1.2)).found
+
+
+def test_questions_without_words_of_their_own_are_not_refused(index: Index) -> None:
+    assert cite("What is it about?", "The curator of the Denton museum is Delia Mitchell.", index).found
+    assert not cite("What is it about?", "", index).found
+
+
+def test_several_documents_are_told_apart() -> None:
+    documents = [
+        decode(text.encode(), f"{n}.txt") for n, text in enumerate(["Ada lives in Upton.", "Bob lives in Ashby."])
+    ]
+    cited = cite("Where does Bob live?", "Bob lives in Ashby.", Index(documents))
+    check(cited, documents)
+    assert (cited.citations[0].document, cited.citations[0].name) == (1, "1.txt")
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["en", "zh"]))
+def test_offsets_of_citations_on_generated_reports(seed: int, language: str) -> None:
+    report = generate_report(seed, target_words=1500, questions=6, language=language)
+    document = decode(report.text.encode(), "report.md")
+    index = Index([document])
+    for fact in report.facts:
+        cited = cite(fact.question, fact.sentence, index)
+        check(cited, [document])
+        assert cited.found
+        assert cited.citations[0].status == "verified"
+        assert cited.citations[0].start <= fact.position < cited.citations[0].end
+    for question in unanswerable(report, 2, seed):
+        check(cite(question, report.facts[0].sentence, index), [document])
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_questions_without_an_answer_are_those(language: str) -> None:
+    report = generate_report(3, target_words=2500, questions=20, language=language)
+    absent = unanswerable(report, 12, 5)
+    assert len(set(absent)) == 12
+    assert not set(absent) & {fact.question for fact in report.facts}
+    assert unanswerable(report, 12, 5) == absent != unanswerable(report, 12, 6)
