@@ -1,0 +1,165 @@
+"""What smol finds in long texts: invented facts of kinds, names and values its training never saw, as `ask` asks.
+
+    python benchmarks/smol_facts.py [--model smol] [--lengths 2048 8192 16384 32768] [--documents 6] [--journal FILE]
+    python benchmarks/smol_facts.py --lengths 65536 --rope dynamic:2      past the window it was trained for
+
+A cell is a language and a length: DOCUMENTS texts (English novels, Chinese classics and laws; $LONGVERSE_SHARED, or
+../shared) of that many tokens, ten questions each, asked one by one, dense attention, greedy. Counted apart: facts in
+one sentence (plain), facts that take two sentences (hop), several facts asked for at once (several; all must come) and
+questions the text does not answer (absent; the reply must say so). A question done is in the journal and is not asked
+again. Writes benchmarks/results/smol_facts.json, one entry a model and length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, table, write_results
+
+from longverse.data.config import build
+from longverse.data.long_sft.builder import build_sft
+from longverse.data.long_sft.plan import SftConfig
+from longverse.documents.ask import messages
+from longverse.inference.engine import Engine
+from longverse.inference.sampling import Sampling
+
+SHARED = Path(os.environ.get("LONGVERSE_SHARED", Path(__file__).parent.parent / "../shared")) / "corpora"
+SORTS = ("plain", "hop", "several", "absent")
+ABSENT = ("does not say", "not stated", "no answer", "没有提到", "没有写明", "没有说")
+LANGUAGES = ("en", "zh")
+
+
+def items(language: str, length: int, documents: int, folder: Path) -> list[dict[str, Any]]:
+    """Texts with facts in them, built anew from the seed."""
+    texts = {"en": ("en_novels",), "zh": ("zh_classics", "zh_laws")}[language]
+    values = {
+        "out": str(folder / f"{language}-{length}"),
+        "tokenizer": "smol-8k",
+        "items": documents,
+        "seed": 1000 + length,
+        "tasks": {"stated_facts": 1},
+        "languages": {language: 1},
+        "lengths": [{"low": int(length * 0.97), "high": length, "weight": 1}],
+        "recite": 0,
+        "questions_low": 10,
+        "questions_high": 10,
+        "split": "heldout",
+        "processes": 1,
+        "sources": [{"name": name, "path": str(SHARED / f"{name}.jsonl.gz")} for name in texts],
+    }
+    result = build_sft(build(SftConfig, values, "the texts"), folder)
+    return [json.loads(line) for line in result.path.read_text(encoding="utf-8").splitlines()]
+
+
+def question_of(item: dict[str, Any], number: int) -> str:
+    """The bare question of a turn; the first is the last line of the message that holds the text."""
+    asked = [m["content"] for m in item["messages"] if m["role"] == "user"][number]
+    if number:
+        return str(asked)
+    line = asked.strip().splitlines()[-1]
+    for lead in ("Question:", "Answer from the text above.", "So:", "问题：", "请根据上文回答：", "那么："):
+        line = line.removeprefix(lead).strip()
+    return str(line)
+
+
+def right(reply: str, sort: str, answers: list[str]) -> bool:
+    folded = reply.casefold()
+    if sort == "absent":
+        return any(words in folded for words in ABSENT)
+    return all(answer.casefold() in folded for answer in (answers if sort == "several" else answers[:1]))
+
+
+def measure(engine: Engine, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Every question's record; those in the journal are not asked again."""
+    key = {"model": options.model, "rope": options.rope, "documents": options.documents}
+    done: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if options.journal.exists():
+        for line in options.journal.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if all(record[name] == value for name, value in key.items()):
+                done[record["language"], record["length"], record["item"], record["question"]] = record
+    records = []
+    for length in options.lengths:
+        for language in options.languages:
+            for number, item in enumerate(items(language, length, options.documents, folder)):
+                place = item["documents"][0]
+                text = item["messages"][place["message"]]["content"][place["start"] : place["end"]]
+                session = None
+                for turn, (sort, answers) in enumerate(zip(item["notes"]["sorts"], item["answers"], strict=True)):
+                    at = (language, length, number, turn)
+                    if at not in done:
+                        prompt = engine.chat.encode(messages(text, question_of(item, turn)))
+                        session = session or engine.session(min(engine.window, len(prompt) + 600))
+                        started = time.perf_counter()
+                        answer = session.complete(prompt, Sampling(max_new_tokens=48))
+                        record = {
+                            **key,
+                            "language": language,
+                            "length": length,
+                            "item": number,
+                            "question": turn,
+                            "sort": sort,
+                            "asked": question_of(item, turn),
+                            "answers": answers,
+                            "reply": answer.text.strip(),
+                            "right": right(answer.text, sort, answers),
+                            "prompt_tokens": len(prompt),
+                            "seconds": round(time.perf_counter() - started, 2),
+                        }
+                        with options.journal.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        done[at] = record
+                    records.append(done[at])
+                print(f"{language} {length:,}: {number + 1} of {options.documents} texts", flush=True)
+    return records
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Share right and count, by language and sort."""
+    cells: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        cells[record["language"]][record["sort"]].append(record["right"])
+    return {
+        language: {sort: {"right": sum(hits) / len(hits), "of": len(hits)} for sort, hits in sorts.items()}
+        for language, sorts in cells.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smol")
+    parser.add_argument("--rope", help="change the RoPE plan, such as dynamic:2")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=list(LANGUAGES))
+    parser.add_argument("--documents", type=int, default=6)
+    parser.add_argument("--journal", type=Path, default=Path(tempfile.gettempdir()) / "longverse-smol-facts.jsonl")
+    options = parser.parse_args()
+    window = max(options.lengths) + 2048
+    engine = Engine.load(options.model, rope=options.rope, window=window)
+    with tempfile.TemporaryDirectory() as folder:
+        records = measure(engine, options, Path(folder))
+    path = RESULTS / "smol_facts.json"
+    cells = json.loads(path.read_text())["cells"] if path.exists() else []
+    rows = []
+    for length in options.lengths:
+        here = [record for record in records if record["length"] == length]
+        cell = {"model": options.model, "rope": options.rope, "length": length, "found": summary(here)}
+        mine = (options.model, options.rope, length)
+        cells = [c for c in cells if (c["model"], c["rope"], c["length"]) != mine] + [cell]
+        for language, sorts in cell["found"].items():
+            shares = [f"{sorts[s]['right']:.0%} of {sorts[s]['of']}" if s in sorts else "" for s in SORTS]
+            rows.append([f"{length:,}", language, *shares])
+    print(table(["tokens", "language", *SORTS], rows))
+    cells.sort(key=lambda c: (c["model"], c["rope"] or "", c["length"]))
+    print(f"written: {write_results('smol_facts', {'cells': cells})}")
+
+
+if __name__ == "__main__":
+    main()
