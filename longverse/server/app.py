@@ -118,7 +118,16 @@ def _add_own_routes(app: FastAPI, service: Service) -> None:
     async def index() -> Any:
         return HTMLResponse(page, headers={"Cache-Control": "no-cache"})
 
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/static", Static(directory=STATIC), name="static")
+
+
+class Static(StaticFiles):
+    """The page's files, asked for anew after an update; unchanged ones cost an empty answer."""
+
+    def file_response(self, *arguments: Any, **more: Any) -> Response:
+        response = super().file_response(*arguments, **more)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 def resident_bytes() -> int:
