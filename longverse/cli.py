@@ -88,7 +88,7 @@ app.command()(ask)
 
 @app.command()
 def chat(
-    file: Annotated[str | None, typer.Argument(help="A document to talk about.")] = None,
+    files: Annotated[list[str] | None, typer.Argument(help="Documents, or folders of them, to talk about.")] = None,
     model: Model = "smol",
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -112,19 +112,19 @@ def chat(
 
     longverse chat
 
-    longverse chat report.txt --temperature 0.7
+    longverse chat report.pdf notes.docx --temperature 0.7
 
     printf 'Hello!\\\\nTell me a joke.\\\\n' | longverse chat
     """
+    from .commands_ask import read_documents
     from .commands_chat import Chat
-    from .documents.reader import read
 
-    if file == "-":
+    if "-" in (files or ()):
         raise UserError("The chat reads your turns from standard input, so the document must be a file.")
-    document = read(file) if file is not None else None
+    documents = read_documents(files, quiet=quiet) if files else []
     settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     engine = load_engine(model, dtype, device, rope, quiet)
-    Chat(engine, settings, system=system, quiet=quiet).run(document)
+    Chat(engine, settings, system=system, quiet=quiet).run(documents)
 
 
 @app.command()

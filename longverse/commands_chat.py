@@ -8,19 +8,23 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import console
-from .documents.reader import Document, read
+from . import commands_cite, console
+from .documents.reader import Document, read, read_many
 from .errors import UserError, expand
 
 if TYPE_CHECKING:
     from .inference.engine import Engine, Session
     from .inference.sampling import Sampling
 
-HELP = """/read FILE   put a document before your next message
+HELP = """/read FILE   put a document, or a folder of them, before your next message
+/cite        show where the last answer stands in the documents; /cite on and /cite off for all answers
+/tool TEXT   send TEXT as the result of a tool call, where the model's format knows them
+/system TEXT begin anew with these instructions
 /save FILE   write the conversation as Markdown
 /stats       figures of the last answer, and how full the window is
 /reset       begin anew
@@ -38,26 +42,29 @@ class Chat:
         self.interactive = sys.stdin.isatty()
         self.session: Session | None = None
         self.messages: list[dict[str, str]] = []
-        self.document: Document | None = None
+        self.waiting: list[Document] = []  # they go with the next message
+        self.read: list[Document] = []  # they stand in the conversation, in this order
+        self.citing = False
+        self.last: tuple[list[int], list[int], str, str] | None = None  # prompt and answer ids, question, answer
         self.saved: set[Path] = set()  # files that hold this conversation, so that /save may write them again
         self.reset()
 
     def reset(self) -> None:
-        """Forget the turns, the document and where they were saved."""
+        """Forget the turns, the documents and where they were saved."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self.document = None
+        self.waiting, self.read, self.last = [], [], None
         self.saved = set()
 
     # ---- the loop ---------------------------------------------------------------------------------------
 
-    def run(self, document: Document | None = None) -> None:
+    def run(self, documents: Sequence[Document] = ()) -> None:
         """Read turns until the end of input, /quit, or Ctrl-C twice at an empty prompt (KeyboardInterrupt).
 
         On a terminal a UserError is shown and the conversation goes on; a pipe cannot see it, and its next turns may
         build on what failed, so there it ends the chat.
         """
-        if document is not None:
-            self.attach(document)
+        if documents:
+            self.attach(list(documents))
         if self.interactive:
             name = self.engine.name
             self.say(f"{name} reads {self.engine.window:,} tokens. /help lists the commands, /quit leaves.")
@@ -164,10 +171,20 @@ class Chat:
             return False
         if name in ("/read", "/save") and not rest:
             raise UserError(f"{name} needs the name of a file: {name} FILE.")
+        if name in ("/tool", "/system") and not rest:
+            raise UserError(f"{name} needs a text: {name} TEXT.")
         if name == "/help":
             self.say(HELP)
         elif name == "/read":
-            self.attach(read(rest))
+            self.attach(read_many([rest]) if expand(rest).is_dir() else [read(rest)])
+        elif name == "/cite":
+            self.cite(rest)
+        elif name == "/tool":
+            self.tool(rest)
+        elif name == "/system":
+            self.system = rest
+            self.reset()
+            self.say("A new conversation, with these instructions.")
         elif name == "/save":
             self.save(expand(rest))
         elif name == "/stats":
@@ -179,12 +196,51 @@ class Chat:
             raise UserError(f"There is no command {name}: /help lists them.")
         return True
 
-    def attach(self, document: Document) -> None:
-        """Keep a document for the next message; refused when it cannot fit with an answer."""
-        turn = self.with_document("", document)
-        self.fitting([*self.messages, {"role": "user", "content": turn}], document.name)
-        self.document = document
-        self.say(f"{document.name}: {document.words:,} words. It goes with your next message.")
+    def attach(self, documents: list[Document]) -> None:
+        """Keep documents for the next message; refused when they cannot fit with an answer."""
+        waiting = [*self.waiting, *documents]
+        what = documents[0].name if len(documents) == 1 else f"{len(documents)} documents"
+        self.fitting([*self.messages, {"role": "user", "content": self.with_documents("", waiting)}], what)
+        self.waiting = waiting
+        for document in documents:
+            pages = f", {document.pages:,} {document.unit}s" if document.unit and document.pages > 1 else ""
+            self.say(f"{document.name}: {document.words:,} words{pages}.")
+            for remark in document.notes:
+                self.say(remark)
+        self.say("It goes with your next message." if len(waiting) == 1 else "They go with your next message.")
+
+    def tool(self, text: str) -> None:
+        """Answer the result of a tool call."""
+        if self.engine.chat.kind == "plain":
+            raise UserError(
+                f"{self.engine.name} has no chat format, so it knows no tool results: send it as a message."
+            )
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise UserError("A tool's result follows an answer of the model: ask something first.")
+        self.send([*self.messages, {"role": "exec", "content": text}], text, [])
+
+    def cite(self, what: str) -> None:
+        """Show the passages that the last answer rests on, or do so for all answers from now on."""
+        if what in ("on", "off"):
+            self.citing = what == "on"
+            self.say("Every answer shows its passages." if self.citing else "Answers show no passages.")
+            return
+        if what:
+            raise UserError(f"/cite takes on, off or nothing, not {what}.")
+        if self.last is None or self.session is None:
+            raise UserError("There is no answer to cite yet: ask something first.")
+        if not self.read:
+            raise UserError("No document stands in this conversation: /read FILE puts one there.")
+        from .documents.citations import NOT_FOUND, cite
+        from .documents.evidence import attend_to
+        from .documents.words import Index
+
+        prompt, answer, question, text = self.last
+        index = Index(self.read)
+        cited = cite(question, text, index, attend_to(self.session, prompt, answer, index))
+        if not cited.found:
+            self.say(NOT_FOUND["zh" if any("\u4e00" <= character <= "\u9fff" for character in question) else "en"])
+        commands_cite.show(cited, several=len(self.read) > 1)
 
     def save(self, target: Path) -> None:
         """Write the conversation as Markdown; only a file that holds an earlier state of it is written over."""
@@ -218,8 +274,9 @@ class Chat:
     # ---- answers ----------------------------------------------------------------------------------------
 
     @staticmethod
-    def with_document(text: str, document: Document) -> str:
-        return f"Document {document.name}:\n{document.text.strip()}\n\n{text}"
+    def with_documents(text: str, documents: Sequence[Document]) -> str:
+        parts = [f"Document {document.name}:\n{document.text.strip()}" for document in documents]
+        return "\n\n".join([*parts, text])
 
     def fitting(self, messages: list[dict[str, str]], what: str) -> list[int]:
         """The prompt's ids. Raises UserError with the numbers when prompt and answer exceed the window."""
@@ -234,16 +291,20 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Send a message and stream the answer; a message that does not fit changes nothing."""
-        content = self.with_document(text, self.document) if self.document is not None else text
-        messages = [*self.messages, {"role": "user", "content": content}]
+        content = self.with_documents(text, self.waiting) if self.waiting else text
+        self.send([*self.messages, {"role": "user", "content": content}], text, self.waiting)
+
+    def send(self, messages: list[dict[str, str]], text: str, documents: list[Document]) -> None:
+        """Stream the answer to `messages`, which become the conversation once there is one. `text` is what was asked
+        and `documents` are those that come with it."""
         ids = self.fitting(messages, "this message")
         session = self.session_for(len(ids) + self.sampling.max_new_tokens)
-        reply = ""
+        reply, written = "", []  # type: ignore[var-annotated]
         # The same seed for every turn would draw the same words again for the same question.
         seed = self.sampling.seed
         sampling = self.sampling if seed is None else replace(self.sampling, seed=(seed + len(messages)) % 2**63)
         with console.interruptible() as stopped, console.Task("Reading", quiet=self.quiet) as task:
-            for piece in session.stream(ids, sampling, on_progress=task, cancelled=stopped):
+            for piece in session.stream(ids, sampling, on_progress=task, cancelled=stopped, ids=written):
                 task.close()
                 piece = piece if reply else piece.lstrip()
                 reply += piece
@@ -258,7 +319,11 @@ class Chat:
             console.note("The model answered nothing; the message was taken back.")
         if reply:
             self.messages = [*messages, {"role": "assistant", "content": reply.rstrip()}]
-            self.document = None
+            self.read = [*self.read, *documents]
+            self.waiting = []
+            self.last = (ids, written, text, reply.strip())
+            if self.citing and self.read:
+                self.cite("")
 
     def session_for(self, tokens: int) -> Session:
         """The running session while `tokens` fit its plan, else a roomier one that reads the conversation anew."""

@@ -153,7 +153,7 @@ def speaks_of(signals: dict[str, float]) -> bool:
         return True
     copied = signals["verified"] and signals["answer"] >= SUPPORTED
     if "attention" in signals:
-        return bool(copied and signals["attention"] >= 0.1 and signals["logprob"] >= -0.5)
+        return bool(copied and signals["attention"] >= 0.1 and signals["logprob"] >= -0.4)
     return bool(copied and signals["asked"] >= 0.4)
 
 

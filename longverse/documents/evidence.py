@@ -1,11 +1,11 @@
 """Where in a document an answer comes from, by the attention of the answer's own tokens.
 
 After an answer, its tokens are read once more as one chunk over the cache, and the wrapped `attend` notes how much of
-each chosen head's softmax falls on each paragraph. One forward of some twenty tokens: a few per cent of the answer's
-cost. Heads that copy ("retrieval heads", Wu et al. 2024, arXiv 2404.15574) look at the very words that come next. Which
-they are in the embedded model was found on generated reports (benchmarks/citations.py --heads); in any other model the
-heads of the upper two thirds of the layers count by how much of their attention falls on the token that the answer
-takes next, which is what copying is.
+each chosen head's softmax falls on each paragraph: one forward, where writing the answer took one for each token. Heads
+that copy ("retrieval heads", Wu et al. 2024, arXiv 2404.15574) look at the very words that come next. Which they are in
+the embedded model was found on generated reports (benchmarks/citations.py --heads); in any other model the heads of the
+upper two thirds of the layers count by how much of their attention falls on the token that the answer takes next, which
+is what copying is.
 
 Shapes: T answer tokens, P paragraphs, N heads looked at, S tokens held.   mass [N, T, P]
 """
@@ -25,9 +25,10 @@ from .words import Index
 
 Head = tuple[int, int]  # layer, query head
 
-# By the model's name; see benchmarks/results/citations.json for what they were chosen by.
+# By the model's name: the eight with most attention on the right paragraph over 46 right answers about eight reports of
+# 3,400 and 7,000 tokens (the first alone: right in 46, with 0.42 of its attention there).
 RETRIEVAL_HEADS: dict[str, tuple[Head, ...]] = {
-    "smol": ((18, 7), (7, 7), (17, 3), (23, 2), (21, 8), (18, 6), (20, 6), (15, 6)),
+    "smol": ((18, 7), (7, 7), (21, 8), (17, 3), (23, 2), (14, 3), (20, 6), (18, 6)),
 }
 KEPT = 8  # paragraphs remembered for each token of an answer
 
