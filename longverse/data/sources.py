@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -117,12 +118,17 @@ def read_source(config: SourceConfig, base: Path, skipped: Skipped) -> Iterator[
         count += 1
 
 
+_COMMENT = re.compile(r"^[ \t]*<!--(?:(?!-->)[^\n])*-->[ \t]*\n", re.MULTILINE)
+
+
 def _clean(text: str) -> str:
-    """One newline convention, no byte-order mark, NUL or form feed; lone surrogates (damaged JSON escapes) are
-    replaced."""
+    """One newline convention, no byte-order mark, NUL or form feed, no line that is a comment of HTML or Markdown; lone
+    surrogates (damaged JSON escapes) are replaced."""
     text = (
         text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "").replace("\x0c", "\n")
     )
+    if "<!--" in text:
+        text = _COMMENT.sub("", text)
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode("utf-8")
     return text

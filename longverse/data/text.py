@@ -54,8 +54,22 @@ def language_of_short(text: str) -> str:
 
 
 def squash(text: str) -> str:
-    """White space folded to single spaces: how evidence and answers are compared (novels are hard-wrapped)."""
+    """White space folded to single spaces: novels are hard-wrapped."""
     return " ".join(text.split())
+
+
+_HAN_OR_MARK = r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef“”‘’…—]"
+_ZH_BREAK = re.compile(rf"(?<={_HAN_OR_MARK})\s*\n\s*|\s*\n\s*(?={_HAN_OR_MARK})")
+
+
+def squash_zh(text: str) -> str:
+    """`squash` for Chinese, which joins its lines without a space."""
+    return squash(_ZH_BREAK.sub("", text))
+
+
+def fold(text: str) -> str:
+    """Case and all white space aside: how answers, replies and evidence are compared."""
+    return "".join(text.split()).casefold()
 
 
 # A full stop ends an English sentence only after a word of more than one letter that is no common title or
@@ -64,7 +78,7 @@ _EN_END = re.compile(r"""(?<=[a-z0-9)\]'"”’][.!?])["”’)]{0,2}\s+(?=["“
 _ABBREVIATION = re.compile(
     r"\b(?:Mr|Mrs|Ms|Dr|St|Messrs|Mme|Mlle|Esq|Rev|Hon|Col|Capt|Lieut|Lt|Gen|Sergt|Prof|Jr|Sr|No|vol|viz|etc|i\.e|e\.g)\.$"
 )
-_ZH_END = re.compile(r"(?<=[。！？；])[」』”’）]*")
+_ZH_END = re.compile(r"(?<=[。！？])[」』”’）]*")  # a semicolon parts clauses
 
 
 def sentences(text: str, language: str) -> list[tuple[int, int]]:
@@ -101,7 +115,7 @@ def paragraphs(text: str) -> list[tuple[int, int]]:
     """Character spans of the paragraphs: split at blank lines, or at line ends where there are hardly any."""
     breaks = list(_BLANK.finditer(text))
     if len(breaks) * 3_000 < len(text):
-        breaks = list(_LINE_END.finditer(text))
+        breaks = [m for m in _LINE_END.finditer(text) if not _ABBREVIATION.search(text, m.start() - 12, m.start())]
     spans, start = [], 0
     for match in breaks:
         if match.start() > start:

@@ -1,6 +1,9 @@
 """The offline rules: what they find is true, and what would be ambiguous or false is left out."""
 
+import json
+import random
 import re
+from collections import Counter
 
 import pytest
 
@@ -10,10 +13,11 @@ from longverse.data.long_sft.context import Spec
 from longverse.data.long_sft.few_shot import _draft as few_shot_draft
 from longverse.data.long_sft.few_shot import few_shot
 from longverse.data.long_sft.offline_code import find_code
-from longverse.data.long_sft.offline_zh import find_chinese
-from longverse.data.long_sft.pool import write_pool
-from longverse.data.long_sft.summary import summary
-from longverse.data.sources import SourceConfig
+from longverse.data.long_sft.offline_zh import articles, book, find_chinese
+from longverse.data.long_sft.pool import Opened, PoolDocument, write_pool
+from longverse.data.long_sft.summary import _digest, _persons
+from longverse.data.sources import Skipped, SourceConfig, read_source
+from longverse.data.text import paragraphs, squash_zh
 from longverse.data.vocabulary import load_vocabulary
 from tests.data.texts import history, law, novel, tokenizer_folder, write_jsonl
 
@@ -99,16 +103,90 @@ def test_article_is_asked_only_where_its_words_occur_once():
     assert [f.answers[0] for f in found] == ["第一条"]
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_summaries_cover_what_is_shown(context, language):
-    reached = []
-    for index in range(12):
-        built = build_one(context, spec("summary", language, 5_000, index), 30, None)
-        draft = summary(context, spec("summary", language, 5_000, index)) if built.attempt == 0 else None
-        if draft is not None and draft.kind == "key_sentences":
-            starts = draft.claims[-1].end / len(draft.parts[0].text)
-            reached.append(starts)
-            size = len(draft.parts[0].text) / len(draft.claims)
-            for number, claim in enumerate(draft.claims):  # each sentence stands in its own equal part of what is shown
-                assert (number - 0.15) * size <= claim.start < (number + 1.3) * size
-    assert reached
+@pytest.mark.parametrize(("language", "tokens"), [("en", 23_000), ("zh", 8_500)])
+def test_outlines_leave_no_heading_out(context, language, tokens):
+    seen = 0
+    for index in range(6):
+        item = json.loads(build_one(context, spec("summary", language, tokens, index), 6, None).line or "null")
+        if item and item["kind"] == "chapters":
+            seen += 1
+            shown = item["messages"][0]["content"]
+            headings = re.findall(r"^(CHAPTER \d.*|卷.*)$", shown, re.MULTILINE)
+            lines = item["messages"][1]["content"].split("\n")
+            assert len(headings) == len(lines) >= 4
+            for heading, line in zip(headings, lines, strict=True):
+                assert heading.replace("\u3000", " ") in line
+    assert seen
+
+
+def test_persons_named_most(context):
+    """The persons of each part are those whose names really come most often in it, with a clear lead."""
+    rng = random.Random(4)
+    people = ["Arthur", "Brenda", "Clement", "Dorothea", "Edmund"]
+    lines = []
+    for part in range(6):
+        for n in range(60):
+            often = people[part % 5 : part % 5 + 1] * 6 + people
+            lines.append(
+                f"On day {part}{n:03d} they met {rng.choice(often)} and spoke of {rng.choice(often)} by the river. "
+                f"It had rained for {rng.randint(2, 99)} hours, and the fields near the mill lay under water again."
+            )
+            if n % 6 == 0:
+                lines.append(f'"I never saw so much water in the fields of this parish," said {people[n // 6 % 5]}.')
+    text = "\n\n".join(lines)
+    opened = Opened(PoolDocument(0, "d", "s", "en", "t", 0, 0, len(text)), text, context.counter)
+    target = context.counter.count(text[: len(text) * 3 // 4]) + 900
+    for seed in range(6):
+        draft = _persons(context, spec("summary", "en", target), random.Random(seed), opened, 0, len(text) * 3 // 4)
+        parts = re.findall(r"part \d from “([^”]+)”", draft.turns[0].user)
+        begins = [text.index(words) for words in parts]
+        for line, begin, end in zip(
+            draft.turns[0].reply.split("\n"), begins, [*begins[1:], len(text) * 3 // 4], strict=True
+        ):
+            given = re.findall(r"[A-Z]\w+", line)
+            counts = Counter({name: text[begin:end].count(name) for name in people})
+            assert given == [name for name, _ in counts.most_common(len(given))]
+
+
+def test_a_digest_says_only_what_is_certain(context):
+    name, text = law(3)
+
+    def digest(text):
+        return _digest(Opened(PoolDocument(0, "d", "s", "zh", name, 0, 0, len(text)), text, context.counter))
+
+    line, spans = digest(text)
+    assert "维护当事人的合法权益" in line
+    assert "共二十四条" in line
+    assert re.search(r"自\d+年\d+月1日起施行。$", line)
+    assert all(0 <= a < b <= len(text) for a, b in spans)
+    assert digest(text.rsplit("自", 1)[0] + "自公布之日起施行。")[0].endswith("自公布之日起施行。")
+    assert digest(text.rsplit("自", 1)[0] + "的施行另行规定。") is None
+    assert digest(text.replace("第九条", "第八条")) is None  # the number of articles is in doubt
+    assert digest(text.replace("，根据有关法律，制定本条例", "。")) is None  # a purpose of another form
+
+
+def test_titles_within_titles_and_lines_of_chinese():
+    assert book("河南省实施《渔业法》办法") == "《河南省实施〈渔业法〉办法》"
+    assert squash_zh("第一款。\n\n　　第二款 of\n Python 3，\n好") == "第一款。第二款 of Python 3，好"
+    text = "第一条 甲乙丙丁应当依法登记，并且按期报告。\n\n登记以后即可开业经营。\n\n附带的小标题\n\n"
+    text += "\n\n".join(f"第{n}条 主管部门应当在{n}日内作出决定并书面告知申请人。" for n in "二三四")
+    assert [text[b - 1] for _, _, b in articles(text)] == ["。"] * 4  # the heading belongs to no article
+    replies = [f.reply for f in find_chinese(text, "某法") if f.kind in ("article_text", "article_number")]
+    assert not any(" " in reply for reply in replies)
+
+
+def test_abbreviations_end_no_paragraph_and_comments_are_no_text(tmp_path):
+    text = "It rained upon the hills that day, and Mr.\nMonk was out in it.\nNobody knew.\n" * 40
+    assert all(text[a:b].startswith(("It", "Nobody")) for a, b in paragraphs(text))
+    (tmp_path / "a.md").write_text("# One\n<!-- END -->\nTwo <!-- kept --> three\n")
+    assert next(read_source(SourceConfig("a", "a.md"), tmp_path, Skipped())).text == "# One\nTwo <!-- kept --> three\n"
+
+
+def test_what_is_left_out_is_marked(context):
+    for task, language in (("single_doc_qa", "en"), ("single_doc_qa", "zh"), ("multi_doc_qa", "zh")):
+        for index in range(6):
+            line = build_one(context, spec(task, language, 5_000, index), 30, None).line
+            item = json.loads(line or "null")
+            for shown in item["documents"] if item else ():
+                before = item["messages"][0]["content"][: shown["start"]].rstrip("\n").rpartition("\n")[2]
+                assert (shown["origin"] > 0) == (before in ("[…]", "（上略）", "# […]"))

@@ -13,7 +13,7 @@ from longverse.data.long_sft.gates import supported
 from longverse.data.long_sft.pool import Opened
 from longverse.data.long_sft.prompts import fill, variants
 from longverse.data.teacher import Teacher, Unusable
-from longverse.data.text import language_of_short, squash
+from longverse.data.text import fold, language_of_short
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Asker:
         quoted = [opened.text[a:b] for (opened, _, _), (a, b) in zip(spans, evidence, strict=True)]
         if not supported(answer, quoted, spec.language):
             raise Reject("answer not in evidence")
-        if not any(squash(answer).casefold() in squash(text).casefold() for text in quoted):
+        if not any(fold(answer) in fold(text) for text in quoted):
             _in_language(spec, answer)
         self._check(spec, spans[0][0].about.title, question, answer)
         return Asked(question, answer, evidence)
@@ -93,7 +93,7 @@ class Asker:
         reply = self._ask("teacher_question", spec, title=opened.about.title, passage=passage)
         question, answer = _text(reply, "question"), _text(reply, "answer")
         place, stop = locate(passage, _text(reply, "evidence"))
-        if squash(answer).casefold() not in squash(passage[place:stop]).casefold():
+        if fold(answer) not in fold(passage[place:stop]):
             raise Reject("answer not in evidence")
         self._check(spec, opened.about.title, question, answer)
         return Found("asked", start + place, start + stop, question, (answer,), answer, once=passage[place:stop])
@@ -103,7 +103,7 @@ class Asker:
         if not self.teacher.config.closed_book:
             return
         known = _text(self._ask("teacher_closed_book", spec, title=title, question=question), "answer")
-        if squash(answer).casefold() in squash(known).casefold():
+        if fold(answer) in fold(known):
             raise Reject("answerable without the document")
 
     def _chunk(self, opened: Opened, start: int, end: int, depth: float) -> tuple[int, int]:

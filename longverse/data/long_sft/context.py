@@ -12,10 +12,10 @@ from longverse.data.long_sft.draft import Draft, Part, Reject
 from longverse.data.long_sft.found import Found
 from longverse.data.long_sft.offline_code import find_code
 from longverse.data.long_sft.offline_en import find_english
-from longverse.data.long_sft.offline_zh import find_chinese
+from longverse.data.long_sft.offline_zh import book, find_chinese
 from longverse.data.long_sft.pool import Opened, Pool, PoolDocument, UnitCounter
 from longverse.data.long_sft.prompts import prompt
-from longverse.data.text import squash
+from longverse.data.text import squash, squash_zh
 from longverse.data.vocabulary import ChatCounter
 
 if TYPE_CHECKING:
@@ -108,13 +108,29 @@ class Context:
         return start, end
 
     def part(self, opened: Opened, start: int, tokens: int, label: str = "") -> Part:
-        """The part that begins at `start` and stops SLACK tokens short of `tokens`, with a tail for the exact fit."""
-        end = opened.end_for(start, tokens - SLACK)
+        """The part that begins at `start` and stops SLACK tokens short of `tokens`, with a tail for the exact fit. A
+        beginning that is left out is marked."""
+        label = beginning(opened, start, label)
+        end = opened.end_for(start, tokens - SLACK - (self.counter.count(label) if label else 0))
         return Part.of(opened, start, end, TAIL, label)
 
     def label(self, rng_label: str, number: int, title: str) -> str:
         """A document's heading in a collection. rng_label: the variant drawn for the item."""
-        return rng_label.replace("{number}", str(number)).replace("{title}", title)
+        named = rng_label.replace("《{title}》", book(title)).replace("{title}", title)
+        return named.replace("{number}", str(number))
+
+
+def cut_marks(language: str, code: bool = False) -> tuple[str, str]:
+    """The lines that stand for what is left out before and after a part that is shown."""
+    if code:
+        return "# […]", "# […]"
+    return ("（上略）", "（下略）") if language == "zh" else ("[…]", "[…]")
+
+
+def beginning(opened: Opened, start: int, label: str = "") -> str:
+    """The lines above a part: its label, and a mark where it does not begin with its document."""
+    mark = cut_marks(opened.about.language, opened.about.language == "code")[0] if start else ""
+    return "\n".join(filter(None, (label, mark)))
 
 
 def at_depth(found: Sequence[Found], start: int, end: int, depth: float, shown: str, rng: random.Random) -> list[Found]:
@@ -140,7 +156,7 @@ def reply_to(found_reply: str, evidence: Sequence[str], recite: bool, language: 
         return found_reply
     zh = language == "zh"
     quoted = []
-    for text in map(squash, evidence):  # marks that the passage itself does not use
+    for text in map(squash_zh if zh else squash, evidence):  # marks that the passage itself does not use
         pairs = ("“”", "「」", "『』") if zh else ('""', "“”", "«»")
         pair = next((pair for pair in pairs if not set(pair) & set(text)), pairs[-1])
         quoted.append(f"{pair[0]}{text}{pair[1]}")

@@ -89,6 +89,7 @@ class Draft:
     notes: dict[str, Any] = field(default_factory=dict)
     unique: list[str] = field(default_factory=list)  # must stand once in all that is shown
     separator: str = "\n\n"
+    code: bool = False  # the documents are source code: what is left out is marked by a comment
 
     def elastic_index(self) -> int:
         return self.elastic % len(self.parts)
@@ -129,7 +130,8 @@ def messages_of(draft: Draft) -> Messages:
 
 _MARKS = {
     "en": (" […]", " [...]", "\n[...]", "…", " ...", "\n\n[…]"),
-    "zh": ("……", "……\n", "\n……", "…", "（略）", "（下略）"),
+    "zh": ("……", "（下略）", "\n（下略）", "……\n", "\n……", "…", "（略）"),
+    "code": ("\n# […]", "  # […]", "\n# [...]", "  # [...]", "\n\n# […]", " # ..."),
 }
 
 
@@ -142,7 +144,7 @@ def fit(draft: Draft, target: int, identity: str, seed: int, chat: ChatCounter, 
         need = target - chat.count(_lay_out(draft, "").messages, counter=counter.count)
     part = draft.parts[draft.elastic_index()]
     layout = _lay_out(draft, "")
-    marks = _MARKS["zh" if draft.language == "zh" else "en"]
+    marks = _MARKS["code" if draft.code else "zh" if draft.language == "zh" else "en"]
     left, right = _around(part.text, layout.after, counter)
     still = counter.count(left + right)
 

@@ -12,9 +12,9 @@ from longverse.data.long_sft.context import SLACK, TAIL, Context, Spec
 from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn, messages_of
 from longverse.data.long_sft.multi_doc import shown_title
 from longverse.data.long_sft.offline_zh import articles, is_law
-from longverse.data.long_sft.pool import Opened
+from longverse.data.long_sft.pool import Opened, PoolDocument
 from longverse.data.long_sft.prompts import prompt
-from longverse.data.text import paragraphs
+from longverse.data.text import paragraphs, sentences
 
 Example = tuple[Opened, int, int, str]  # document, characters of the passage, label
 
@@ -96,6 +96,7 @@ def _left(context: Context, spec: Spec, draft: Draft) -> int:
     return spec.target - context.chat.count(messages_of(draft), counter=context.counter.count)
 
 
+_ENDS = ".!?。！？”’」』\"'"  # what a passage ends with
 _FREE = 200  # tokens that the text without a label has at least
 
 
@@ -117,9 +118,11 @@ def _trim(context: Context, spec: Spec, draft: Draft, examples: list[Example], a
         if free >= _FREE + SLACK:  # the sum of hundreds of small counts is off by as many: count the whole
             free = _left(context, spec, draft)
     heading = draft.parts[0].label
-    able = [d.index for d in context.documents(spec.language) if context.pool.estimate(d.index) > 2 * free]
+    sources = {part.source for part in draft.parts[1:]}
+    able = [d for d in context.documents(spec.language) if context.pool.estimate(d.index) > 2 * free]
+    able = [d for d in able if d.source in sources] or able
     for document in spec.rng.sample(able, min(len(able), 4)):
-        opened = context.pool.open(document)
+        opened = context.pool.open(document.index)
         starts = [a for a, _ in paragraphs(opened.text)]
         for start in spec.rng.sample(starts, min(len(starts), 8)):
             if opened.end_for(start, free + SLACK) < len(opened.text):
@@ -140,13 +143,13 @@ def _examples(context: Context, rng: random.Random, kind: str, language: str, ro
             opened = context.pool.open(document.index)
             if not is_law(opened.text):
                 continue
-            mine = [
-                (opened, a + len(number), b, shown_title(document))
+            own = [
+                (opened, _skip_space(opened.text, a + len(number)), b, shown_title(document))
                 for number, a, b in articles(opened.text)
                 if 30 <= b - a <= 500 and shown_title(document) not in opened.text[a:b]
             ]
             taken = 0
-            for example in rng.sample(mine, min(len(mine), 40)):
+            for example in rng.sample(own, min(len(own), 40)):
                 if (taken := taken + example[2] - example[1]) > characters:
                     break
                 pool.append(example)
@@ -155,16 +158,21 @@ def _examples(context: Context, rng: random.Random, kind: str, language: str, ro
         yield from rng.sample(pool, len(pool))
         return
     if kind == "few_shot_source":
-        able = [
-            d
-            for d in documents
-            if context.pool.estimate(d.index) >= room // 3 and not is_law(context.pool.text(d.index)[:6_000])
-        ]
-        if len(able) < 3:
+        able: dict[str, list[PoolDocument]] = {}  # works of one source: letters and statutes are too easily told apart
+        for d in documents:
+            if context.pool.estimate(d.index) >= room // 3 and not is_law(context.pool.text(d.index)[:6_000]):
+                able.setdefault(d.source, []).append(d)
+        sources = [source for source in able if len(able[source]) >= 3]
+        if not sources:
             raise Reject("too few examples for the target")
-        works = [context.pool.open(d.index) for d in rng.sample(able, min(len(able), rng.randint(3, 6)))]
+        mine = able[rng.choice(sources)]
+        works = [context.pool.open(d.index) for d in rng.sample(mine, min(len(mine), rng.randint(3, 6)))]
         spans = {
-            i: [(a, b) for a, b in paragraphs(work.text) if 180 <= (b - a) * (3 if language == "zh" else 1) <= 1_500]
+            i: [
+                (a, b)
+                for a, b in paragraphs(work.text)
+                if 180 <= (b - a) * (3 if language == "zh" else 1) <= 1_500 and work.text[b - 1] in _ENDS
+            ]
             for i, work in enumerate(works)
         }
         while any(spans.values()):
@@ -192,7 +200,16 @@ def _examples(context: Context, rng: random.Random, kind: str, language: str, ro
                     yield opened, a, b, one.answers[0]
             elif one.start in home:
                 who = one.question.removesuffix("的字是什么？")
-                yield opened, one.start, min(b, one.end + 260), f"{who}｜{one.answers[0]}｜{home[one.start]}"
+                text = opened.text[one.start : min(b, one.end + 260)]
+                ends = [b for _, b in sentences(text, "zh") if b > one.end - one.start and text[b - 1] in _ENDS]
+                if ends:
+                    yield opened, one.start, one.start + ends[-1], f"{who}｜{one.answers[0]}｜{home[one.start]}"
+
+
+def _skip_space(text: str, place: int) -> int:
+    while place < len(text) and text[place].isspace():
+        place += 1
+    return place
 
 
 def _before(starts: list[int], place: int) -> int:

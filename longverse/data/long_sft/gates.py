@@ -17,7 +17,7 @@ import numpy as np
 from longverse.data.long_sft.draft import Reject
 from longverse.data.long_sft.item import Item, problem_of
 from longverse.data.shards import save_array
-from longverse.data.text import hash64, language_of_short, shingle_hashes, squash
+from longverse.data.text import fold, hash64, language_of_short, shingle_hashes, squash
 from longverse.errors import UserError
 
 _WIDTH = {"zh": 24, "en": 60}  # letters: about 24 characters of Chinese, 13 words of English
@@ -135,11 +135,11 @@ def check(item: Item, questions: list[str], contamination: Contamination | None)
     for evidence in item.evidence:
         accepted = item.answers[evidence.question]
         if evidence.complete and accepted:
-            text = squash(evidence.text).casefold()
-            if not any(squash(answer).casefold() in text for answer in accepted):
+            text = fold(evidence.text)
+            if not any(fold(answer) in text for answer in accepted):
                 raise Reject("answer not in evidence")
     for question, accepted in zip(questions, item.answers, strict=True):
-        if any(squash(answer).casefold() in squash(question).casefold() for answer in accepted) and len(accepted) == 1:
+        if any(fold(answer) in fold(question) for answer in accepted) and len(accepted) == 1:
             raise Reject("answerable without the document")
         if item.task != "code_completion" and question and language_of_short(question) != item.language:
             raise Reject("language does not match")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from longverse.data.config import nearest
-from longverse.data.text import squash
+from longverse.data.text import fold
 from longverse.errors import UserError
 
 TASKS = (
@@ -186,7 +186,7 @@ def problem_of(item: Item) -> str | None:
         if not 0 <= evidence.question < len(replies):
             return f"evidence {i} is for question {evidence.question}, which does not exist."
     for reply, accepted in zip(replies, item.answers, strict=True):
-        if accepted and not any(squash(a).casefold() in squash(reply).casefold() for a in accepted):
+        if accepted and not any(fold(a) in fold(reply) for a in accepted):
             return f"the reply {reply[:60]!r} holds none of the accepted answers {list(accepted)[:3]}."
     return None
 

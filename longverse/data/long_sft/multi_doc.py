@@ -6,12 +6,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from longverse.data.long_sft.context import SLACK, TAIL, Context, Spec, reply_to
+from longverse.data.long_sft.context import SLACK, TAIL, Context, Spec, cut_marks, reply_to
 from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn
 from longverse.data.long_sft.found import Found
-from longverse.data.long_sft.offline_zh import law_title
+from longverse.data.long_sft.offline_zh import book, law_title
 from longverse.data.long_sft.pool import Opened, PoolDocument
 from longverse.data.long_sft.prompts import prompt, variants
+from longverse.data.text import squash, squash_zh
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _named(found: Found, stand: Stand, zh: bool) -> str:
     if found.title or found.kind in ("who_said", "next_sentence", "missing_name", "courtesy_name", "birthplace"):
         return found.question
     if zh:
-        return f"在《{stand.name}》中，{found.question}"
+        return f"在{book(stand.name)}中，{found.question}"
     return f"In “{stand.name}”: {found.question[0].lower() + found.question[1:]}"
 
 
@@ -189,12 +190,12 @@ def _compare_dates(one: str, two: str, days: tuple[str, str], evidence: list[tup
     def key(day: str) -> tuple[int, ...]:
         return tuple(int(n) for n in day.replace("年", " ").replace("月", " ").replace("日", " ").split())
 
-    text = f"《{one}》和《{two}》哪一部施行得更早？各自从哪一天起施行？"
+    text = f"{book(one)}和{book(two)}哪一部施行得更早？各自从哪一天起施行？"
     if key(days[0]) == key(days[1]):
         verdict = "两部同日施行。"
     else:
-        verdict = f"《{one if key(days[0]) < key(days[1]) else two}》施行得更早。"
-    reply = f"《{one}》自{days[0]}起施行，《{two}》自{days[1]}起施行，{verdict}"
+        verdict = f"{book(one if key(days[0]) < key(days[1]) else two)}施行得更早。"
+    reply = f"{book(one)}自{days[0]}起施行，{book(two)}自{days[1]}起施行，{verdict}"
     return Question("compare_dates", text, reply, days, evidence, complete=False)
 
 
@@ -212,13 +213,14 @@ def _which(context: Context, spec: Spec, rng: random.Random, stands: list[Stand]
         quote = one.once or one.answers[0]
         quote = quote if len(quote) <= 200 else quote[:200].rsplit("，" if zh else " ", 1)[0]
         place = stands[number].opened.text.find(quote, one.start)
-        shown = " ".join(quote.split())
+        shown = squash_zh(quote) if zh else squash(quote)
         if place < 0 or everything.count(quote) != 1 or name in quote or not name.strip():
             continue
         text = f"“{shown}”出自哪一份文档？" if zh else f"In which document does this stand: “{shown}”?"
-        reply = f"出自《{name}》。" if zh else f"It stands in “{name}”."
+        reply = f"出自{book(name)}。" if zh else f"It stands in “{name}”."
+        answers = tuple(dict.fromkeys((book(name)[1:-1], name))) if zh else (name,)
         evidence = [(number, place, place + len(quote))]
-        return Question("which_document", text, reply, (name,), evidence, complete=False, once=(quote,))
+        return Question("which_document", text, reply, answers, evidence, complete=False, once=(quote,))
     raise Reject("nothing found in the text")
 
 
@@ -257,6 +259,7 @@ def collection(
     order.insert(best, main)
     code = stands[main].opened.about.language == "code"
     label = "# {title}" if code else rng.choice(variants("document_label", spec.language))
+    before_cut, after_cut = cut_marks(spec.language, code)
     evidence_texts = [stands[i].opened.text[s:e] for i, s, e in question.evidence]
     reply = reply_to(question.reply, evidence_texts, spec.recite, spec.language, rng)
     if template is None:
@@ -264,8 +267,9 @@ def collection(
     parts = []
     for number, i in enumerate(order, start=1):
         stand = stands[i]
-        part = Part.of(stand.opened, stand.start, stand.end, label=context.label(label, number, stand.name))
-        part.after = "" if stand.end == len(stand.opened.text) else "\n[…]"
+        heading = context.label(label, number, stand.name) + (f"\n{before_cut}" if stand.start else "")
+        part = Part.of(stand.opened, stand.start, stand.end, label=heading)
+        part.after = "" if stand.end == len(stand.opened.text) else f"\n{after_cut}"
         parts.append(part)
     place_of = {i: place for place, i in enumerate(order)}
     claims = [
@@ -274,7 +278,7 @@ def collection(
     ]
     draft = Draft(
         spec.task, question.kind, spec.language, parts, [Turn(template, reply, question.answers, question.text)],
-        claims, recite=spec.recite, split=spec.split, unique=list(question.once),
+        claims, recite=spec.recite, split=spec.split, unique=list(question.once), code=code,
     )  # fmt: skip
     make_elastic(context, spec, draft, [place_of[i] for i in others], [stands[i] for i in order])
     return draft
@@ -287,7 +291,8 @@ def make_elastic(context: Context, spec: Spec, draft: Draft, free: list[int], st
     for place in sorted(free, key=lambda p: -len(draft.parts[p].text)):
         stand = stands[place]
         own = stand.opened.tokens_between(stand.start, stand.end)
-        if own + room - SLACK < 40 or stand.opened.end_for(stand.start, own + room) == len(stand.opened.text):
+        least = min(own, 400)  # less would be a snippet of a document
+        if own + room - SLACK < least or stand.opened.end_for(stand.start, own + room) == len(stand.opened.text):
             continue
         end = stand.opened.end_for(stand.start, own + room - SLACK)
         draft.parts[place] = Part.of(stand.opened, stand.start, end, TAIL, draft.parts[place].label)

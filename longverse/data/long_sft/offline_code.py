@@ -48,7 +48,8 @@ class Lines:
 
 @dataclass(frozen=True)
 class Definition:
-    """A top-level function or class: its name and the span of its signature (up to the body)."""
+    """A top-level function or class: its name and the span of its signature (of a class: up to that of its `__init__`,
+    where that is near)."""
 
     name: str
     start: int
@@ -87,6 +88,10 @@ def definitions(text: str, tree: ast.Module) -> list[Definition]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             start = lines.at(node.lineno, node.col_offset)
             end = _signature_end(text, lines, node)
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
+                    made = _signature_end(text, lines, inner)
+                    end = made if made - start < 1_500 else end
             if end > start:
                 found.append(Definition(node.name, start, end, isinstance(node, ast.ClassDef)))
     names = Counter(d.name for d in found)

@@ -15,7 +15,7 @@ _SAID = re.compile(
     rf"(?:said|cried|replied|asked|answered|exclaimed|whispered|murmured|remarked|observed)\s+"
     rf"(?P<who>{_TITLES}[A-Z][a-z]+(?: [A-Z][a-z]+)?)(?=[.,;:])",
 )
-_NOT_NAMES_WORDS = "He She They It We You The His Her This That Then There Nobody One Somebody"
+_NOT_NAMES_WORDS = "He She They It We You The His Her This That Then There Nobody One Somebody No Yes And But Not"
 _NOT_NAMES = frozenset(_NOT_NAMES_WORDS.split())
 _CHAPTER = re.compile(
     r"^[ \t]*(?P<word>CHAPTER|Chapter) (?P<number>[IVXLC]+|\d{1,3})(?:[.:]|\b)[ \t]*[-—]*[ \t]*"
@@ -36,11 +36,25 @@ def find_english(text: str, title: str) -> list[Found]:
     return sorted(found, key=lambda f: (f.start, f.kind))
 
 
+def names_in(text: str) -> Counter[str]:
+    """How often each name of one word stands within a sentence of the text; "Mr." and the like are no names."""
+    words = (word for name in _NAME.findall(text) for word in name.split())
+    return Counter(word for word in words if word not in _COMMON and word not in _NOT_NAMES)
+
+
+def speakers(text: str) -> set[str]:
+    """Last names of those the text lets speak by name: surely persons."""
+    return {squash(match["who"]).split()[-1] for match in _SAID.finditer(text)}
+
+
 def _said(text: str) -> Iterator[Found]:
+    known = names_in(text)
     for match in _SAID.finditer(text):
         who, quote = squash(match["who"]), match["a"] or match["b"]
         if who.split()[0] in _NOT_NAMES or "\n\n" in match[0] or who.split()[-1] in _NOT_NAMES:
             continue
+        if known[who.split()[-1]] < 3:
+            continue  # "answered Nature": no name that the text uses
         words = squash(quote).rstrip(",")
         yield Found(
             "who_said", match.start(), match.end(),
@@ -57,7 +71,7 @@ def _chapters(text: str) -> Iterator[Found]:
             continue  # numbered anew in every book, or listed in a table of contents
         name = f"Chapter {number}"
         if match["title"] and not match["title"].strip().endswith(","):
-            heading = squash(match["title"]).strip("_ ")
+            heading = squash(match["title"]).strip("_ ").removesuffix(".")
             yield Found(
                 "chapter_title", match.start(), match.end(), f"What is the title of {name}?", (heading,),
                 f"{name} is titled “{heading}”.", once=match[0].strip(),
@@ -70,8 +84,9 @@ def _chapters(text: str) -> Iterator[Found]:
                 continue
             first = text[start + spans[0][0] : start + spans[0][1]]
             shouted = sum(map(str.isupper, first)) > 0.3 * len(first)
-            if "\n " in first or shouted or not _plain(squash(first)) or stop - start < 200:
-                continue  # verse, a date line, half a speech
+            verse = "\n" in first and all(line[:1].isupper() for line in first.split("\n"))
+            if verse or "\n " in first or shouted or not _plain(squash(first)) or stop - start < 200:
+                continue  # a motto in verse, a date line, half a speech
             yield Found(
                 "chapter_opening", match.start(), start + spans[0][1],
                 f"Quote the first sentence of {name}.", (squash(first),), f"{name} begins: {squash(first)}",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from longverse.data.long_sft.found import Found
-from longverse.data.text import paragraphs, sentences, squash
+from longverse.data.text import paragraphs, sentences, squash, squash_zh
 
 _HAN = r"[\u4e00-\u9fff]"
 _SAID = re.compile(
@@ -15,7 +15,7 @@ _SAID = re.compile(
 )
 # A name that contains one of these is half a clause ("对曰", "帝乃曰").
 _VERBS = frozenset(
-    "谓问对答言告语笑叹又乃因而遂其之也者皆或诏敕令使众吾余有时故可以为不无何所是进前奏请怒泣惊喜悦既已将欲谏固"
+    "谓问对答荅言告语议谋呼辞报笑叹又乃因而遂其之也者皆或诏敕令使众吾余有时故可以为不无何所是进前奏请怒泣惊喜悦既已将欲谏固"
 )
 _COURTESY = re.compile(
     rf"(?:^|(?<=[。\n\u3000]))(?P<who>{_HAN}{{2,3}})，字(?P<zi>{_HAN}{{1,3}})，(?P<home>{_HAN}{{2,10}})人也?(?=[，。])"
@@ -42,8 +42,8 @@ def find_chinese(text: str, title: str) -> list[Found]:
 
 
 def is_law(text: str) -> bool:
-    """Whether a text goes by numbered articles."""
-    return len(_ARTICLE.findall(text[:6_000])) >= 3
+    """Whether a text goes by numbered articles, or amends (quotes) such as do."""
+    return len(_ARTICLE.findall(text[:6_000])) >= 3 or len(_QUOTED_ARTICLE.findall(text[:6_000])) >= 2
 
 
 def _said(text: str) -> Iterator[Found]:
@@ -51,7 +51,7 @@ def _said(text: str) -> Iterator[Found]:
     often = Counter(match["who"] for match in matches)
     for match in matches:
         who, what = match["who"], match["what"]
-        if often[who] < 3 or _VERBS.intersection(who) or who[-1] in "传诗书易礼经志记序赞论注史歌谣":
+        if often[who] < 3 or _VERBS.intersection(who) or who[-1] in "传诗书易礼经志记序赞论注史歌谣雅若":
             continue
         yield Found(
             "who_said", match.start(), match.end(), f"“{what}”这句话是谁说的？", (who,), f"是{who}说的。", once=what,
@@ -102,7 +102,7 @@ def _sentences(text: str) -> Iterator[Found]:
         turn += 1
         i = turn % (len(spans) - 1)
         (a, b), (c, d) = spans[i], spans[i + 1]
-        one, two = squash(text[start + a : start + b]), squash(text[start + c : start + d])
+        one, two = squash_zh(text[start + a : start + b]), squash_zh(text[start + c : start + d])
         if 12 <= len(one) <= 90 and 8 <= len(two) <= 90 and _plain(one) and _plain(two):
             yield Found(
                 "next_sentence", start + a, start + d, f"文中“{one}”的下一句是什么？", (two,), f"下一句是：“{two}”",
@@ -111,11 +111,12 @@ def _sentences(text: str) -> Iterator[Found]:
 
 
 def _plain(sentence: str) -> bool:
-    return sentence[-1] in "。！？；" and not re.search(r"[「」『』“”‘’（）《》<>#*|]", sentence)
+    return sentence[-1] in "。！？" and not re.search(r"[「」『』“”‘’（）《》<>#*|]", sentence)
 
 
 _NUMBER = r"[零〇一二三四五六七八九十百千]+"
 _ARTICLE = re.compile(rf"^[ \u3000]*(第{_NUMBER}条)[ \u3000]+(?=\S)", re.MULTILINE)
+_QUOTED_ARTICLE = re.compile(rf"[“「]?第{_NUMBER}条")
 _STOP = re.compile(rf"^(?:#|[ \u3000]*第{_NUMBER}[章节编条])", re.MULTILINE)
 _EFFECT = re.compile(
     r"(?:本|该)(?:条例|办法|规定|决定|细则|法|规则|通知)自(?P<day>\d{4}年\d{1,2}月\d{1,2}日)起(?:施行|实施|执行|生效)"
@@ -134,6 +135,11 @@ def law_title(title: str) -> str:
     return _DATE_IN_TITLE.sub("", title).strip()
 
 
+def book(title: str) -> str:
+    """A title between its marks: 《 》, and 〈 〉 for a title within it."""
+    return f"《{title.replace('《', '〈').replace('》', '〉')}》"
+
+
 def articles(text: str) -> list[tuple[str, int, int]]:
     """(number as written, start of the line, end of the article's text), in order."""
     out = []
@@ -141,7 +147,10 @@ def articles(text: str) -> list[tuple[str, int, int]]:
         stop = _STOP.search(text, match.end())
         end = stop.start() if stop else len(text)
         start = match.start() + len(match[0]) - len(match[0].lstrip(" \u3000\n"))
-        out.append((match[1], start, start + len(text[start:end].rstrip())))
+        body = text[start:end].rstrip()
+        while (line := body.rfind("\n")) > 0 and body[-1] not in "。；：！？”」）)":  # the heading of what follows
+            body = body[:line].rstrip()
+        out.append((match[1], start, start + len(body)))
     return out
 
 
@@ -149,14 +158,14 @@ def _laws(text: str, title: str) -> Iterator[Found]:
     name = law_title(title)
     all_articles = articles(text)
     numbers = Counter(number for number, _, _ in all_articles)
-    folded = squash(text)
+    folded = squash_zh(text)
     for turn, (number, start, end) in enumerate(all_articles):
-        body = squash(text[start + len(number) : end])
+        body = squash_zh(text[start + len(number) : end])
         if numbers[number] != 1 or not 20 <= len(body) <= 260 or body[-1] != "。":
             continue
         if turn % 2:
             yield Found(
-                "article_text", start, end, f"《{name}》{number}是怎样规定的？", (body,), f"{number}规定：{body}",
+                "article_text", start, end, f"{book(name)}{number}是怎样规定的？", (body,), f"{number}规定：{body}",
                 title=name,
             )  # fmt: skip
         else:
@@ -166,21 +175,21 @@ def _laws(text: str, title: str) -> Iterator[Found]:
                 continue
             piece += "" if whole else "……"
             yield Found(
-                "article_number", start, end, f"在《{name}》中，“{piece}”是第几条的内容？", (number,),
+                "article_number", start, end, f"在{book(name)}中，“{piece}”是第几条的内容？", (number,),
                 f"这是{number}的内容。", title=name,
             )  # fmt: skip
     effects = list(_EFFECT.finditer(text))
     if len(effects) == 1:
         match = effects[0]
         yield Found(
-            "effective_date", match.start(), match.end(), f"《{name}》自何时起施行？", (match["day"],),
+            "effective_date", match.start(), match.end(), f"{book(name)}自何时起施行？", (match["day"],),
             f"自{match['day']}起施行。", title=name,
         )  # fmt: skip
     defined = list(_DEFINED.finditer(text))
     for match in defined:
         if sum(other["term"] == match["term"] for other in defined) == 1:
             yield Found(
-                "definition", match.start(), match.end(), f"《{name}》所称的“{match['term']}”是指什么？",
+                "definition", match.start(), match.end(), f"{book(name)}所称的“{match['term']}”是指什么？",
                 (match["what"],),
                 f"“{match['term']}”是指{match['what']}。", title=name,
             )  # fmt: skip
@@ -188,15 +197,15 @@ def _laws(text: str, title: str) -> Iterator[Found]:
     if len(passed) == 1:
         match = passed[0]
         yield Found(
-            "passed_by", match.start(), match.end(), f"《{name}》是由哪次会议通过的？", (match["who"],),
+            "passed_by", match.start(), match.end(), f"{book(name)}是由哪次会议通过的？", (match["who"],),
             f"由{match['who']}通过。", title=name,
         )  # fmt: skip
     if all_articles and _in_order([number for number, _, _ in all_articles]):
         number, start, end = all_articles[-1]
         count = number[1:-1]
         yield Found(
-            "article_count", start, end, f"《{name}》一共有多少条？", (f"{count}条",), f"一共有{count}条。", title=name,
-            whole=True,
+            "article_count", start, end, f"{book(name)}一共有多少条？", (f"{count}条",), f"一共有{count}条。",
+            title=name, whole=True,
         )  # fmt: skip
 
 

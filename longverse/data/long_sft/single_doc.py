@@ -7,6 +7,8 @@ import random
 from longverse.data.long_sft.context import Context, Spec, at_depth, reply_to
 from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn
 from longverse.data.long_sft.found import Found
+from longverse.data.long_sft.multi_doc import shown_title
+from longverse.data.long_sft.offline_zh import book
 from longverse.data.long_sft.pool import Opened
 from longverse.data.long_sft.prompts import prompt
 
@@ -83,7 +85,12 @@ def _finish(
         split=spec.split, teacher=context.asker.name if context.asker else "offline",
     )  # fmt: skip
     draft.unique = [one.once for one in found if one.once]
-    draft.parts = [context.part(opened, start, spec.target - context.overhead(draft))]
+    # A question that names its document by a title can do so only where the title is shown.
+    zh, named = spec.language == "zh", any(one.title for one in found)
+    title = shown_title(opened.about) if named else ""
+    draft.parts = [
+        context.part(opened, start, spec.target - context.overhead(draft), book(title) if zh and title else title)
+    ]
     if max(claim.end for claim in claims) > len(draft.parts[0].text):
         raise Reject("evidence past the end")
     return draft

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-from longverse.data.long_sft.context import TAIL, Context, Spec, reply_to
+from longverse.data.long_sft.context import TAIL, Context, Spec, beginning, reply_to
 from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn
 from longverse.data.long_sft.prompts import prompt
 from longverse.data.long_sft.stated import Fact, FactMaker, draw_facts, plain_facts
@@ -28,9 +28,8 @@ def stated_facts(context: Context, spec: Spec) -> Draft:
     turns = [Turn(f.question, "", f.answers, f.question) for f in asked]
     turns[0].user = prompt("stated_facts", spec.language, rng, question=asked[0].question)
     for turn, fact in zip(turns, asked, strict=True):
-        short = fact.sort in ("plain", "hop") and rng.random() < 0.4
-        plain = fact.answers[0] if short else fact.reply
-        turn.reply = reply_to(plain, fact.sentences, spec.recite, spec.language, rng)
+        # A whole sentence that names what was asked: for a small model its last words are found by the ones before.
+        turn.reply = reply_to(fact.reply, fact.sentences, spec.recite, spec.language, rng)
     draft = Draft(
         spec.task, "+".join(sorted({f.sort for f in asked})), spec.language,
         [Part(opened.about.source, opened.about.id, opened.about.title, "")], turns, [], recite=spec.recite,
@@ -39,15 +38,14 @@ def stated_facts(context: Context, spec: Spec) -> Draft:
     )  # fmt: skip
     written = [(f, s) for f in asked + unasked for s in f.sentences]
     cost = sum(context.counter.count("\n\n" + sentence) + 2 for _, sentence in written)
-    tokens = spec.target - context.overhead(draft) - cost - 40
+    tokens = spec.target - context.overhead(draft) - cost - 45
     if tokens < cost // 2:
         raise Reject("target too short for so many facts")
     start, _ = context.segment(rng, opened, tokens)
     end = opened.end_for(start, tokens)
     text, spans = write_in(opened.text[start:end], written, spec.language, spec.depth, rng)
-    draft.parts = [
-        Part(opened.about.source, opened.about.id, opened.about.title, text, start, opened.text[end : end + TAIL])
-    ]
+    about, tail = opened.about, opened.text[end : end + TAIL]
+    draft.parts = [Part(about.source, about.id, about.title, text, start, tail, beginning(opened, start))]
     for (fact, _), (a, b) in zip(written, spans, strict=True):
         if fact in asked:
             draft.claims.append(Claim(0, a, b, asked.index(fact), fact.sort == "plain"))
@@ -88,6 +86,10 @@ def write_in(
         place = min(free, key=lambda p: (abs(p - goal), p))
         free.remove(place)
         at.append(place)
+    for fact in {id(fact): fact for fact, _ in written}.values():  # the sentences of one fact keep their order
+        own = [index for index, (other, _) in enumerate(written) if other is fact]
+        for index, place in zip(own, sorted(at[index] for index in own), strict=True):
+            at[index] = place
     spans: list[tuple[int, int]] = [(0, 0)] * count
     out: list[str] = []
     length = last = 0

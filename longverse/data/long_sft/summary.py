@@ -1,20 +1,20 @@
-"""Summaries. Without an endpoint they are extractive and hierarchical: a key sentence of every part, an outline of
-chapters, a digest of laws; with one, summaries of parts are merged into one."""
+"""Summaries. Without an endpoint they say only what a rule can know of the whole text: an outline of its headings, the
+persons named most in each part, a digest of laws; with one, summaries of parts are merged into one."""
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections import Counter
 
 from longverse.data.long_sft.context import Context, Spec
 from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn
-from longverse.data.long_sft.multi_doc import Stand, gather, make_elastic
-from longverse.data.long_sft.offline_zh import articles, find_chinese, is_law, law_title
-from longverse.data.long_sft.pool import Opened
+from longverse.data.long_sft.multi_doc import Stand, make_elastic
+from longverse.data.long_sft.offline_en import names_in, speakers
+from longverse.data.long_sft.offline_zh import articles, book, find_chinese, is_law, law_title
+from longverse.data.long_sft.pool import Opened, PoolDocument
 from longverse.data.long_sft.prompts import prompt, variants
-from longverse.data.text import paragraphs, sentences, squash
+from longverse.data.text import paragraphs, sentences, squash, squash_zh
 
 
 def summary(context: Context, spec: Spec) -> Draft:
@@ -22,16 +22,14 @@ def summary(context: Context, spec: Spec) -> Draft:
     rng = spec.rng
     if context.asker is not None:
         return _asked(context, spec, rng)
-    if spec.language == "zh" and rng.random() < 0.4:
+    if spec.language == "zh" and rng.random() < 0.5:
         laws = [
             d for d in context.documents("zh") if d.characters < 60_000 and is_law(context.pool.text(d.index)[:6_000])
         ]
         if len(laws) >= 20:
-            return _laws(
-                context, spec, rng, gather(context, rng, rng.sample(laws, min(len(laws), 300)), spec.target * 9 // 10)
-            )
+            return _laws(context, spec, rng, rng.sample(laws, min(len(laws), 300)))
     opened, start, end = _stretch(context, spec, rng, spec.target * 9 // 10)
-    outline = rng.random() < 0.5
+    outline = spec.language == "zh" or rng.random() < 0.5
     begun = rng.getstate()
     for _ in range(4):
         # How far the text reaches is known once the prompt and the reply are: summarise again what is really shown.
@@ -40,7 +38,11 @@ def summary(context: Context, spec: Spec) -> Draft:
         if len(headings) >= 4:
             draft = _outline(context, spec, rng, opened, start, end, headings)
         else:
-            draft = _key_sentences(context, spec, rng, opened, start, end)
+            try:
+                draft = _persons(context, spec, rng, opened, start, end)
+            except Reject:  # the form that every text has
+                rng.setstate(begun)
+                draft = _openings(context, spec, rng, opened, start, end)
         reached = start + len(draft.parts[0].text)
         if abs(reached - end) <= max(400, (end - start) // 100):
             if draft.kind == "chapters":  # the item must show no heading that the outline leaves out
@@ -79,26 +81,32 @@ def _single(
     return draft
 
 
+# Chapters and volumes, and the headings of Markdown.
 _HEADING = {
-    "en": re.compile(r"^[ \t]*((?:CHAPTER|Chapter|BOOK|PART) (?:[IVXLC]+|\d{1,3})\b[^\n]{0,60})$", re.MULTILINE),
+    "en": re.compile(
+        r"^(?:#{1,4}[ \t]+|[ \t]*(?=(?:CHAPTER|Chapter|BOOK|PART) (?:[IVXLC]+|\d{1,3})\b))(\S[^\n]{0,78})$",
+        re.MULTILINE,
+    ),
     "zh": re.compile(
-        r"^[ \u3000]*(\S{0,4}[‧·・]?卷[一二三四五六七八九十百]+[上中下]?[^\n，。：]{0,24})$", re.MULTILINE
+        r"^(?:#{1,4}[ \u3000]+(\S[^\n]{0,40})"
+        r"|[ \u3000]*(\S{0,4}[‧·・]?卷[一二三四五六七八九十百]+[上中下]?[^\n，。：]{0,24}))$",
+        re.MULTILINE,
     ),
 }
 
 
 def _headings(text: str, start: int, end: int, language: str) -> list[tuple[int, int]]:
     """Spans of chapter headings in a stretch: each different, each followed by text of its own."""
-    spans = [m.span(1) for m in _HEADING["zh" if language == "zh" else "en"].finditer(text, start, end)]
+    matches = _HEADING["zh" if language == "zh" else "en"].finditer(text, start, end)
+    spans = [next(m.span(i) for i in range(1, m.re.groups + 1) if m[i]) for m in matches]
     names = Counter(squash(text[a:b]) for a, b in spans)
-    good = []
-    for i, (a, b) in enumerate(spans):
-        after = spans[i + 1][0] if i + 1 < len(spans) else end
-        if names[squash(text[a:b])] != 1:
-            return []  # a table of contents, or numbers that begin anew: the outline would be ambiguous
-        if after - b > 400:
-            good.append((a, b))
-    return good if len(good) == len(spans) else []
+    if any(n > 1 for n in names.values()):
+        return []  # a table of contents, or numbers that begin anew: the outline would be ambiguous
+    least = 60 if language == "zh" else 300
+    for i, (_, b) in enumerate(spans):
+        if (spans[i + 1][0] if i + 1 < len(spans) else end) - b < least:
+            return []
+    return spans
 
 
 def _outline(
@@ -117,7 +125,7 @@ def _outline(
         if body is None:
             continue
         stop = min(len(text), body.start() + 400)
-        words = squash(text[body.start() : stop])
+        words = squash_zh(text[body.start() : stop]) if zh else squash(text[body.start() : stop])
         opening = words[:18] if zh else " ".join(words.split()[:10])
         stop = body.start() + _raw_length(text[body.start() : stop], opening)
         lines.append(
@@ -136,138 +144,176 @@ def _next_heading(opened: Opened, end: int, language: str) -> int:
 
 def _raw_length(raw: str, squashed: str) -> int:
     """Characters of `raw` that fold to `squashed`."""
-    need, place = len(squashed.replace(" ", "")), 0
+    need, place = len("".join(squashed.split())), 0
     while need and place < len(raw):
         need -= not raw[place].isspace()
         place += 1
     return place
 
 
-def _key_sentences(context: Context, spec: Spec, rng: random.Random, opened: Opened, start: int, end: int) -> Draft:
-    """Equal parts, each named by its first words; of each the sentence whose words are most typical of the part."""
-    text, zh = opened.text, spec.language == "zh"
-    places = [(a, b) for a, b in paragraphs(text[start:end]) if b - a >= (30 if zh else 100)]
+def _persons(context: Context, spec: Spec, rng: random.Random, opened: Opened, start: int, end: int) -> Draft:
+    """Who the text is about, part by part: of equal parts, each named by its first words, the persons named most often
+    in it. Only clear cases: the last one that is given comes a quarter (and three times) more often than any other
+    name."""
+    text = opened.text
+    if spec.language != "en":
+        raise Reject("no persons stand out in a part of the text")  # names are not told from other words
+    places = [start + a for a, b in paragraphs(text[start:end]) if b - a >= 100]
     count = rng.randint(4, 8)
-    if len(places) < 3 * count:
-        raise Reject("text has too few paragraphs to summarise")
-    weight = _Weights(text[start:end], spec.language)
-    names, lines, spans = [], [], []
-    size = (end - start) / count
+    begins: list[int] = []
     for number in range(count):
-        mine = [(start + a, start + b) for a, b in places if number * size <= a < (number + 1) * size]
-        if not mine:
+        place = next((p for p in places if p >= start + number * (end - start) / count), end)
+        if place >= end or place in begins:
             raise Reject("text has too few paragraphs to summarise")
-        words = re.sub(r'["“”「」『』_*#]', "", squash(text[mine[0][0] : mine[0][0] + 300]))
-        opening = words[:12] if zh else " ".join(words.split()[:6])
-        span = weight.best(text, mine)
-        if span is None:
-            raise Reject("text has too few paragraphs to summarise")
-        names.append(f"第{number + 1}部分从“{opening}”开始" if zh else f"part {number + 1} from “{opening}”")
-        sentence = squash(text[span[0] : span[1]])
-        lines.append(f"{number + 1}. “{sentence}”")
-        spans.append(span)
-    parts = ("；" if zh else "; ").join(names)
-    template = prompt("summary_parts", spec.language, rng, parts=parts)
-    return _single(context, spec, "key_sentences", template, opened, start, "\n".join(lines), spans)
+        begins.append(place)
+    shown = text[start:end]
+    people, known = speakers(text), {name for name, n in names_in(shown).items() if n >= 5}
+    words_below = Counter(re.findall(r"\b[a-z]{3,}\b", shown))
+    doubtful = {name for name in known if words_below[name.lower()] > 5}  # "Grace", "Will": not every one is a name
+    names, lines, spans = [], [], []
+    for number, begin in enumerate(begins):
+        stop = begins[number + 1] if number + 1 < count else end
+        counts = Counter(word for word in re.findall(r"\b[A-Z][a-z]{2,}\b", text[begin:stop]) if word in known)
+        ranked = [*sorted(counts.items(), key=lambda one: (-one[1], one[0])), ("", 0), ("", 0), ("", 0)]
+        for most in (3, 2, 1):
+            clear = ranked[most - 1][1] >= max(ranked[most][1] * 1.25, ranked[most][1] + 3)
+            sure = people - doubtful
+            if clear and ranked[most][0] not in doubtful and all(name in sure for name, _ in ranked[:most]):
+                break
+        else:
+            raise Reject("no persons stand out in a part of the text")
+        chosen = [name for name, _ in ranked[:most]]
+        words = re.sub(r'["“”_*#]', "", squash(text[begin : begin + 300])).split()
+        names.append(f"part {number + 1} from “{' '.join(words[:7])}”")
+        lines.append(f"{number + 1}. {' and '.join(filter(None, (', '.join(chosen[:-1]), chosen[-1])))}")
+        spans.append(_mention(text, begin, stop, chosen[0]))
+    template = prompt("summary_persons", "en", rng, parts="; ".join(names))
+    return _single(context, spec, "persons", template, opened, start, "\n".join(lines), spans)
 
 
-class _Weights:
-    """Scores sentences by how frequent their words are in the part and how rare elsewhere (tf-idf over paragraphs;
-    character pairs for Chinese)."""
+def _mention(text: str, start: int, end: int, name: str) -> tuple[int, int]:
+    """The span of the first sentence of text[start:end] that holds a name."""
+    for a, b in paragraphs(text[start:end]):
+        for c, d in sentences(text[start + a : start + b], "en"):
+            if re.search(rf"\b{name}\b", text[start + a + c : start + a + d]):
+                return start + a + c, start + a + d
+    raise Reject("nothing found in the text")
 
-    def __init__(self, text: str, language: str) -> None:
-        self.language = language
-        chunks = [text[i : i + 20_000] for i in range(0, len(text), 20_000)]
-        self.chunks = len(chunks)
-        self.spread = Counter(word for chunk in chunks for word in set(self.words(chunk)))
 
-    def words(self, text: str) -> list[str]:
-        if self.language == "zh":
-            return [text[i : i + 2] for i in range(len(text) - 1) if text[i : i + 2].isalpha()]
-        return re.findall(r"[a-z']{3,}", text.lower())
+_SENTENCE = {
+    "en": re.compile(r"[A-Z][^\"“”*_|#<>]{18,280}[.!?]"),
+    "zh": re.compile(r"[^「」『』“”*|#<>]{9,110}[。！？]"),
+}
 
-    def best(self, text: str, places: list[tuple[int, int]]) -> tuple[int, int] | None:
-        """The span of the best sentence among paragraphs; the outer tenth of the part does not count."""
-        own = Counter(word for a, b in places for word in self.words(text[a:b]))
-        best, found = 0.0, None
-        low, high = (15, 110) if self.language == "zh" else (60, 320)
-        inner = places[len(places) // 10 : len(places) - len(places) // 10] or places
-        for a, b in inner[:: max(1, len(inner) // 150)]:
-            for c, d in sentences(text[a:b], self.language):
-                sentence = text[a + c : a + d]
-                if not low <= d - c <= high or re.search(
-                    r'["“”「」『』#|<>]|[^.!?。！？；]$|^(?:（|\(|第|\d)|^.{1,3}、', sentence
-                ):
-                    continue
-                words = self.words(sentence)
-                if len(words) < 6 or (self.language != "zh" and not sentence[0].isupper()):
-                    continue
-                score = sum(
-                    math.log1p(own[w]) * math.log((1 + self.chunks) / (0.5 + self.spread[w]))
-                    for w in dict.fromkeys(words)
-                ) / math.sqrt(len(words))
-                if score > best:
-                    best, found = score, (a + c, a + d)
-        return found
+
+def _openings(context: Context, spec: Spec, rng: random.Random, opened: Opened, start: int, end: int) -> Draft:
+    """The first and the last sentence of each of several parts, which the prompt names by their first words; of the
+    last part, whose end depends on the exact fit, the first alone."""
+    text, zh, whole = opened.text, spec.language == "zh", _SENTENCE["zh" if spec.language == "zh" else "en"]
+    fold_lines = squash_zh if zh else squash
+    found: list[tuple[tuple[int, int], tuple[int, int]]] = []  # the sentence before a paragraph, its own first one
+    before: tuple[int, int] | None = None
+    for a, b in paragraphs(text[start:end]):
+        spans = [(start + a + c, start + a + d) for c, d in sentences(text[start + a : start + b], spec.language)]
+        if before and len(spans) > 1 and all(whole.fullmatch(fold_lines(text[x:y])) for x, y in (before, spans[0])):
+            found.append((before, spans[0]))
+        before = spans[-1] if spans else None
+    count = rng.randint(4, 8)
+    size = (end - start) / count
+    chosen = [
+        next((f for f in found if f[1][0] >= start + n * size and f[1][1] < start + (n + 1) * size), None)
+        for n in range(count)
+    ]
+    places = [place for place in chosen if place is not None]
+    shown = text[start:end]
+    folded = fold_lines(shown)
+    if len(places) < count or any(shown.count(text[a:b]) > 1 for pair in places for a, b in pair):
+        raise Reject("text has too few paragraphs to summarise")
+    names, lines, spans = [], [], []
+    for number, (_, first) in enumerate(places, start=1):
+        sentence = fold_lines(text[first[0] : first[1]])
+        opening = sentence[:10] if zh else " ".join(sentence.split()[:6])
+        if folded.count(opening) > 1:
+            raise Reject("question is ambiguous")
+        names.append(f"第{number}部分从“{opening}”开始" if zh else f"part {number} from “{opening}”")
+        spans.append(first)
+        last = places[number][0] if number < count else None
+        if last is not None:
+            spans.append(last)
+        ends = "" if last is None else f"“{fold_lines(text[last[0] : last[1]])}”"
+        lines.append(f"{number}. “{sentence}”{'……' if zh and ends else ' … ' if ends else ''}{ends}")
+    template = prompt("summary_openings", spec.language, rng, parts=("；" if zh else "; ").join(names))
+    return _single(context, spec, "openings", template, opened, start, "\n".join(lines), spans)
 
 
 _PURPOSE = re.compile(
     r"^[ \u3000]*第一条[ \u3000]+(为[^。\n]{6,160}?)，(?=根据|依据|依照|按照|制定|结合|遵照)", re.MULTILINE
 )
+_IN_FORCE = re.compile(r"自(?:公布|发布|颁布|批准|通过)之日起(?:施行|实施|执行|生效)")
 
 
-def _laws(context: Context, spec: Spec, rng: random.Random, stands: list[Stand]) -> Draft:
-    """A digest of whole laws: name, purpose, number of articles, date of effect; one more is shown in part and said
-    to be so."""
-    whole = [s for s in stands if s.start == 0 and s.end == len(s.opened.text)]
-    if len(whole) < 3:
-        raise Reject("too few documents for a collection")
-    # The one that is cut is a long one; whatever is shown in part already comes first.
-    cut = max(range(len(stands)), key=lambda i: (stands[i] not in whole, len(stands[i].opened.text)))
+def _laws(context: Context, spec: Spec, rng: random.Random, laws: list[PoolDocument]) -> Draft:
+    """A digest of whole laws: name, purpose, number of articles, date of effect; a last one is shown in part and said
+    to be so. Only laws whose digest is certain."""
     label = rng.choice(variants("document_label", "zh"))
-    parts, lines, claims = [], [], []
-    for i, stand in enumerate(stands):
-        name = law_title(stand.opened.about.title)
-        full = stand in whole and i != cut
-        shown = name if full else f"{name}（节选）"
-        parts.append(Part.of(stand.opened, stand.start, stand.end, label=context.label(label, i + 1, shown)))
-        line, spans = _digest(stand, full)
-        lines.append(f"{i + 1}. 《{name}》{line}")
-        claims += [Claim(i, a - stand.start, b - stand.start, 0, False) for a, b in spans]
+    parts: list[Part] = []
+    lines, claims, stands = [], [], []
+    left = spec.target - 600
+    titles = set()
+    for document in laws:
+        law, name = context.pool.open(document.index), law_title(document.title)
+        digest = _digest(law)
+        if digest is None or name in titles:
+            continue
+        titles.add(name)
+        line, spans = digest
+        own = law.tokens_between(0, len(law.text)) + 150
+        whole = own < left
+        if not whole:
+            line, spans = "此处为节选，从略。", []
+        shown = name if whole else f"{name}（节选）"
+        number = len(parts)
+        stands.append(Stand(law, 0, len(law.text)))
+        parts.append(Part.of(law, label=context.label(label, number + 1, shown)))
+        lines.append(f"{number + 1}. {book(name)}：{line}")
+        claims += [Claim(number, a, b, 0, False) for a, b in spans]
+        left -= own
+        if not whole:
+            break
+    if left > 0 or len(parts) < 4:
+        raise Reject("too few documents for a collection")
     draft = Draft(
-        spec.task,
-        "laws",
-        "zh",
-        parts,
-        [Turn(prompt("summary_laws", "zh", rng), "\n".join(lines))],
-        claims,
+        spec.task, "laws", "zh", parts, [Turn(prompt("summary_laws", "zh", rng), "\n".join(lines))], claims,
         split=spec.split,
-    )
-    make_elastic(context, spec, draft, [cut], stands)
-    elastic = draft.parts[cut]
-    if any(c.part == cut and c.end > len(elastic.text) for c in claims) or elastic.whole:
-        raise Reject("evidence past the end")
+    )  # fmt: skip
+    make_elastic(context, spec, draft, [len(parts) - 1], stands)
+    if draft.parts[-1].whole:
+        raise Reject("no document could be fitted")
     return draft
 
 
-def _digest(stand: Stand, full: bool) -> tuple[str, list[tuple[int, int]]]:
-    text = stand.opened.text
-    words, spans = [], []
-    purpose = _PURPOSE.search(text, stand.start, stand.end)
-    if purpose and stand.start == 0:
-        words.append(f"目的：{squash(purpose[1])}")
-        spans.append(purpose.span(1))
-    if full:
-        for kind in ("article_count", "effective_date"):
-            for one in find_chinese(text, stand.opened.about.title):
-                if one.kind == kind:
-                    words.append(f"共{one.answers[0]}" if kind == "article_count" else f"自{one.answers[0]}起施行")
-                    spans.append((one.start, one.end))
-        if not any(w.startswith("共") for w in words) and articles(text):
-            words.append("条文编号不连续，条数从略")
+def _digest(law: Opened) -> tuple[str, list[tuple[int, int]]] | None:
+    """A line on a whole law and where it stands. None where a number or a date cannot be read off with certainty."""
+    text = law.text
+    found = {one.kind: one for one in find_chinese(text, law.about.title)}
+    first, last = articles(text)[0], articles(text)[-1]
+    purpose = _PURPOSE.search(text, first[1], first[2])
+    if "article_count" not in found or (purpose is None and re.search(r"为了?\w", text[first[1] : first[2]])):
+        return None
+    words = [f"目的：{squash_zh(purpose[1])}"] if purpose else ["文中未写明目的"]
+    spans = [purpose.span(1)] if purpose else []
+    words.append(f"共{found['article_count'].answers[0]}")
+    spans.append((last[1], last[2]))
+    if "effective_date" in found:
+        one = found["effective_date"]
+        words.append(f"自{one.answers[0]}起施行")
+        if not last[1] <= one.start < last[2]:
+            spans.append((one.start, one.end))
+    elif (at := _IN_FORCE.search(text, last[1], last[2])) is not None:
+        words.append(at[0])
     else:
-        words.append("此处为节选，条数与施行日期从略")
-    return "：" + "；".join(words) + "。", spans
+        return None
+    return "；".join(words) + "。", spans
 
 
 def _asked(context: Context, spec: Spec, rng: random.Random) -> Draft:
