@@ -81,6 +81,7 @@ def test_genuine_files_are_read() -> None:
         (4, {"_id": "hotpotqa-0"}, "line 4: the id 'hotpotqa-0' stands in line 1 already"),
         (1, {"dataset": "musique"}, "line 1: the row belongs to 'musique'"),
         (6, "_id", "line 6: the field '_id' is missing"),
+        (5, {"context": "half \ud83d"}, "line 5: the row holds half a character"),
     ],
 )
 def test_a_bad_row_is_named(bench: Path, line: int, change: dict[str, object] | str, message: str) -> None:
@@ -115,6 +116,9 @@ def test_damaged_and_missing_files_are_named(bench: Path) -> None:
     (bench / "config" / "dataset2prompt.json").write_text(json.dumps({"trec": "{contxt} {input}"}))
     with pytest.raises(UserError, match=r"must fill .context."):
         read_config(bench / "config", ("trec",))
+    (bench / "config" / "dataset2prompt.json").write_text("[]")
+    with pytest.raises(UserError, match="is no table of tasks"):
+        read_config(bench / "config", ("trec",))
     (bench / "config" / "dataset2prompt.json").write_text("{")
     with pytest.raises(UserError, match="line 1: not valid JSON"):
         read_config(bench / "config", ("trec",))
@@ -128,7 +132,10 @@ def test_a_zip_is_unpacked_once(bench: Path, tmp_path: Path) -> None:
     folder = locate(str(archive), tmp_path / "cache")
     assert len(read_task(folder, "trec")) == 6
     assert (folder / "data" / "outside.jsonl").is_file()  # by its bare name, inside
+    (folder / "data" / "trec.jsonl").write_text("kept")
     assert locate(str(archive), tmp_path / "cache") == folder
+    assert (folder / "data" / "trec.jsonl").read_text() == "kept"
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name]
     archive.write_bytes(b"no zip")
     with pytest.raises(UserError, match="cannot be unpacked"):
         locate(str(archive), tmp_path / "cache")
@@ -185,6 +192,7 @@ def test_a_run_writes_the_benchmarks_own_format(echo: Echo, bench: Path, tmp_pat
     for task in OURS:
         path = tmp_path / "pred" / f"{task}.jsonl"
         check_against(read_task(bench, task), read_predictions(path, task), path, partial=False)
+        check_against(read_task(bench, task), read_predictions(path, task)[::-1], path, partial=False)
     again = {s.task: s for s in score_folder(tmp_path)}
     assert {t: (s.score, s.beside) for t, s in again.items()} == {t: (s.score, s.beside) for t, s in scores.items()}
 
@@ -410,6 +418,18 @@ def test_v2_direct_and_with_reasoning(echo: Echo, v2: Path, tmp_path: Path, monk
     assert len(thought.save(tmp_path)) == 2
 
 
+def test_v2_keeps_every_answer_as_it_comes(echo: Echo, v2: Path, tmp_path: Path) -> None:
+    items, prompts = read_items(v2), read_prompts(v2 / "prompts", reasoning=True)
+    for stop in (3, 8):  # among the thoughts, then among the answers
+        until: Any = lambda stop=stop: echo.calls >= stop  # noqa: E731
+        run_v2(echo, items, prompts, tmp_path, max_length=200, reasoning=True, cancelled=until)
+        kept = [path.read_text().count("\n") - 1 for path in sorted((tmp_path / "journal").iterdir())]
+        assert kept == {3: [0, 3], 8: [2, 6]}[stop]
+    result = run_v2(echo, items, prompts, tmp_path, max_length=200, reasoning=True)
+    assert echo.calls == 12
+    assert [row["response_cot"] != "" for row in result.rows] == [True] * 6
+
+
 def test_v2_failures_and_bad_input(echo: Echo, v2: Path, tmp_path: Path) -> None:
     echo.fail = (0,)
     items = read_items(v2, limit=2)
@@ -446,6 +466,18 @@ def test_v2_cuts_ids_and_decodes_them_together(echo: Echo) -> None:
     ids = echo.encode(text)
     assert cut(echo, text, 31) == echo.decode([*ids[:15], *ids[-16:]])
     assert cut(echo, text, 10_000) == text
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "j.jsonl", {"a": 1})
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        journal.add("x", {"pred": "y"})
+    assert not journal.done("x")
 
 
 def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
