@@ -2,14 +2,21 @@
 
 Importing the package registers XVERSE with transformers' Auto classes. The `longverse` command leaves that out
 (LONGVERSE_COMMAND=1), since transformers' model classes take seconds to import and the engine does not need them.
+
+    model = longverse.load("smol")
+    print(model.read("report.pdf").ask("Who is the chair?").marked)
 """
 
 import os
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__"]
+__all__ = ["UserError", "__version__", "load"]
+
+if TYPE_CHECKING:
+    from .api import load
 
 if os.environ.get("LONGVERSE_COMMAND") != "1":
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,3 +27,12 @@ if os.environ.get("LONGVERSE_COMMAND") != "1":
     AutoConfig.register("xverse", XverseConfig, exist_ok=True)
     AutoModelForCausalLM.register(XverseConfig, XverseForCausalLM, exist_ok=True)
     __all__ += ["XverseConfig", "XverseForCausalLM"]
+
+
+def __getattr__(name: str) -> Any:
+    """`longverse.load` brings the engine with it when it is first used."""
+    if name == "load":
+        from .api import load
+
+        return load
+    raise AttributeError(f"module 'longverse' has no attribute {name!r}")
