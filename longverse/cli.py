@@ -27,7 +27,7 @@ from . import (
     commands_train,
     console,
 )
-from .commands_ask import ask
+from .commands_ask import ask, summarize
 from .commands_common import (
     AsJson,
     Device,
@@ -84,6 +84,7 @@ def start(
 
 
 app.command()(ask)
+app.command()(summarize)
 
 
 @app.command()

@@ -220,3 +220,67 @@ def _about(document: Document) -> dict[str, object]:
         "language": document.language, "format": document.format,
         "pages": document.pages if document.unit else None,
     }  # fmt: skip
+
+
+def summarize(
+    file: Annotated[str, typer.Argument(help="A document, or - for standard input.")],
+    model: Model = "smol",
+    sections: Annotated[
+        bool, typer.Option("--sections", help="Section by section, also where the whole would fit.")
+    ] = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    rope: Rope = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Summarise a document: whole where it fits the model's window, else part by part, saying which.
+
+    [bold]Examples[/bold]
+
+    longverse summarize report.pdf
+
+    longverse summarize book.epub --sections --json
+    """
+    from .documents.reader import read
+
+    document = read(file)
+    settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    engine = load_engine(model, dtype, device, rope, quiet)
+    from .documents import summarize as module
+
+    tasks: list[console.Task] = []
+
+    def on_part(number: int, count: int, part: module.Part) -> console.Task:
+        for task in tasks:
+            task.close()
+        where = f" ({part.place})" if part.place else ""
+        title = f"Part {number} of {count}{where}" if count > 1 else f"Reading {document.name}"
+        tasks.append(console.Task(title, quiet=quiet))
+        return tasks[-1]
+
+    for summary in module.summarize(engine, document, settings, by_parts=sections, on_part=on_part):
+        tasks[-1].close()
+        part = summary.part
+        if as_json:
+            record = {"of": summary.of, "title": part.title, "place": part.place, "start_char_index": part.start}
+            record |= {"end_char_index": part.end, "summary": summary.text, "tokens": summary.tokens}
+            console.json_line(record | {"model": engine.name})
+            continue
+        if summary.of == "part":
+            console.out().print(
+                console.Text(f"{part.title} ({part.place})" if part.title else part.place, style="bold")
+            )
+        elif summary.of == "parts":
+            console.out().print(console.Text("All parts, by their summaries", style="bold"))
+        console.line(summary.text or "(the model wrote nothing)")
+        if summary.of == "part":
+            console.line()
