@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..models import kernels
 from ..models.cache import Allocate, KVCache
 from ..models.chat import ChatFormat, cut_at_stop, may_stop
 from ..models.checkpoint import load
@@ -30,6 +31,7 @@ from .sampling import Sampler, Sampling
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
 ATTENTIONS = ("exact", "pages")
+WEIGHTS = ("auto", "full", "int8", "int4")
 CHUNK = 512  # tokens a forward reads at once: large enough for matrix products to run at full speed
 
 
@@ -45,6 +47,8 @@ class Stats:
     peak_memory_bytes: int = 0  # of the whole process (CPU) or of torch's allocations (GPU)
     attention: str = "exact"
     cache: str = "full"  # the format of the keys and values
+    weights: str = "full"  # what single tokens are computed with: "full", or the weights rounded to "int8" or "int4"
+    kernels: str = ""  # who computed them: "compiled", or "torch" and why; "" on a GPU
     finish_reason: str = ""  # "stop": end token or stop text; "length": max_new_tokens; "cancelled"
     rope_base: float = 0.0  # the effective base, pinned for the session
 
@@ -81,6 +85,7 @@ class Engine:
         config: dict[str, Any] | None = None,
         notes: list[str] | None = None,
         window: int | None = None,
+        weights: str = "full",
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
@@ -89,6 +94,10 @@ class Engine:
         self.config = config or {}
         self.notes = notes or []
         self.window = window or network.config.window
+        if weights not in WEIGHTS:
+            raise UserError(f"There are no {weights!r} weights: choose one of {', '.join(WEIGHTS)}.")
+        self._weights = weights
+        self._decoder: Any = None  # models.kernels.decoder.Decoder; built for the first token that is written
 
     @classmethod
     def load(
@@ -99,16 +108,34 @@ class Engine:
         device: str = "auto",
         rope: str | None = None,
         window: int | None = None,
+        weights: str = "auto",
         on_progress: Progress | None = None,
     ) -> "Engine":
         """Load a model by embedded name, path or hub id. `rope` changes its RoPE plan (RopePlan.parse); `window`
-        overrides the longest conversation in tokens, for measuring what happens past it."""
+        overrides the longest conversation in tokens, for measuring what happens past it. `weights` is what answers are
+        written with on a CPU (prompts are always read in `dtype`): "full", rounded to "int8" or "int4", or "auto":
+        rounded where that loses no more than bf16 does (models/kernels/decoder.py)."""
         if window is not None and window < 1:
             raise UserError(f"A window of {window} tokens must be at least 1.")
         loaded = load(model, dtype=dtype, device=device, rope=rope, on_progress=on_progress)
         return cls(
-            loaded.network, loaded.tokenizer, loaded.chat, loaded.name, loaded.config, list(loaded.notes), window
+            loaded.network,
+            loaded.tokenizer,
+            loaded.chat,
+            loaded.name,
+            loaded.config,
+            list(loaded.notes),
+            window,
+            weights,
         )
+
+    def decoder(self) -> Any:
+        """The compiled decoder for single tokens, built at the first call; None where none fits."""
+        if self._decoder is None and self.network.device.type == "cpu" and not kernels.unavailable():
+            from ..models.kernels.decoder import Decoder
+
+            self._decoder = Decoder.of(self.network, self._weights) or False
+        return self._decoder or None
 
     def session(
         self, planned_tokens: int, *, attention: str = "exact", cache: str = "full", allocate: Allocate | None = None
@@ -144,6 +171,7 @@ class Session:
     stats: Stats = field(default_factory=Stats)
     cache_format: str = "full"
     allocate: Allocate | None = None
+    attention: str = "exact"
     # A forward always ends after this many tokens: the document's, so that an answer has the same bits whether the
     # document was read just before it or kept (inference/store.py).
     boundary: int = 0
@@ -261,7 +289,7 @@ class Session:
                     stats.finish_reason = "cancelled"
                     return
                 started_token = time.perf_counter()
-                token = sampler(self._logits(self._forward([token])))
+                token = sampler(self._next(token))
                 stats.decode_seconds += time.perf_counter() - started_token  # the listener's time is not counted
         finally:  # also when the caller stops listening, or Ctrl-C falls into a forward
             if not stats.prefill_seconds:
@@ -300,6 +328,19 @@ class Session:
         self.cache.advance(len(ids))
         self.tokens.extend(ids)
         return hidden[:, -1]
+
+    def _next(self, token: int) -> torch.Tensor:
+        """Read one token of the answer; float32 logits [V] of what follows it."""
+        on_cpu = self.engine.network.device.type == "cpu"
+        decoder = self.engine.decoder() if type(self.cache) is KVCache and self.attention == "exact" else None
+        logits = decoder.step(token, self.cache) if decoder is not None else None
+        if decoder is None or logits is None:
+            reason = kernels.unavailable()
+            self.stats.kernels = f"torch ({reason})" if reason and on_cpu else "torch" if on_cpu else ""
+            return self._logits(self._forward([token]))
+        self.stats.kernels, self.stats.weights = "compiled", decoder.weights
+        self.tokens.append(token)
+        return logits
 
     @torch.inference_mode()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

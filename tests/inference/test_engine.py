@@ -156,6 +156,7 @@ def scripted(tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch) -
         return likely
 
     monkeypatch.setattr(session, "_logits", logits)
+    monkeypatch.setattr(session, "_next", lambda token: logits(session._forward([token])))
     return session
 
 

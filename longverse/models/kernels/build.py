@@ -52,7 +52,8 @@ class CacheForm:
 class DecoderForm:
     """What the machine code for a whole decoder depends on, beside its cache."""
 
-    weights: str  # layout
+    weights: str  # layout of the matrices
+    head: str  # and of the head, never int4
     group: int
     qk_norm: bool = False
     qkv_bias: bool = False
@@ -62,12 +63,12 @@ class DecoderForm:
     @property
     def name(self) -> str:
         flags = (self.qk_norm, self.qkv_bias, self.output_bias, self.mlp_bias)
-        return f"{self.weights}{self.group}_{''.join(str(int(flag)) for flag in flags)}"
+        return f"{self.weights}_{self.head}_{self.group}_{''.join(str(int(flag)) for flag in flags)}"
 
     def constants(self) -> dict[str, Any]:
         return {
-            "WEIGHTS": self.weights, "WEIGHT_GROUP": self.group, "QK_NORM": self.qk_norm, "QKV_BIAS": self.qkv_bias,
-            "OUTPUT_BIAS": self.output_bias, "MLP_BIAS": self.mlp_bias,
+            "WEIGHTS": self.weights, "WEIGHT_GROUP": self.group, "HEAD": self.head, "QK_NORM": self.qk_norm,
+            "QKV_BIAS": self.qkv_bias, "OUTPUT_BIAS": self.output_bias, "MLP_BIAS": self.mlp_bias,
         }  # fmt: skip
 
 

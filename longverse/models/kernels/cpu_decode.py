@@ -25,7 +25,7 @@ SIZE, HEADS = 64, 1  # D and h
 KEPT, KEPT_BF16, KEPT_GROUP = "bf16", True, 64  # layout of tokens kept in full; elements summed at a time
 QUANTISED, PACKED, GROUP = False, "int8", 64  # whether the others are packed, their layout and its group
 ROTATED = 1  # elements the Hadamard rotation mixes, a power of two; 1 for none
-WEIGHTS, WEIGHT_GROUP = "bf16", 32
+WEIGHTS, WEIGHT_GROUP, HEAD = "bf16", 32, "bf16"  # layouts of the matrices and of the head, and their group
 QK_NORM, QKV_BIAS, OUTPUT_BIAS, MLP_BIAS = False, False, False, False
 
 TILE = 64  # keys at a time: their scores stay in the processor's first cache
@@ -378,4 +378,6 @@ def decode_one(
                 x[i] += mlp_bias[layer, 2 * width + i]
         meet(counter, team)
     rms_norm(x, norms[layers, 0], eps, normed)
-    product(normed, sums, head_weight, head_scales, logits.size, rank, team, logits)
+    begin, end = logits.size * rank // team, logits.size * (rank + 1) // team
+    groups = hidden // WEIGHT_GROUP
+    matvec(HEAD, WEIGHT_GROUP, normed, sums, head_weight, head_scales, groups, begin, end, logits)

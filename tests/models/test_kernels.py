@@ -1,0 +1,132 @@
+"""The compiled decoder against the network it stands for, and the choice of what it computes with."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from longverse import UserError
+from longverse.inference.engine import Engine
+from longverse.models import kernels
+from longverse.models.cache import KVCache
+from longverse.models.network import CausalLM
+from longverse.models.packing import Packing
+from tests.helpers import random_network, tiny_config
+
+needs_kernels = pytest.mark.skipif(bool(kernels.unavailable()), reason=f"no CPU kernels: {kernels.unavailable()}")
+READ, WRITTEN = 70, 6
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "qk_norm": True},
+}
+
+
+def both(network: CausalLM, weights: str, format: str = "full", threads: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [WRITTEN, V] after the same tokens, by the network and by the decoder, each over a cache of its own."""
+    from longverse.models.kernels.decoder import Decoder
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        decoder = Decoder.of(network, weights)
+        assert decoder is not None
+        shape, total = network.config, READ + WRITTEN
+        ids = torch.randint(0, shape.vocab_size, (1, total), generator=torch.Generator().manual_seed(3))
+        sizes = (shape.num_layers, shape.num_kv_heads, shape.head_dim, total, network.dtype)
+        caches = [KVCache(*sizes, format=format) for _ in range(2)]
+        ours, theirs = [], []
+        with torch.inference_mode():
+            for cache in caches:
+                network.model(ids[:, :READ], torch.arange(READ)[None], total, cache.attend)
+                cache.advance(READ)
+            for n in range(READ, total):
+                theirs.append(network(ids[:, n : n + 1], torch.tensor([[n]]), total, caches[0].attend)[0, 0])
+                caches[0].advance(1)
+                logits = decoder.step(int(ids[0, n]), caches[1])
+                assert logits is not None
+                ours.append(logits)
+        assert caches[1].length == total
+        return torch.stack(theirs), torch.stack(ours)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_decoder_is_the_network(shape: str) -> None:
+    theirs, ours = both(random_network(tiny_config(**SHAPES[shape])), "full", threads=3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_rounded_weights_are_those_of_the_packing() -> None:
+    network = random_network(tiny_config(**SHAPES["everything"]))
+    rounded = random_network(tiny_config(**SHAPES["everything"]))
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            packing = Packing("int8" if name == "lm_head" else "int4", module.weight.shape[1], 32)
+            module.weight.data = packing.dequantize(*packing.quantize(module.weight.data), torch.float32)
+    # What was read before came through the unrounded network, so only one token is compared, over no past.
+    from longverse.models.kernels.decoder import Decoder
+
+    decoder, shape = Decoder.of(network, "int4"), network.config
+    assert decoder is not None
+    rounded.model.embed_tokens.weight.data = network.model.embed_tokens.weight.data
+    cache = KVCache(shape.num_layers, shape.num_kv_heads, shape.head_dim, 4, torch.float32)
+    ours = decoder.step(7, cache)
+    assert ours is not None
+    torch.testing.assert_close(ours, rounded(torch.tensor([[7]]))[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_a_bfloat16_network_over_an_int8_cache_stays_within_their_rounding() -> None:
+    network = random_network(tiny_config(num_key_value_heads=2)).bfloat16()
+    theirs, ours = both(network, "int8", "int8")
+    assert ((ours - theirs.float()).norm() / theirs.float().norm()).item() < 0.03
+
+
+@needs_kernels
+def test_auto_takes_int4_only_for_weights_that_were_four_bit() -> None:
+    from longverse.models.kernels.decoder import COPY_LIMIT, Decoder, settled
+
+    network = random_network(tiny_config())
+    assert settled(network, "auto") == "int8"
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            packing = Packing("int4", module.weight.shape[1], 32)
+            module.weight.data = packing.dequantize(*packing.quantize(module.weight.data), torch.float32)
+    assert settled(network, "auto") == "int4"
+    assert COPY_LIMIT >= 1 << 30
+    assert Decoder.of(random_network(tiny_config(hidden_size=40)), "full") is None
+
+
+def test_the_engine_says_what_wrote_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    from longverse.inference.sampling import Sampling
+    from longverse.models.chat import ChatFormat
+    from longverse.models.tokenizer import Tokenizer
+    from tests.models.folders import save_tokenizer
+
+    save_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+
+    def engine() -> Engine:
+        network = random_network(tiny_config(max_position_embeddings=64))
+        return Engine(network, tokenizer, ChatFormat("plain", tokenizer))
+
+    prompt, sampling = list(range(5, 30)), Sampling(max_new_tokens=8)
+    compiled = engine().session(40).complete(prompt, sampling)
+    if not kernels.unavailable():
+        assert (compiled.stats.kernels, compiled.stats.weights) == ("compiled", "full")
+    monkeypatch.setattr(kernels, "unavailable", lambda: "numba is not installed")
+    plain = engine().session(40).complete(prompt, sampling)
+    assert plain.stats.kernels == "torch (numba is not installed)"
+    assert plain.tokens == compiled.tokens
+    with pytest.raises(UserError, match="no 'int3' weights: choose one of auto, full, int8, int4"):
+        Engine(random_network(tiny_config()), tokenizer, ChatFormat("plain", tokenizer), weights="int3")
+
+
+def test_no_start_pays_for_kernels_it_does_not_use() -> None:
+    code = "import sys, longverse.inference.engine; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
