@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .server.sessions import Open
 
 KEY_VARIABLE = "LONGVERSE_API_KEY"
+PAGES_WINDOW = 2**20  # tokens: with pages the model's window is no limit, but some limit there must be
 
 
 def serve(
@@ -37,6 +38,9 @@ def serve(
         float | None,
         typer.Option("--cache-memory", min=0.01, help="GiB for what was read; else 40% of free memory."),
     ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep what is read of documents on disk, as `longverse read` does.")
+    ] = False,
     slots: Annotated[int, typer.Option("--slots", min=1, max=64, help="Requests that take turns computing.")] = 4,
     queue: Annotated[int, typer.Option("--queue", min=0, max=10_000, help="Requests that may wait.")] = 64,
     answer_tokens: Annotated[
@@ -80,8 +84,10 @@ def serve(
     sock = bind(host, port)  # before the model loads: a port that is taken is said at once
     engine = load_engine(model, dtype, device, rope, quiet)
 
+    from .inference.store import Store
     from .models.checkpoint import cache_folder
     from .server.app import create_app
+    from .server.keeping import Keeping
     from .server.library import Library
     from .server.run import serve as run
     from .server.service import Settings
@@ -90,8 +96,14 @@ def serve(
     open_session = _opener(engine, attention, cache)
     folder = expand(library) if library is not None else cache_folder() / "documents"
     documents = Library(folder, lambda text: len(engine.tokenizer.encode(text)))
+    window = PAGES_WINDOW if attention == "pages" else engine.window
     worker = Worker(
-        engine, slots=slots, queue_limit=queue, cache_bytes=_memory(cache_memory, engine), open_session=open_session
+        engine,
+        slots=slots,
+        queue_limit=queue,
+        cache_bytes=_memory(cache_memory, engine),
+        open_session=open_session,
+        window=window,
     )
     settings = Settings(
         api_key=key,
@@ -99,12 +111,14 @@ def serve(
         max_body=body_limit * 2**20,
         max_upload=upload_limit * 2**20 + 2**16,
         hosts=tuple(allow_host or ()),
+        window=window,
+        keeping=Keeping(engine, Store(), keep, attention, cache),
     )
     app = create_app(engine, worker, documents, settings)
     url = address_of(sock)
 
     def started() -> None:
-        console.line(f"{engine.name} reads {engine.window:,} tokens. Open {url} in a browser; programs use {url}/v1.")
+        console.line(f"{engine.name} reads {window:,} tokens. Open {url} in a browser; programs use {url}/v1.")
         console.note(f"Documents are kept in {folder}. Ctrl-C stops.", quiet=quiet)
 
     run(app, worker, sock, grace=grace, on_start=started)

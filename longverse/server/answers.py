@@ -29,7 +29,7 @@ class Running:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._left = len(works)
-        self.tasks = [Task(client, work.ids, work.tokens, work, self._put) for work in works]
+        self.tasks = [Task(client, work.ids, work.tokens, work, self._put, work.document) for work in works]
         worker.submit(*self.tasks)
 
     def _put(self, event: Any) -> None:

@@ -96,7 +96,9 @@ def router(service: Service) -> APIRouter:
         beginning = await asyncio.to_thread(service.prompts.beginning, (file_id,))
         if len(beginning) >= service.window:
             raise too_long(len(beginning), 0, service.window, service.model, False)
-        running = service.run(request, None, [Reading(beginning, service.planned(len(beginning)))])
+        keeping = service.settings.keeping
+        work = Reading(beginning, service.planned(len(beginning)), known.filename, keeping)
+        running = service.run(request, None, [work])
         done = {"object": "file.reading", "id": file_id, "status": "ready"}
         return EventStream(
             reading_chunks(running, lambda: done | {"file": service.file_record(known)}),

@@ -1,5 +1,6 @@
 """From prompt ids to events: what a worker thread does with a session for one prompt."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,8 @@ from ..documents import ask
 from ..documents.citations import Cited
 from ..inference.engine import Session, Stats
 from ..inference.sampling import Constraint, Sampling
+from .keeping import Keeping
+from .sessions import common_prefix
 from .worker import Failed, Turn
 
 
@@ -61,6 +64,7 @@ class Generation:
     boundary    first tokens that are a document's: a forward ends there, so that the bits of an answer do not depend
                 on whether the document was read before
     asked       the documents and the question, where the answer is to be tied to them; way: how (ask.way_for)
+    keeping     where the document is kept between servers; name: what it is called there
     """
 
     ids: list[int]
@@ -73,8 +77,15 @@ class Generation:
     boundary: int = 0
     asked: ask.Prompts | None = None
     way: str = "off"
+    name: str = ""
+    keeping: Keeping | None = None
+
+    @property
+    def document(self) -> int:
+        return self.boundary
 
     def __call__(self, session: Session, turn: Turn) -> None:
+        session, read_before, seconds = self._with_document(session, turn)
         session.boundary = self.boundary
         for choice in range(self.choices):
             logged: list[Logged] = []
@@ -98,6 +109,9 @@ class Generation:
                     turn.emit(Piece(self.first + choice, piece, _drained(logged)))
                 turn.pause()
             stats = session.stats
+            if choice == 0 and read_before is not None:
+                stats.reused_tokens = min(stats.reused_tokens, read_before)
+                stats.prefill_seconds += seconds
             if stats.finish_reason == "cancelled":
                 turn.emit(Failed(turn.task.reason, "The request was stopped."))
                 return
@@ -113,6 +127,21 @@ class Generation:
             final_text = text if self.asked is not None else None
             turn.emit(Ended(self.first + choice, stats, _drained(logged), turn.queued_seconds, cited, final_text))
         turn.emit(Finished())
+
+    def _with_document(self, session: Session, turn: Turn) -> tuple[Session, int | None, float]:
+        """The session with the document in it where that is kept on disk or is to be; how many tokens it held before,
+        and the seconds that reading took, for the statistics of the answer."""
+        if self.keeping is None or not self.boundary:
+            return session, None, 0.0
+        beginning = self.ids[: self.boundary]
+        turn.total = len(self.ids)
+        session = self.keeping.bring(session, turn, beginning)
+        if not self.keeping.keep:
+            return session, None, 0.0
+        held = common_prefix(session.tokens, beginning)
+        started = time.perf_counter()
+        session = self.keeping.read(session, turn, beginning, self.name)
+        return session, held, time.perf_counter() - started
 
     def _logger(self, session: Session, logged: list[Logged]) -> Callable[[int, Tensor], None]:
         ends = session.engine.tokenizer.eos_ids
@@ -136,10 +165,20 @@ class Reading:
 
     ids: list[int]
     tokens: int
+    name: str = ""
+    keeping: Keeping | None = None
+
+    @property
+    def document(self) -> int:
+        return len(self.ids)
 
     def __call__(self, session: Session, turn: Turn) -> None:
         session.boundary = len(self.ids)
-        whole = session.read(self.ids, on_progress=turn.progress, cancelled=turn.cancelled)
+        if self.keeping is not None:
+            session = self.keeping.read(session, turn, self.ids, self.name)
+            whole = len(session.tokens) >= len(self.ids)
+        else:
+            whole = session.read(self.ids, on_progress=turn.progress, cancelled=turn.cancelled)
         turn.emit(Finished() if whole else Failed(turn.task.reason, "The reading was stopped; what was read is kept."))
 
 

@@ -20,6 +20,7 @@ from .constrain import AfterTag, Costs, Forced, Vocabulary
 from .errors import JSON, ApiError, queue_full, too_long
 from .generate import Generation, Reading
 from .grammar import JSON_OBJECT, Grammar
+from .keeping import Keeping
 from .library import About, Library
 from .metrics import Metrics
 from .prompts import Prompts
@@ -38,6 +39,8 @@ class Settings:
     answer_tokens  an answer's limit where the client names none (and the window allows)
     keep_alive     seconds without an event after which a stream says that it lives
     max_body       bytes of a request; max_upload: of an uploaded file's request
+    window         the longest conversation, where it is not the engine's
+    keeping        where documents that were read are found and kept
     hosts          names, besides localhost and addresses, under which it may be called
     """
 
@@ -47,6 +50,8 @@ class Settings:
     max_body: int = 8 * 2**20
     max_upload: int = 257 * 2**20
     hosts: tuple[str, ...] = ()
+    window: int | None = None
+    keeping: Keeping | None = None
 
 
 class Service:
@@ -58,7 +63,7 @@ class Service:
         self.prompts = Prompts(engine, library)
         self.model = Path(engine.name).name or engine.name
         self.started = int(time.time())
-        self.window = engine.window
+        self.window = settings.window or engine.window
         self.uploads = asyncio.Semaphore(READERS)
         self._vocabulary: Vocabulary | None = None
         self._json: Costs | None = None
@@ -106,6 +111,8 @@ class Service:
             boundary=prompt.boundary,
             tokens=tokens,
             asked=prompt.asked,
+            name=", ".join(self.library.get(name).filename for name in prompt.documents),
+            keeping=self.settings.keeping,
             way=prompt.way,
         )
 
@@ -199,7 +206,7 @@ class Service:
         held = 0
         beginning = self.prompts.kept((known.id,))
         if beginning:
-            held = self.worker.held(beginning, self.planned(len(beginning)))
+            held = self.worker.held(beginning, self.planned(len(beginning)), len(beginning))
         about |= {
             "window": self.window, "fits": known.tokens + 256 <= self.window, "read_tokens": held,
             "read": bool(beginning) and held >= len(beginning or ()) - 1,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..errors import UserError
 from ..inference.engine import Engine, Session
+from ..inference.store_keys import planned_length as store_plan
 
 SMALLEST_PLAN = 2048  # tokens
 WORTH = 256  # tokens whose reading is too short to wait for, or to keep a session for
@@ -67,8 +68,12 @@ class Entry:
 class Sessions:
     """The kept sessions. Not thread-safe: the worker holds its lock around every call."""
 
-    def __init__(self, engine: Engine, limit_bytes: int, open_session: Open | None = None) -> None:
+    def __init__(
+        self, engine: Engine, limit_bytes: int, open_session: Open | None = None, window: int | None = None
+    ) -> None:
+        """window: the longest plan, where it is not the engine's (pages)."""
         self.engine = engine
+        self.window = window or engine.window
         self.limit_bytes = limit_bytes
         self.open: Open = open_session or engine.session
         self.entries: list[Entry] = []
@@ -95,17 +100,26 @@ class Sessions:
                 f" most {self.limit_bytes / 2**30:.2f} GiB: shorten it, or start the server with more --cache-memory."
             )
 
-    def held(self, ids: list[int], tokens: int) -> int:
+    def held(self, ids: list[int], tokens: int, document: int = 0) -> int:
         """How many first tokens of `ids` a kept session holds."""
-        return max((common_prefix(e.session.tokens, ids) for e in self.entries if self._fits(e, tokens)), default=0)
+        planned = self.plan(tokens, document)
+        return max((common_prefix(e.session.tokens, ids) for e in self.entries if self._fits(e, planned)), default=0)
 
-    def claim(self, ids: list[int], tokens: int) -> Entry:
+    def plan(self, tokens: int, document: int = 0) -> int:
+        """The plan for `tokens`, the first `document` of which are a document's: under dynamic NTK that of the store,
+        so that what is kept on disk fits."""
+        if document and self.engine.network.config.rope.kind == "dynamic":
+            return store_plan(self.engine, document, tokens)
+        return planned_length(tokens, self.window)
+
+    def claim(self, ids: list[int], tokens: int, document: int = 0) -> Entry:
         """A session planned for at least `tokens`, marked as in use. Raises Busy, or UserError when it cannot be
         opened."""
+        planned = self.plan(tokens, document)
         free: tuple[int, Entry | None] = (-1, None)
         shared = 0
         for entry in self.entries:
-            if not self._fits(entry, tokens):
+            if not self._fits(entry, planned):
                 continue
             common = common_prefix(entry.ids if entry.in_use else entry.session.tokens, ids)
             if entry.in_use:
@@ -117,7 +131,7 @@ class Sessions:
         best = free[1]
         high = max(tokens, best.high) if best is not None else tokens
         self._make_room(high - (best.high if best is not None else 0), best)
-        entry = best or Entry(self.open(planned_length(tokens, self.engine.window)), ids)
+        entry = best or Entry(self.open(planned), ids)
         if best is None:
             self.entries.append(entry)
             cache = getattr(entry.session, "cache", None)
@@ -133,10 +147,10 @@ class Sessions:
         """Forget it, in use or not."""
         self.entries.remove(entry)
 
-    def _fits(self, entry: Entry, tokens: int) -> bool:
+    def _fits(self, entry: Entry, planned: int) -> bool:
         base = self.engine.network.config.rope.base
-        planned = entry.session.planned_tokens
-        return planned >= tokens and base(planned) == base(planned_length(tokens, self.engine.window))
+        own = entry.session.planned_tokens
+        return own >= planned and base(own) == base(planned)
 
     def _make_room(self, more: int, keep: Entry | None) -> None:
         """Drop unused sessions, the oldest first, until `more` tokens fit."""

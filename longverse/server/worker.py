@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,7 @@ class Task:
     tokens: int
     run: Callable[[Session, "Turn"], None]
     emit: Callable[[Any], None]
+    document: int = 0  # first tokens of the prompt that are a document's
     queued: float = field(default_factory=time.monotonic)
     stop: threading.Event = field(default_factory=threading.Event)
     reason: str = "cancelled"
@@ -72,10 +73,11 @@ class Task:
 class Turn:
     """What running work sees of the worker: `progress` and `cancelled` are the engine's two callbacks."""
 
-    def __init__(self, task: Task, baton: Baton) -> None:
-        self.task, self.baton = task, baton
+    def __init__(self, task: Task, baton: Baton, entry: Entry) -> None:
+        self.task, self.baton, self.entry = task, baton, entry
         self.emit = task.emit
         self.started = time.monotonic()
+        self.total = 0  # of the whole prompt, where a part of it is read first
         self.queued_seconds = self.started - task.queued
         self._cache: int | None = None
 
@@ -86,8 +88,22 @@ class Turn:
         """Report, and let others compute before the next chunk."""
         if self._cache is None:
             self._cache = done
+        total = max(total, self.total)
         self.emit(Progress(total, self._cache, done, round(1000 * (time.monotonic() - self.started), 1)))
         self.baton.pass_on()
+
+    def replace(self, session: Session) -> None:
+        """Another session takes the place of the one that was claimed."""
+        self.entry.session = session
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, others compute: for waiting on a disk."""
+        self.baton.give()
+        try:
+            yield
+        finally:
+            self.baton.take()
 
     def pause(self) -> None:
         """Let others compute, between two tokens."""
@@ -110,9 +126,10 @@ class Worker:
         queue_limit: int = 64,
         cache_bytes: int = 2**31,
         open_session: Open | None = None,
+        window: int | None = None,
     ) -> None:
         self.engine = engine
-        self.sessions = Sessions(engine, cache_bytes, open_session)
+        self.sessions = Sessions(engine, cache_bytes, open_session, window)
         self.slots, self.queue_limit = slots, queue_limit
         self.waiting: FairQueue[Task] = FairQueue()
         self.active: set[Task] = set()
@@ -156,10 +173,10 @@ class Worker:
                 task.emit(Failed(task.reason, "The request was stopped before its turn came."))
             self._changed.notify_all()
 
-    def held(self, ids: list[int], tokens: int) -> int:
+    def held(self, ids: list[int], tokens: int, document: int = 0) -> int:
         """How many first tokens of `ids` a kept session holds."""
         with self._changed:
-            return self.sessions.held(ids, tokens)
+            return self.sessions.held(ids, tokens, document)
 
     def stop(self, grace: float) -> None:
         """Take no more work, give what there is `grace` seconds, then cancel it. Returns when nothing runs, or after
@@ -187,7 +204,7 @@ class Worker:
     def _serve(self) -> None:
         while (found := self._next()) is not None:
             task, entry = found
-            turn = Turn(task, self._baton)
+            turn = Turn(task, self._baton, entry)
             broken = True
             try:
                 with self._baton:
@@ -217,7 +234,7 @@ class Worker:
                         task.emit(Failed(task.reason, "The request was stopped before its turn came."))
                         continue
                     try:
-                        entry = self.sessions.claim(task.ids, task.tokens)
+                        entry = self.sessions.claim(task.ids, task.tokens, task.document)
                     except Busy as busy:
                         if busy.memory:
                             break  # or what is small would pass by what is large for ever

@@ -88,7 +88,7 @@ def serving(engine: Engine, folder: Path, settings: Settings | None = None, **wo
         running.stop()
 
 
-def wait_for(condition: Any, seconds: float = 20.0) -> None:
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
     """Until it is true; AssertionError when it never becomes so."""
     end = time.monotonic() + seconds
     while not condition():

@@ -30,7 +30,7 @@ WEATHER: Any = {
 
 @pytest.fixture
 def client(server: Running) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=200)
 
 
 def engine_says(engine: Engine, messages: list[Any], **settings: Any) -> tuple[str, str, list[int]]:

@@ -165,7 +165,7 @@ class Client:
             self.done.set()
 
     def text(self) -> str:
-        assert self.done.wait(60)
+        assert self.done.wait(200)
         assert not [event for event in self.events if isinstance(event, Failed)]
         return "".join(event.text for event in self.events if isinstance(event, Piece))
 
