@@ -180,7 +180,9 @@ def answer(
         console.write(" " + "".join(f"[{mark}]" for mark in cited.marks[0][1]))
     console.write("" if text.endswith("\n") and not waits else "\n")
     if waits and cited is not None and not cited.found:
-        console.note(f"The model guessed, without a passage that bears it out: {cited.answer}", quiet=quiet)
+        guess = " ".join(cited.answer.split())
+        guess = f"{guess[:200]} …" if len(guess) > 200 else guess
+        console.note(f"The model guessed, without a passage that bears it out: {guess}", quiet=quiet)
     return text.strip(), cited
 
 

@@ -76,18 +76,21 @@ def test_shares_are_the_softmax_of_the_definition(engine: Engine) -> None:
     torch.testing.assert_close(found.logprobs, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_a_second_reading_changes_no_later_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cache", ["full", "int8"])
+def test_a_second_reading_changes_no_later_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
     monkeypatch.setitem(evidence.RETRIEVAL_HEADS, engine.name, ((1, 0), (2, 3)))
     document = decode(TEXT.encode(), "a.txt")
     prompts = ask.prepare(engine, document, ["Where?", "What does it grind?"], 8)
-    fresh = engine.session(prompts.planned_tokens).complete(prompts.ids[1], Sampling(max_new_tokens=8))
-    session = engine.session(prompts.planned_tokens)
+    fresh = engine.session(prompts.planned_tokens, cache=cache)
+    fresh.complete(prompts.ids[0], Sampling(max_new_tokens=8))
+    expected = fresh.complete(prompts.ids[1], Sampling(max_new_tokens=8))
+    session = engine.session(prompts.planned_tokens, cache=cache)
     done = session.complete(prompts.ids[0], Sampling(max_new_tokens=8))
     attended = attend_to(session, prompts.ids[0], done.tokens, prompts.index)
     assert attended is not None
     assert len(attended.shares) == len(attended.offsets) == len(done.tokens)
     assert all(0 <= share <= 1.0001 for row in attended.shares for share in row.values())
-    assert session.complete(prompts.ids[1], Sampling(max_new_tokens=8)).tokens == fresh.tokens
+    assert session.complete(prompts.ids[1], Sampling(max_new_tokens=8)).tokens == expected.tokens
 
 
 def test_nothing_to_look_at_gives_nothing(engine: Engine) -> None:
