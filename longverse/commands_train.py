@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .train.run import Outcome, Watch
     from .train.trainer import StepReport
 
-LINE_EVERY = 5.0  # seconds between step lines; the first and the last of a stage are always shown
+# Seconds between step lines: a fiftieth of the time gone by. The first and last of a stage are always shown.
+LEAST, MOST = 5.0, 60.0
 Model = Annotated[str, typer.Argument(help="A model name, a checkpoint folder, a .gguf file or a hub id (owner/name).")]
 Out = Annotated[Path, typer.Option(help="Folder of the run: log, checkpoints, result. The same one goes on.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -61,7 +62,7 @@ def finetune(
     epochs: Annotated[float, typer.Option(help="How often each conversation is seen.", min=0.01)] = 2.0,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.", min=1)] = None,
     batch: Annotated[int, typer.Option(help="Conversations a step.", min=1)] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [2e-4; with --full 2e-5]")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 16,
     max_tokens: Annotated[int | None, typer.Option(help="Longer conversations are left out. [the window]")] = None,
     rope: Annotated[str | None, typer.Option(help="A RoPE change, such as abf:500000 or dynamic:2.")] = None,
@@ -87,9 +88,10 @@ def finetune(
     lines = _count_lines(data)
     window = max_tokens or _window(model)
     total = steps or max(1, round(epochs * lines / batch))
+    rate = learning_rate if learning_rate is not None else 2e-5 if full else 2e-4
     stage = {
         "name": "finetune", "data": [{"messages": str(expand(data).resolve())}], "steps": total, "batch": batch,
-        "learning_rate": learning_rate, "max_tokens": window, "rope": rope, "warmup": min(20, total // 10),
+        "learning_rate": rate, "max_tokens": window, "rope": rope, "warmup": min(20, total // 10),
         "micro_tokens": min(4096, window),
     }  # fmt: skip
     values: dict[str, Any] = {
@@ -150,10 +152,9 @@ def _tell(outcome: Outcome, out: Path, dry: bool) -> None:
         console.line(f"Loss curve: {picture}")
     if not outcome.finished:
         console.note(f"Stage {outcome.stage} is done; the same command without --stages goes on with the next.")
-    if outcome.adapter is not None:
-        console.line(f"Adapter: {outcome.adapter}")
-    if outcome.model is not None:
-        console.line(f"Checkpoint: {outcome.model}")
+    for what, place in (("Adapter", outcome.adapter), ("Checkpoint", outcome.model)):
+        if place is not None:
+            console.line(f"{what}: {place} (use it with --model {place})")
 
 
 class _Screen:
@@ -161,7 +162,7 @@ class _Screen:
 
     def __init__(self) -> None:
         self.task: console.Task | None = None
-        self.said = 0.0
+        self.begun = self.said = time.monotonic()
         self.title = ""
 
     def watch(self, stop: Any) -> Watch:
@@ -199,15 +200,16 @@ class _Screen:
         parts = [
             f"{forecast.steps:,} steps, {forecast.tokens:,} tokens, the longest example {forecast.longest:,}",
             f"about {console.duration(forecast.seconds)}",
-            f"{forecast.total_bytes / 1e9:.1f} GB ({forecast.weight_bytes / 1e9:.1f} weights,"
-            f" {forecast.optimizer_bytes / 1e9:.1f} optimizer, {forecast.activation_bytes / 1e9:.1f} activations)"
-            f" of {forecast.available_bytes / 1e9:.1f} free",
+            f"{_size(forecast.total_bytes)} ({_size(forecast.weight_bytes)} weights,"
+            f" {_size(forecast.optimizer_bytes)} optimizer, {_size(forecast.activation_bytes)} activations)"
+            f" of {_size(forecast.available_bytes)} free",
         ]
         self.say(f"Stage {stage.name}: {'; '.join(parts)}.")
 
     def step(self, report: StepReport) -> None:
         now = time.monotonic()
-        if report.step not in (1, report.steps) and now - self.said < LINE_EVERY:
+        wait = min(MOST, max(LEAST, (now - self.begun) / 50))
+        if report.step not in (1, report.steps) and now - self.said < wait:
             return
         self.said = now
         parts = (
@@ -218,7 +220,7 @@ class _Screen:
             f"longest {report.longest:,}",
             f"lr {report.learning_rate:.1e}",
             f"norm {report.gradient_norm:.2f}",
-            f"{report.peak_memory_bytes / 1e9:.1f} GB",
+            _size(report.peak_memory_bytes),
             f"{console.duration(report.seconds_left)} left",
         )
         self.say("  ".join(parts))
@@ -238,6 +240,10 @@ class _Screen:
 
     def say(self, text: str) -> None:
         console.err().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def _share(share: float | None) -> str:

@@ -98,8 +98,8 @@ def _labels(examples: list[Example], eos_ids: frozenset[int]) -> Finding:
 
 
 def _start(model: LossModel, examples: list[Example], before: RopePlan, ranks: Ranks) -> Finding:
-    """The loss of the first examples with the new RoPE plan and with the model's own: a jump of several nats on short
-    texts would mean a broken change, not an extension."""
+    """The loss of the stage's first examples with its RoPE plan and with that of the model as it came: a jump of some
+    nats on short texts would mean a broken change, not an extension."""
     rotary = model.network.model.rotary
     row = make_row(examples, "token").to(ranks.device)
     plan = rotary.plan
@@ -110,7 +110,9 @@ def _start(model: LossModel, examples: list[Example], before: RopePlan, ranks: R
     finally:
         rotary.plan = plan
     passed = bool(np.isfinite(now) and now < was + 5.0)
-    return Finding("loss at step 0", passed, f"{now:.3f} with {plan.describe()}, {was:.3f} as the model came")
+    return Finding(
+        "loss of the first examples", passed, f"{now:.3f} with {plan.describe()}, {was:.3f} as the model came"
+    )
 
 
 def _one_against_many(model: LossModel, examples: list[Example], ranks: Ranks) -> Finding:

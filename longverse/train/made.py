@@ -1,6 +1,7 @@
 """Examples made on the way, new ones for ever: for teaching a small model to look back, before it can learn from text.
 
-    copy   a run of random tokens, and the same run again: the second is learned. What induction heads grow on.
+    copy   a run of random tokens, again and again: all but the first is learned. What induction heads grow on; the
+           runs are of all lengths, short ones as often as long ones, since looking back a little comes first.
     facts  a stretch of the user's texts with invented facts in it, and their questions: looking back for a purpose.
 
 Half of the facts are of the builder's kinds (data/long_sft/stated.py), whose values a model could come to guess; the
@@ -12,6 +13,7 @@ Example n is a function of (seed, n) alone.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 from pathlib import Path
@@ -29,6 +31,7 @@ from longverse.train.new import read_texts
 
 KINDS = ("copy", "facts")
 SENTENCE = re.compile(r"(?<=[。！？；])|(?<=[.!?;] )|(?<=\n)")
+SHORTEST = 4  # tokens of a run that is copied
 HELD = 4_000_000  # characters of each text file kept for fillers
 Told = tuple[str, str, str]  # a sentence, the question about it, the answer
 # {e} has or is told to have {v} as its {a}: each a name, a value or a thing drawn from the text's own words.
@@ -100,11 +103,13 @@ class Made:
         return rng, rng.randint(max(self.low, min(64, self.high)), self.high)
 
     def _copy(self, rng: random.Random, target: int, index: int) -> Example:
-        run = [rng.choice(self._ordinary) for _ in range((target - 1) // 2)]
+        longest = (target - 1) // 2
+        size = round(math.exp(rng.uniform(math.log(min(SHORTEST, longest)), math.log(longest))))
+        run = [rng.choice(self._ordinary) for _ in range(size)]
         first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else min(self.tokenizer.eos_ids)
-        ids = np.array([first, *run, *run], dtype=np.int64)
-        # The first token of the second run cannot be known.
-        return Example(ids, ((len(run) + 2, len(ids), 1.0),), f"copy {index}")
+        ids = np.array([first, *(run * (target // size + 1))][:target], dtype=np.int64)
+        # That the run begins again cannot be known the first time.
+        return Example(ids, ((size + 2, target, 1.0),), f"copy {index}")
 
     def _facts(self, rng: random.Random, target: int, index: int) -> Example:
         language, text, words = rng.choice(self._texts)

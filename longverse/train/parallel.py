@@ -101,18 +101,29 @@ def check_degree(degree: int, shape: NetworkConfig, world: int) -> None:
         )
 
 
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The card of this rank among those of its machine; to be asked before anything is put on one."""
+    if device.type != "cuda" or world_size() == 1:
+        return device
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(own)
+    return own
+
+
 def start(shape: NetworkConfig, degree: int, device: torch.device) -> Ranks:
-    """Join the ranks that torchrun started (its environment variables say how many), or be alone."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    """Join the ranks that torchrun started (its environment variables say how many), or be alone. device: this rank's
+    own."""
+    world = world_size()
     check_degree(degree, shape, world)
     if world == 1:
         return Ranks(device=device)
     import torch.distributed as dist
 
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type == "cuda":
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         # The others wait at a barrier while rank 0 builds and tokenises data.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)

@@ -50,7 +50,7 @@ from longverse.train.new import make_model
 from longverse.train.parallel import Ranks
 from longverse.train.probe import Figures, Prober, has_stopped_growing
 from longverse.train.results import write_results
-from longverse.train.state import latest, load_state, remove_remnants
+from longverse.train.state import checkpoints, latest, load_state, remove_remnants
 from longverse.train.trainer import Log, StepReport, make_optimizer, read_probes, train_stage
 
 
@@ -118,6 +118,8 @@ def run_recipe(
     Raises UserError for whatever the user can mend.
     """
     out, watch = expand(out), watch or Watch()
+    if recipe.lora.bits and parallel.world_size() > 1:
+        raise UserError("LoRA over 4 bits runs in one process: start it without torchrun, or leave lora.bits out.")
     if recipe.new is not None and not (Path(recipe.model) / "config.json").exists():
         watch.note(f"{recipe.model} is not there: it is made, tokenizer and random weights.")
         make_model(recipe.new, Path(recipe.model), recipe.seed)
@@ -228,9 +230,10 @@ class _Run:
                 if figures is None:
                     return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
                 self.probes[stage.name] = figures
-                if new and self.board is not None:
-                    self.board.probe(number_, step, figures)
-                watch.probed(stage, step, figures)
+                if new:
+                    watch.probed(stage, step, figures)
+                    if self.board is not None:
+                        self.board.probe(number_, step, figures)
             here = out / "stages" / f"{number_:02d}-{stage.name}"
             if recipe.keep_stages and number_ >= at_stage and not here.exists():
                 self._write(here, write_merged=False)
@@ -313,7 +316,7 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
 def load_for_training(recipe: Recipe, device: str, on_progress: Callable[[int, int], None] | None = None) -> Loaded:
     """The model with weights in the type they are kept in while training: float32 where they are trained, else that of
     the products. Quantised weights stay as they are, and only LoRA can train on them (UserError otherwise)."""
-    place = choose_device(device)
+    place = parallel.own_device(choose_device(device))
     number = torch.float32 if recipe.method == "full" else precision(recipe, place)
     opened = open_model(recipe.model, on_progress)
     if opened.form is not None and recipe.method == "full":
@@ -330,7 +333,8 @@ def load_for_training(recipe: Recipe, device: str, on_progress: Callable[[int, i
 
 
 def check_run(recipe: Recipe, out: Path, loaded: Loaded, ranks: Ranks) -> None:
-    """Write OUT/run.json, or compare with the one there: a folder belongs to one recipe and one model."""
+    """Write OUT/run.json, or compare with the one there: a folder in which something was trained belongs to one recipe
+    and one model."""
     from longverse.evaluation.engine_backend import fingerprint as weights_of
 
     mine = {
@@ -342,7 +346,7 @@ def check_run(recipe: Recipe, out: Path, loaded: Loaded, ranks: Ranks) -> None:
         "recipe": recipe.to_dict(),
     }
     path = out / "run.json"
-    if path.exists():
+    if path.exists() and checkpoints(out / "checkpoints"):
         theirs = read_json(path)
         remedy = f"give another --out, or delete {out} to begin anew"
         if (theirs.get("tokenizer"), theirs.get("shape")) != (mine["tokenizer"], mine["shape"]):

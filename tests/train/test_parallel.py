@@ -39,6 +39,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method in METHODS:
         for degree in (1, 2):
             jobs.append(({**single, "method": method, "sequence": degree}, folder / f"{method}-{degree}", None))
+    half = {**single, "method": "lora", "precision": "bf16"}  # frozen bf16 weights beside trained float32 ones
+    run(1, [(half, folder / "alone" / "bf16", None)])
+    jobs.append((half, folder / "bf16", None))
     run(2, [*jobs, ({**double, "sequence": 2}, folder / "cut", 1), (double, folder / "back", None)])
     run(1, [(double, folder / "cut", None)])
     return folder
@@ -58,6 +61,11 @@ def test_two_ranks_train_as_one(runs: Path, method: str, degree: int) -> None:
     assert losses(here) == pytest.approx(losses(alone), rel=2e-3)
     for (name, a), b in zip(result(here).items(), result(alone).values(), strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=2e-2, msg=name)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_frozen_bfloat16_as_one(runs: Path) -> None:
+    assert losses(runs / "bf16") == pytest.approx(losses(runs / "alone" / "bf16"), rel=2e-2)
 
 
 @pytest.mark.slow

@@ -182,6 +182,13 @@ def test_a_stop_is_told_and_goes_on(base: Path, tmp_path: Path) -> None:
     assert run_recipe(plan, tmp_path).finished
 
 
+def test_a_folder_in_which_nothing_was_trained_is_free(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("no conversation")
+    with pytest.raises(UserError, match="no JSON"):
+        run_recipe(recipe(base / "model", tmp_path / "bad.jsonl"), tmp_path / "out")
+    assert run_recipe(recipe(base / "model", base / "m.jsonl"), tmp_path / "out").finished
+
+
 def test_changed_data_is_refused_within_a_stage(base: Path, tmp_path: Path) -> None:
     data = shutil.copy(base / "m.jsonl", tmp_path / "m.jsonl")
     plan, seen = recipe(base / "model", data), []
