@@ -21,7 +21,7 @@ import numpy as np
 
 from longverse.data.config import build, load_yaml, resolve
 from longverse.data.dedup import Deduplicator
-from longverse.data.lock import FolderLock, disk_errors, read_claim, refuse_changes
+from longverse.data.lock import FolderLock, disk_errors, read_claim, refuse_changes, refuse_foreign
 from longverse.data.mixture import plan_copies
 from longverse.data.report import corpus_report
 from longverse.data.shards import (
@@ -150,10 +150,9 @@ def _claim(folder: Path, config: CorpusConfig, base: Path, vocabulary: Vocabular
     text = json.dumps(values, sort_keys=True, ensure_ascii=False)
     if (old := read_claim(folder)) is not None:
         refuse_changes(folder, old, json.loads(text))
-        return
-    if any(p.name != FolderLock.NAME for p in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no corpus build; choose another 'out'.")
-    replace_file(folder / "config.json", text.encode())
+    else:
+        refuse_foreign(folder, "a corpus")
+        replace_file(folder / "config.json", text.encode())
     (folder / "shards").mkdir(exist_ok=True)
 
 

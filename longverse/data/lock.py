@@ -64,6 +64,13 @@ def read_claim(folder: Path) -> dict[str, Any] | None:
     return values
 
 
+def refuse_foreign(folder: Path, what: str) -> None:
+    """UserError when an unclaimed folder holds files that no builder left there. A claim is the first file a builder
+    writes; a kill may leave the half of it."""
+    if any(path.name not in (FolderLock.NAME, "config.json.tmp") for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no build of {what}; choose another 'out'.")
+
+
 def refuse_changes(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """UserError when a folder was begun with another configuration or its sources have changed since: what is
     already written would not go with what follows."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from longverse.data.config import resolve
-from longverse.data.lock import FolderLock, disk_errors, read_claim, refuse_changes
+from longverse.data.lock import FolderLock, disk_errors, read_claim, refuse_changes, refuse_foreign
 from longverse.data.long_sft.asking import Asker, estimate_requests
 from longverse.data.long_sft.code_completion import calls_across_files, code_completion
 from longverse.data.long_sft.context import Context, Spec
@@ -179,9 +179,11 @@ def build_sft(
         claim = _claim(folder, config, base, vocabulary, files)
         if (finished := _finished(folder, config)) is not None:
             return finished
-        contamination = Contamination.of_files(files).mapped(folder) if files else None
-        if claim is not None:  # written when the files it names could be read
+        contamination = Contamination.of_files(files) if files else None
+        if claim is not None:  # written when the files it names could be read, and before any other
             replace_file(folder / "config.json", claim)
+        if contamination is not None:
+            contamination = contamination.mapped(folder)
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
         vocabulary.tokenizer.save(folder / "tokenizer")
 
@@ -229,8 +231,7 @@ def _claim(
     if (old := read_claim(folder)) is not None:
         refuse_changes(folder, old, values)
         return None
-    if any(p.name != FolderLock.NAME for p in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no build of items; choose another 'out'.")
+    refuse_foreign(folder, "items")
     return json.dumps(values, ensure_ascii=False, indent=1).encode()
 
 

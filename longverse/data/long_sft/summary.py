@@ -89,7 +89,7 @@ _HEADING = {
     ),
     "zh": re.compile(
         r"^(?:#{1,4}[ \u3000]+(\S[^\n]{0,40})"
-        r"|[ \u3000]*(\S{0,4}[‧·・]?卷[一二三四五六七八九十百]+[上中下]?[^\n，。：]{0,24}))$",
+        r"|[ \u3000]*(\S{0,4}[‧·・]?卷[一二三四五六七八九十百]+[上中下]?[^\n，。：]{0,80}))$",
         re.MULTILINE,
     ),
 }
@@ -125,6 +125,8 @@ def _outline(
         if body is None:
             continue
         stop = min(len(text), body.start() + 400)
+        if zh and (line := text.find("\n", body.start() + 12, stop)) > 0:
+            stop = line  # a list of names and what follows it are not joined
         words = squash_zh(text[body.start() : stop]) if zh else squash(text[body.start() : stop])
         opening = words[:18] if zh else " ".join(words.split()[:10])
         stop = body.start() + _raw_length(text[body.start() : stop], opening)
