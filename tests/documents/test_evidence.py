@@ -76,15 +76,14 @@ def test_shares_are_the_softmax_of_the_definition(engine: Engine) -> None:
     torch.testing.assert_close(found.logprobs, expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("cache", ["full", "int8"])
-def test_a_second_reading_changes_no_later_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+def test_a_second_reading_changes_no_later_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(evidence.RETRIEVAL_HEADS, engine.name, ((1, 0), (2, 3)))
     document = decode(TEXT.encode(), "a.txt")
     prompts = ask.prepare(engine, document, ["Where?", "What does it grind?"], 8)
-    fresh = engine.session(prompts.planned_tokens, cache=cache)
+    fresh = engine.session(prompts.planned_tokens)
     fresh.complete(prompts.ids[0], Sampling(max_new_tokens=8))
     expected = fresh.complete(prompts.ids[1], Sampling(max_new_tokens=8))
-    session = engine.session(prompts.planned_tokens, cache=cache)
+    session = engine.session(prompts.planned_tokens)
     done = session.complete(prompts.ids[0], Sampling(max_new_tokens=8))
     attended = attend_to(session, prompts.ids[0], done.tokens, prompts.index)
     assert attended is not None
