@@ -21,7 +21,7 @@ from longverse.data.long_sft.item import TASKS, parse_item, read_items
 from longverse.data.long_sft.plan import SftConfig, plan_items, quotas
 from longverse.data.long_sft.pool import write_pool
 from longverse.data.long_sft.prompts import fill, variants
-from longverse.data.long_sft.stated import SPLITS, FactMaker, draw_facts
+from longverse.data.long_sft.stated import SPLITS, FactMaker, draw_facts, rivals
 from longverse.data.sources import SourceConfig
 from longverse.data.text import squash
 from longverse.data.vocabulary import ChatCounter, load_vocabulary
@@ -216,10 +216,11 @@ def test_depths_are_even(sources, tmp_path):
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_held_out_facts_share_nothing_with_training(language):
+@pytest.mark.parametrize("sets", [("life",), ("work",), ("life", "work")])
+def test_held_out_facts_share_nothing_with_training(language, sets):
     kinds, sentences = {}, {}
     for split in SPLITS:
-        facts = [f for s in range(40) for f in draw_facts(FactMaker(language, split, random.Random(s)), 8)]
+        facts = [f for s in range(40) for f in draw_facts(FactMaker(language, split, random.Random(s), "", sets), 8)]
         kinds[split] = {f.kind for f in facts if f.sort == "plain"}
         sentences[split] = {s for f in facts for s in f.sentences}
         for fact in facts:
@@ -232,6 +233,22 @@ def test_held_out_facts_share_nothing_with_training(language):
                 assert fact.answers[0].casefold() in fact.sentences[1].casefold()
     assert not kinds["train"] & kinds["heldout"]
     assert not sentences["train"] & sentences["heldout"]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_near_misses_are_of_the_same_kind_about_another(language):
+    for seed in range(40):
+        maker = FactMaker(language, "train", random.Random(seed), "", ("life", "work"))
+        asked = draw_facts(maker, 8)
+        near = rivals(maker, asked, 1.0)
+        wanted = [f.kind for f in asked if f.sort in ("plain", "absent")]
+        assert len(near) >= 0.7 * len(wanted)
+        assert {f.kind for f in near} <= set(wanted)
+        for one in near:
+            for fact in asked:
+                if fact.kind == one.kind and fact.sort != "hop":
+                    assert one.answers[0] not in fact.answers
+                    assert fact.question != one.question
 
 
 def test_absent_facts_are_absent():

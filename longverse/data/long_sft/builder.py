@@ -223,6 +223,9 @@ def _claim(
     values = json.loads(json.dumps(dataclasses.asdict(config) | {"tokenizer": vocabulary.fingerprint}))
     for free in ("processes", "out"):
         values.pop(free)
+    for younger, usual in (("quote", False), ("facts", ["life"]), ("rivals", 0.0)):  # than folders that may exist
+        if values[younger] == usual:
+            values.pop(younger)
     if values["teacher"]:
         values["teacher"] = {
             k: values["teacher"][k] for k in ("model", "temperature", "max_tokens", "chunk_tokens", "closed_book")

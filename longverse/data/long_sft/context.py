@@ -39,6 +39,9 @@ class Spec:
     recite: bool
     split: str
     questions: int  # in a conversation of several turns
+    quote: bool = False  # stated facts: the reply is the stating sentences themselves
+    facts: tuple[str, ...] = ("life",)  # which sets of invented facts
+    rivals: float = 0.0  # stated facts: share of the questions with a near miss in the text
 
     @property
     def rng(self) -> random.Random:

@@ -11,6 +11,7 @@ from pathlib import Path
 from longverse.data.config import build, load_yaml, nearest
 from longverse.data.long_sft.context import Spec
 from longverse.data.long_sft.item import SPLITS, TASKS
+from longverse.data.long_sft.stated import SETS as FACT_SETS
 from longverse.data.sources import SourceConfig
 from longverse.data.teacher import TeacherConfig
 from longverse.errors import UserError
@@ -54,6 +55,9 @@ class SftConfig:
         LengthBucket(128 * 1024, 256 * 1024, 0.2),
     )
     recite: float = 0.5  # share of the items whose answers first recite the evidence
+    quote: bool = False  # stated facts are answered by the very sentences that state them, and by nothing else
+    facts: tuple[str, ...] = ("life",)  # sets of invented facts: life (of old novels), work (of reports)
+    rivals: float = 0.0  # share of stated-facts questions beside whose fact one of the same kind stands about another
     questions_low: int = 3  # questions in items of several turns, and on stated facts
     questions_high: int = 8
     split: str = "train"  # of stated facts: which kinds, names and values may appear
@@ -82,8 +86,12 @@ class SftConfig:
             raise UserError("out is empty; give the folder that the items are to be written to.")
         if not self.lengths:
             raise UserError("lengths needs at least one bucket of low, high and weight.")
-        if not 0 <= self.recite <= 1:
-            raise UserError(f"recite must be in 0 to 1, not {self.recite}.")
+        for name, share in (("recite", self.recite), ("rivals", self.rivals)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{name} must be in 0 to 1, not {share}.")
+        for name in self.facts or ("",):
+            if name not in FACT_SETS:
+                raise UserError(f"there is no set of facts {name!r}{nearest(name, FACT_SETS)}")
         if not 1 <= self.questions_low <= self.questions_high <= 24:
             raise UserError("questions_low and questions_high must be 1 to 24, the low one not above the high one.")
         if self.split not in SPLITS:
@@ -130,6 +138,20 @@ def plan_items(config: SftConfig) -> list[Spec]:
         depth = (offset + index * 0.6180339887498949) % 1  # evener than chance over any run of items
         questions = rng.randint(config.questions_low, config.questions_high)
         specs.append(
-            Spec(index, 0, config.seed, task, language, target, depth, recite == "yes", config.split, questions)
+            Spec(
+                index,
+                0,
+                config.seed,
+                task,
+                language,
+                target,
+                depth,
+                recite == "yes",
+                config.split,
+                questions,
+                config.quote,
+                config.facts,
+                config.rivals,
+            )
         )
     return specs

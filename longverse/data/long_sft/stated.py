@@ -1,6 +1,7 @@
 """Stated facts: invented facts of many kinds written into natural documents, and questions about them.
 
-The kinds, names and values stand in facts/en.json and facts/zh.json. Kinds marked "heldout", and every fourth entry of
+The kinds, names and values stand in facts/: en.json and zh.json of life in old novels, work.*.json of reports (sums,
+dates, shares, rooms; lines of lists and tables too). Kinds marked "heldout", and every fourth entry of
 each list, belong to the held-out set: with split="train" an item never shows them, with split="heldout" it shows only
 them, so that a model can be tested on kinds, names and values it never saw.
 
@@ -10,6 +11,7 @@ and questions whose answer is *not* in the text (about a person or place that ot
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -23,6 +25,9 @@ from longverse.data.long_sft.prompts import variants
 from longverse.errors import UserError
 
 HELD_OUT_EVERY = 4
+SETS = ("life", "work")
+_MONTH_NAMES = "January February March April May June July August September October November December"
+_MONTHS = _MONTH_NAMES.split()
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,16 @@ class Fact:
 
 
 @lru_cache
-def _table(language: str) -> dict[str, Any]:
-    name = "zh" if language == "zh" else "en"
-    return json.loads((Path(__file__).parent / "facts" / f"{name}.json").read_text(encoding="utf-8"))
+def _table(language: str, sets: tuple[str, ...]) -> dict[str, Any]:
+    """The lists of all sets (names of persons are shared), the kinds of the wanted ones."""
+    folder, name = Path(__file__).parent / "facts", "zh" if language == "zh" else "en"
+    tables = {
+        "life": json.loads((folder / f"{name}.json").read_text(encoding="utf-8")),
+        "work": json.loads((folder / f"work.{name}.json").read_text(encoding="utf-8")),
+    }
+    return {"lists": tables["work"]["lists"] | tables["life"]["lists"]} | {
+        group: [kind for one in sets for kind in tables[one][group]] for group in ("kinds", "hops", "several")
+    }
 
 
 class FactMaker:
@@ -50,20 +62,22 @@ class FactMaker:
     taken(text): whether the document already holds a string, so that an invented name never collides with it.
     """
 
-    def __init__(self, language: str, split: str, rng: random.Random, document: str = "") -> None:
+    def __init__(
+        self, language: str, split: str, rng: random.Random, document: str = "", sets: tuple[str, ...] = ("life",)
+    ) -> None:
         if split not in SPLITS:
             raise UserError(f"split must be train or heldout, not {split!r}.")
         self.language = "zh" if language == "zh" else "en"
         self.split = split
         self.rng = rng
         self._document = document
-        self._table = _table(self.language)
+        self._table = _table(self.language, sets)
         self._used: set[tuple[str, str]] = set()
         self._bearers: list[tuple[str, str, str]] = []  # (type, bearer, kind) of what was stated
 
-    def plain(self) -> Fact:
-        """A fact in one sentence."""
-        kind = self._kind("kinds")
+    def plain(self, name: str = "") -> Fact:
+        """A fact in one sentence, of the kind with this name where one is given."""
+        kind = next(k for k in self._table["kinds"] if k["kind"] == name) if name else self._kind("kinds")
         bearer, value = self._bearer(kind), self._value(kind["kind"], kind["value"])
         words = {"e": bearer, "v": value}
         return Fact(
@@ -145,11 +159,29 @@ class FactMaker:
                 number = rng.randint(10 ** (digits - 1) + 1, 10**digits - 1)
                 if (number % HELD_OUT_EVERY == 3) == (self.split == "heldout"):
                     return str(number)
+        if sort in ("money", "price", "percent", "date"):
+            return self._amount(sort)
         if sort == "year":
             return str(rng.randint(1601, 1899))
         if sort == "time":
             return f"{rng.randint(7, 11)}:{rng.choice(('10', '20', '25', '35', '40', '50'))}"
         return rng.choice(self._entries(sort))
+
+    def _amount(self, sort: str) -> str:
+        """A sum, a price, a share or a date as reports write them. Held-out ones end in another number."""
+        rng, zh = self.rng, self.language == "zh"
+        while True:
+            number = rng.randint(11, 989)
+            if (number % HELD_OUT_EVERY == 3) == (self.split == "heldout"):
+                break
+        if sort == "date":
+            day, month, year = number % 28 + 1, rng.randint(1, 12), rng.randint(2019, 2031)
+            return f"{year}年{month}月{day}日" if zh else f"{day} {_MONTHS[month - 1]} {year}"
+        if sort == "percent":
+            return f"{number / 10:.1f}%"
+        if sort == "price":
+            return f"{number}元" if zh else f"${number}.{rng.choice(('00', '50', '90', '95'))}"
+        return f"{number}万元" if zh else f"${number / 10:.1f} million"
 
     def _entries(self, name: str) -> list[str]:
         held = self.split == "heldout"
@@ -197,6 +229,17 @@ def draw_facts(maker: FactMaker, count: int) -> list[Fact]:
                 raise UserError(
                     f"the list of {error} is too short for {count} facts in one text; ask for fewer questions."
                 ) from None
+    return facts
+
+
+def rivals(maker: FactMaker, asked: list[Fact], share: float) -> list[Fact]:
+    """For about a `share` of the plain and the absent facts one of the same kind about somebody else: the near miss
+    that a reader must tell from what is asked for."""
+    facts = []
+    for fact in asked:
+        if fact.sort in ("plain", "absent") and maker.rng.random() < share:
+            with contextlib.suppress(_UsedUp):
+                facts.append(maker.plain(fact.kind))
     return facts
 
 

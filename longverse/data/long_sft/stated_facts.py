@@ -8,7 +8,7 @@ import re
 from longverse.data.long_sft.context import TAIL, Context, Spec, beginning, reply_to
 from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn
 from longverse.data.long_sft.prompts import prompt
-from longverse.data.long_sft.stated import Fact, FactMaker, draw_facts, plain_facts
+from longverse.data.long_sft.stated import Fact, FactMaker, draw_facts, plain_facts, rivals
 from longverse.data.text import paragraphs, sentences
 
 
@@ -21,15 +21,18 @@ def stated_facts(context: Context, spec: Spec) -> Draft:
     count = min(spec.questions, max(1, (spec.target - 250) // (2 * each if spec.recite else each)))
     room = max(spec.target - each * count, spec.target // 2)
     opened = context.long_document(rng, spec.language, min(room + 400, spec.target))
-    maker = FactMaker(spec.language, spec.split, rng, opened.text)
+    maker = FactMaker(spec.language, spec.split, rng, opened.text, spec.facts)
     facts = draw_facts(maker, count)
     asked = facts[:1] + rng.sample(facts[1:], len(facts) - 1)  # asked in another order than drawn
     unasked = plain_facts(maker, rng.randint(0, count))
+    if spec.rivals:
+        unasked += rivals(maker, asked, spec.rivals)
     turns = [Turn(f.question, "", f.answers, f.question) for f in asked]
     turns[0].user = prompt("stated_facts", spec.language, rng, question=asked[0].question)
     for turn, fact in zip(turns, asked, strict=True):
         # A whole sentence that names what was asked: for a small model its last words are found by the ones before.
-        turn.reply = reply_to(fact.reply, fact.sentences, spec.recite, spec.language, rng)
+        quoted = ("" if spec.language == "zh" else " ").join(fact.sentences) if spec.quote else ""
+        turn.reply = reply_to(quoted or fact.reply, fact.sentences, spec.recite, spec.language, rng)
     draft = Draft(
         spec.task, "+".join(sorted({f.sort for f in asked})), spec.language,
         [Part(opened.about.source, opened.about.id, opened.about.title, "")], turns, [], recite=spec.recite,
@@ -95,14 +98,14 @@ def write_in(
     length = last = 0
     for index in sorted(range(count), key=at.__getitem__):
         sentence = written[index][1]
-        own = rng.random() < 0.4
-        lead = "\n\n" if own else ("" if zh else " ")
+        apart = rng.random() < 0.4 or sentence.startswith(("- ", "| "))  # a line of a list or a table
+        lead = "\n\n" if apart else ("" if zh else " ")
         out += [text[last : at[index]], lead, sentence]
         length += at[index] - last + len(lead)
         spans[index] = (length, length + len(sentence))
         length += len(sentence)
         last = at[index]
-        if own and not text[last:].startswith("\n"):
+        if apart and not text[last:].startswith("\n"):
             out.append("\n\n")
             length += 2
             last += len(text[last:]) - len(text[last:].lstrip(" "))
