@@ -15,7 +15,7 @@ from longverse.data.long_sft.few_shot import few_shot
 from longverse.data.long_sft.offline_code import find_code
 from longverse.data.long_sft.offline_zh import articles, book, find_chinese
 from longverse.data.long_sft.pool import Opened, PoolDocument, write_pool
-from longverse.data.long_sft.summary import _digest, _persons
+from longverse.data.long_sft.summary import _digest, _headings, _persons
 from longverse.data.sources import Skipped, SourceConfig, read_source
 from longverse.data.text import paragraphs, squash_zh
 from longverse.data.vocabulary import load_vocabulary
@@ -117,6 +117,16 @@ def test_outlines_leave_no_heading_out(context, language, tokens):
             for heading, line in zip(headings, lines, strict=True):
                 assert heading.replace("\u3000", " ") in line
     assert seen
+
+
+def test_headings_of_two_lines_and_of_other_forms():
+    body = (
+        "\n\nThey walked along the shore until the evening came. " + "It rained upon the sea all night. " * 12 + "\n\n"
+    )
+    text = body + "CHAPTER I. HOW THEY CAME TO THE\nBLACK ISLE" + body + "CHAPTER II. THE END" + body
+    spans = _headings(text, 0, len(text), "en")
+    assert [text[a:b] for a, b in spans] == ["CHAPTER I. HOW THEY CAME TO THE\nBLACK ISLE", "CHAPTER II. THE END"]
+    assert _headings(text + "THE FIFTH PART: HOME" + body, 0, len(text) + 400, "en") == []
 
 
 def test_persons_named_most(context):

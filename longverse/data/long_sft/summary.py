@@ -84,7 +84,8 @@ def _single(
 # Chapters and volumes, and the headings of Markdown.
 _HEADING = {
     "en": re.compile(
-        r"^(?:#{1,4}[ \t]+|[ \t]*(?=(?:CHAPTER|Chapter|BOOK|PART) (?:[IVXLC]+|\d{1,3})\b))(\S[^\n]{0,78})$",
+        r"^(?:#{1,4}[ \t]+|[ \t]*(?=(?:CHAPTER|Chapter|BOOK|PART) (?:[IVXLC]+|\d{1,3})\b))(\S[^\n]{0,78}"
+        r"(?:\n[ \t]*[A-Z][A-Z ,.:;'’-]{2,78})?)$",  # in capitals it may go on in the next line
         re.MULTILINE,
     ),
     "zh": re.compile(
@@ -95,6 +96,9 @@ _HEADING = {
 }
 
 
+_SHOUTED = re.compile(r"\n[ \t]*\n[ \t]*([A-Z][A-Z0-9 ,.:;'’-]{5,78})\n[ \t]*\n")
+
+
 def _headings(text: str, start: int, end: int, language: str) -> list[tuple[int, int]]:
     """Spans of chapter headings in a stretch: each different, each followed by text of its own."""
     matches = _HEADING["zh" if language == "zh" else "en"].finditer(text, start, end)
@@ -102,6 +106,9 @@ def _headings(text: str, start: int, end: int, language: str) -> list[tuple[int,
     names = Counter(squash(text[a:b]) for a, b in spans)
     if any(n > 1 for n in names.values()):
         return []  # a table of contents, or numbers that begin anew: the outline would be ambiguous
+    for other in _SHOUTED.finditer(text, start, end):  # a heading of another form, which the outline would leave out
+        if not any(a <= other.start(1) < b for a, b in spans):
+            return []
     least = 60 if language == "zh" else 300
     for i, (_, b) in enumerate(spans):
         if (spans[i + 1][0] if i + 1 < len(spans) else end) - b < least:
@@ -125,7 +132,7 @@ def _outline(
         if body is None:
             continue
         stop = min(len(text), body.start() + 400)
-        if zh and (line := text.find("\n", body.start() + 12, stop)) > 0:
+        if zh and (line := text.find("\n", body.start() + 1, stop)) > 0:
             stop = line  # a list of names and what follows it are not joined
         words = squash_zh(text[body.start() : stop]) if zh else squash(text[body.start() : stop])
         opening = words[:18] if zh else " ".join(words.split()[:10])
