@@ -252,7 +252,7 @@ def find_card(text: str) -> tuple[Card, str]:
     where it was named. UserError for a name that is not known."""
     plain = re.sub(r"[^a-z0-9]", "", text.lower())
     for card in sorted(CARDS, key=lambda card: -len(card.name)):
-        if re.sub(r"[^a-z0-9]", "", card.name.lower()) in plain:
+        if all(part in plain for part in card.name.lower().split("-")):
             return card, ""
     try:
         memory = parse_bytes(text)

@@ -63,7 +63,7 @@ def kept_rates(shape: Shape, dtype: str, threads: int) -> Rates | None:
         return None
 
 
-def measure(shape: Shape, dtype: torch.dtype, limit: float = LIMIT) -> tuple[Rates, bool]:
+def measure(shape: Shape, dtype: torch.dtype) -> tuple[Rates, bool]:
     """Measure now: the rates, and whether the machine was idle enough to believe them. The first of each kind is there
     however long it takes."""
     proxy = narrowed(shape)
@@ -77,13 +77,13 @@ def measure(shape: Shape, dtype: torch.dtype, limit: float = LIMIT) -> tuple[Rat
     with torch.inference_mode():
         worked, passed = time.process_time(), time.perf_counter()
         for form, kept in ((native, "full"), ("int8", "int8"), ("int4", "int4")):
-            if linear and time.monotonic() - begun > limit:
+            if linear and time.monotonic() - begun > LIMIT:
                 break
             if (rate := _weights_rates(proxy, dtype, form)) is not None:
                 linear[form], weights[form] = rate
             if kept == "full":
                 share = (time.process_time() - worked) / (time.perf_counter() - passed) / threads
-            if kept in FORMATS and (not cache or time.monotonic() - begun <= limit):
+            if kept in FORMATS and (not cache or time.monotonic() - begun <= LIMIT):
                 attention[kept], cache[kept] = _cache_rates(proxy, dtype, kept)
     rates = Rates(f"this CPU ({threads} thread{'s' if threads > 1 else ''})", linear, attention, weights, cache)
     return rates, share >= BUSY and len(linear) + len(cache) >= 4

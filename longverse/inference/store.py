@@ -95,7 +95,7 @@ class Store:
             except Damaged:
                 self._note_damage(entry, 0)
                 continue
-            except OSError:  # removed by another process since it was listed
+            except OSError:  # no memory left to map it
                 continue
             if session is not None:
                 entry.touch()
@@ -284,6 +284,8 @@ class Store:
             return None, []
         try:
             entry = Entry.open(folder)
+            if not entry.readable:
+                raise Damaged("the id of this version and the manifest of another")
             entry.tokens()
             records = entry.records()
             good = entry.verify(records, length)
@@ -453,6 +455,8 @@ class Store:
             self.notes.append(text)
 
     def _note_damage(self, entry: Entry, good: int) -> None:
+        if not entry.folder.is_dir():  # removed by another process since it was listed
+            return
         rest = f"after {good:,} of its {entry.tokens_count:,} tokens" if good else "and cannot be used"
         self._note(f"The kept reading of {entry.name} ({entry.id}) is damaged {rest}; what is lost is read again.")
 

@@ -197,7 +197,9 @@ class Entry:
     def usable(self, records: list[Record], agreeing: int) -> int:
         """Of the first `agreeing` tokens, as many as can be taken over so that whatever is read after them comes out as
         if all had been read now: all there are, or else as many whole forwards."""
-        if records and records[-1].tokens <= agreeing:
+        if not records:
+            return 0
+        if records[-1].tokens <= agreeing:
             agreeing = records[-1].tokens
             if records[-1].ends or not self.ends:
                 return agreeing
@@ -256,7 +258,11 @@ class Entry:
             raise Damaged(f"{self.folder} was written with other arrays")
         if not array.nbytes:
             return torch.empty(shape, dtype=dtype)
-        with array.path.open("rb") as file:
+        try:
+            opened = array.path.open("rb")
+        except OSError as error:
+            raise Damaged(f"{array.path} cannot be read ({error.strerror})") from None
+        with opened as file:
             if os.fstat(file.fileno()).st_size != array.nbytes:
                 raise Damaged(f"{array.path} has another size than was written")
             flags = mmap.MAP_PRIVATE | _NORESERVE

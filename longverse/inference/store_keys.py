@@ -64,10 +64,10 @@ _digests: WeakKeyDictionary[CausalLM, tuple[Any, str]] = WeakKeyDictionary()
 
 def weights_digest(network: CausalLM) -> str:
     """16 hexadecimal digits of every weight of a live network: what was loaded, merged and quantised, whatever files
-    it came from. Reads them once at memory speed (smol 0.05 s, 26 GB some seconds); an unchanged network is not read
-    again."""
+    it came from. Reads them once at memory speed (smol 0.05 s, 26 GB some seconds); a network whose tensors are the
+    same ones, with the same numbers at 64 places each, is not read again."""
     tensors = network.state_dict()
-    state = tuple((name, tensor.data_ptr(), _edits(tensor)) for name, tensor in tensors.items())
+    state = tuple((name, tensor.data_ptr(), _sample(tensor)) for name, tensor in tensors.items())
     if (known := _digests.get(network)) is not None and known[0] == state:
         return known[1]
     total = 0
@@ -82,8 +82,9 @@ def weights_digest(network: CausalLM) -> str:
     return digest
 
 
-def _edits(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # how often it was written to in place
+def _sample(tensor: Tensor) -> int:
+    flat = tensor.detach().reshape(-1)
+    return checksum(tensor_bytes(flat[:: max(1, flat.numel() // 64)]))
 
 
 def tokenizer_digest(engine: Engine) -> str:
