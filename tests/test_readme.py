@@ -59,7 +59,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(embedded.find("smol") is None, reason="the smol wheel is not installed: make setup")
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
-    (tmp_path / "longverse-report-1.md").write_text(generate_report(1, target_words=500).text)
+    (tmp_path / "longverse-report-1.md").write_text(generate_report(1, questions=2, target_words=800).text)
     for n, code in enumerate(blocks(READMES[0], "python")):
         script = tmp_path / f"{n}.py"
         script.write_text(code)
