@@ -111,7 +111,7 @@ def test_transformers_and_peft_load_the_results(base: Path, tmp_path: Path) -> N
     torch.testing.assert_close(theirs(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_kills_anywhere_change_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Random intervals between checkpoints, and kills at random moments: between rows, in the middle of a checkpoint
     and of its renaming, until the run gets through."""
@@ -264,9 +264,7 @@ def test_probe(base: Path, tmp_path: Path) -> None:
     assert "Needle probe" in (tmp_path / "adapter" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "changes", [{"method": "full"}, {"lora": {"rank": 4}}, {"lora": {"rank": 4, "also": ["norms", "embeddings"]}}]
-)
+@pytest.mark.parametrize("changes", [{"method": "full"}, {"lora": {"rank": 4, "also": ["norms", "embeddings"]}}])
 def test_bf16_follows_fp32(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     runs = []
     for precision in ("fp32", "bf16"):
