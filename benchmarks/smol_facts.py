@@ -41,7 +41,7 @@ def items(language: str, length: int, documents: int, folder: Path) -> list[dict
     texts = {"en": ("en_novels",), "zh": ("zh_classics", "zh_laws")}[language]
     values = {
         "out": str(folder / f"{language}-{length}"),
-        "tokenizer": "smol-8k",
+        "tokenizer": "smol",
         "items": documents,
         "seed": 1000 + length,
         "tasks": {"stated_facts": 1},

