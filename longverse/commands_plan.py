@@ -16,6 +16,7 @@ from .plan import (
     CACHES,
     EFFICIENCY,
     PROCESS,
+    ROUNDED,
     SLACK,
     WIDTH,
     Card,
@@ -133,11 +134,12 @@ def plan_for_cpu(shape: Shape, tokens: int, limit: int | None, again: bool) -> P
     with console.Task("Measuring this machine", at_once=True):
         import torch
 
-        from .inference.rates import rates_for
+        from .inference.rates import all_figures, rates_for
         from .models.checkpoint import cpu_has_bfloat16
 
         native = cpu_has_bfloat16()
-        rates = rates_for(shape, torch.bfloat16 if native else torch.float32, again=again)
+        dtype = torch.bfloat16 if native else torch.float32
+        rates = rates_for(shape, dtype, all_figures(dtype), again=again)
     forms = ("bf16", "int8", "int4") if native else ("float32", "int8", "int4")
     return make_plan(shape, tokens, limit or memory_of_machine()[0], rates, forms=forms)
 
@@ -198,6 +200,8 @@ def requirements(engine: Engine, tokens: int) -> tuple[dict[str, float], int]:
     width = network.dtype.itemsize
     on_card = network.device.type == "cuda"
     weights = 0 if on_card else sum(tensor.nbytes for tensor in network.state_dict().values())
+    if (written := written_with(engine, shape, form)) in ROUNDED:
+        weights += shape.read_bytes(written)
     needs = {
         cache: weights + tokens * shape.cache_bytes_per_token(cache, width) + shape.buffer_bytes(form, cache, tokens)
         for cache in CACHES
@@ -223,36 +227,47 @@ def predict(engine: Engine, session: Session, tokens: int) -> tuple[float, float
     A CPU is measured when it never was and the text is long enough for that to be worth it.
     """
     shape, form = shape_of_network(engine.name, engine.network.config), weights_form(engine)
-    rates = _rates(engine, shape, tokens - len(session.tokens))
-    cache = session.cache_format
-    pages = getattr(session, "pages", None)
+    written, cache = written_with(engine, shape, form), session.cache_format
+    rates = _rates(engine, shape, (form, written, cache), tokens - len(session.tokens))
     if rates is None or form not in rates.linear or cache not in rates.attention:
         return None
+    if written not in rates.weights or cache not in rates.cache:
+        return None
+    pages = getattr(session, "pages", None)
     reach = pages.first + pages.window + pages.chunk // 2 if pages is not None else None
-    begin = len(session.tokens)
     seen = min(tokens, session.reach) if pages is not None else tokens  # type: ignore[attr-defined]
     return (
-        prefill_seconds(shape, tokens, rates, form, cache, begin=begin, reach=reach),
-        token_seconds(shape, seen, rates, form, cache),
+        prefill_seconds(shape, tokens, rates, form, cache, begin=len(session.tokens), reach=reach),
+        token_seconds(shape, seen, rates, written, cache, engine.network.dtype.itemsize),
     )
 
 
-def _rates(engine: Engine, shape: Shape, fresh: int) -> Rates | None:
-    if engine.network.device.type == "cuda":
-        import torch
+def written_with(engine: Engine, shape: Shape, form: str) -> str:
+    """The form of the weights that an engine writes answers with (plan.Shape.written_with)."""
+    from .models import kernels
 
+    on_card = engine.network.device.type != "cpu"
+    if form not in WIDTH or on_card or kernels.unavailable():
+        return form
+    from .models.kernels.decoder import settled
+
+    rounded = settled(engine.network, engine._weights)
+    return form if rounded == "full" else f"rounded {rounded}"
+
+
+def _rates(engine: Engine, shape: Shape, forms: tuple[str, str, str], fresh: int) -> Rates | None:
+    import torch
+
+    if engine.network.device.type == "cuda":
         try:
             return card_rates(find_card(torch.cuda.get_device_name(engine.network.device))[0])
         except UserError:
             return None
-    import torch
+    from .inference.rates import rates_for
 
-    from .inference.rates import NAMES, kept_rates, rates_for
-
-    dtype = engine.network.dtype
-    if fresh >= WORTH_MEASURING:
-        return rates_for(shape, dtype)
-    return kept_rates(shape, NAMES[dtype], torch.get_num_threads())
+    form, written, cache = forms
+    wanted = [("linear", form), ("attention", cache), ("weights", written), ("cache", cache)]
+    return rates_for(shape, engine.network.dtype, wanted, measure=fresh >= WORTH_MEASURING)
 
 
 __all__ = ["PROCESS", "Json", "plan", "predict", "requirements", "shape_of", "show"]

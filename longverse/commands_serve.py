@@ -141,12 +141,15 @@ def _check(host: str, key: str | None) -> None:
 
 
 def _opener(engine: Engine, attention: str, cache: str) -> Open:
-    """Sessions as the options want them; a wrong one is said now and not to the first client."""
+    """Sessions as the options want them. A first answer says now, and not to the first client, that an option is wrong,
+    and compiles what a processor's kernels need."""
+    from .inference.sampling import Sampling
 
     def open_session(tokens: int) -> Session:
         return engine.session(tokens, attention=attention, cache=cache)
 
-    open_session(min(64, engine.window))
+    ids = engine.tokenizer.encode("A mill stands in a town.")[:64]
+    open_session(min(256, engine.window)).complete(ids, Sampling(max_new_tokens=3))
     return open_session
 
 

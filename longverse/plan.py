@@ -28,6 +28,10 @@ ORDER = (
     ("bf16", "full"), ("bf16", "int8"), ("int8", "full"), ("int8", "int8"), ("bf16", "int4"), ("int8", "int4"),
     ("int4", "full"), ("int4", "int8"), ("int4", "int4"),
 )  # fmt: skip
+# On a CPU answers are written with a copy of the weights rounded in groups of 32, unless it would be larger than this
+# (models/kernels/decoder.py); prompts are read with the weights as they are.
+COPY_LIMIT = 4 << 30
+ROUNDED = ("rounded int8", "rounded int4")
 CHUNK = 512  # tokens of a forward (inference/engine.py)
 STRETCH = 4096  # tokens of a quantised past in floating point at a time (models/cache.py)
 PROCESS = 330 * 10**6  # of a process that has loaded torch and the tokenizer, before any weight
@@ -151,8 +155,17 @@ class Shape:
         return rest + self.layers * (self.layer_weights // 2 + 4 * self.layer_weights // 64)
 
     def read_bytes(self, form: str) -> int:
-        """Bytes of weights that one new token reads: all of them but an embedding of its own."""
+        """Bytes of weights that one new token reads: all of them but an embedding of its own. For a form of ROUNDED it
+        is also what the copy takes: int8 with a scale, or int4 with scale and offset, for 32 weights; the head int8."""
+        if form in ROUNDED:
+            layers, head = self.layers * self.layer_weights, self.head_weights
+            return int((34 if form == "rounded int8" else 20) / 32 * layers + 34 / 32 * head)
         return self.weights_bytes(form) - (0 if self.tied else WIDTH.get(form, 2) * self.head_weights)
+
+    def written_with(self, form: str, gpu: bool = False, rounded: str = "rounded int8") -> str:
+        """The form of the weights that answers are written with, where prompts are read in `form`."""
+        fits = self.read_bytes("rounded int8") <= COPY_LIMIT and self.head_dim % 16 == 0
+        return rounded if form in WIDTH and fits and not gpu else form
 
     def cache_bytes_per_token(self, cache: str, width: int = 2) -> int:
         """As models/cache.py lays them out. width: bytes of a number in full precision."""
@@ -207,7 +220,8 @@ def _window(config: Json, size: Any) -> int:
 @dataclass(frozen=True)
 class Rates:
     """What a device does a second, by format. linear, attention: floating-point operations while a prompt is read;
-    weights, cache: bytes while one token is written. Effective ones: all that goes with the operation counts."""
+    weights (also the forms of ROUNDED), cache: bytes while one token is written. Effective ones: all that goes with the
+    operation counts."""
 
     device: str
     linear: dict[str, float]
@@ -292,12 +306,14 @@ class Option:
     cache_bytes: int
     buffer_bytes: int
     fits: bool
+    written_with: str  # form of the weights that answers are written with
+    copy_bytes: int  # of those, where they are a copy
     prefill_seconds: float | None  # of the whole context
     token_seconds: float | None  # of one token written at its end
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.cache_bytes + self.buffer_bytes
+        return self.weights_bytes + self.copy_bytes + self.cache_bytes + self.buffer_bytes
 
 
 @dataclass(frozen=True)
@@ -336,9 +352,9 @@ def prefill_seconds(
     return linear + pairs / rates.attention[cache]
 
 
-def token_seconds(shape: Shape, held: int, rates: Rates, weights: str, cache: str) -> float:
-    """Predicted time to write one token after `held` others."""
-    width = WIDTH.get(weights, 2)
+def token_seconds(shape: Shape, held: int, rates: Rates, weights: str, cache: str, width: int = 2) -> float:
+    """Predicted time to write one token after `held` others, with weights in a form of rates.weights; width: bytes of a
+    number in full precision."""
     read = shape.read_bytes(weights) / rates.weights[weights]
     return read + held * shape.cache_bytes_per_token(cache, width) / rates.cache[cache]
 
@@ -360,15 +376,16 @@ def make_plan(
             width = WIDTH.get(weights, WIDTH.get(forms[0], 2))
             held = context * shape.cache_bytes_per_token(cache, width)
             of_weights, buffers = shape.weights_bytes(weights), base + shape.buffer_bytes(weights, cache, context)
-            total = of_weights + held + buffers
-            known = rates is not None and weights in rates.linear and cache in rates.attention
-            options.append(
-                Option(
-                    weights, cache, of_weights, held, buffers, total <= SLACK * memory,
-                    prefill_seconds(shape, context, rates, weights, cache) if known and rates else None,
-                    token_seconds(shape, context, rates, weights, cache) if known and rates else None,
-                )
-            )  # fmt: skip
+            written = shape.written_with(weights, gpu)
+            copy = shape.read_bytes(written) if written in ROUNDED else 0
+            total = of_weights + copy + held + buffers
+            reading = writing = None
+            if rates is not None and weights in rates.linear and cache in rates.attention:
+                reading = prefill_seconds(shape, context, rates, weights, cache)
+            if rates is not None and written in rates.weights and cache in rates.cache:
+                writing = token_seconds(shape, context, rates, written, cache, width)
+            fits = total <= SLACK * memory
+            options.append(Option(weights, cache, of_weights, held, buffers, fits, written, copy, reading, writing))
     by_formats = {(option.weights, option.cache): option for option in options}
     first = forms[0]
     order = [(first if weights == "bf16" else weights, cache) for weights, cache in ORDER]
@@ -401,5 +418,5 @@ def _reason(plan: Plan, first: str) -> str:
 
 def _longest(plan: Plan, option: Option) -> int:
     """Tokens that would fit in an option's formats, in steps of 1,024."""
-    rest = SLACK * plan.memory - option.weights_bytes - option.buffer_bytes
+    rest = SLACK * plan.memory - (option.total_bytes - option.cache_bytes)
     return max(0, int(rest / (option.cache_bytes / plan.context)) // 1024 * 1024)

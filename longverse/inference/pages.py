@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.attention import chunk_attention
+from ..models import kernels
+from ..models.cache import KVCache
 from .engine import Session, Stats, common_prefix
 from .pages_cache import Angles, PageCache
 from .pages_choice import SCORES, Score, best_pages, page_mass
@@ -123,7 +124,7 @@ class PagesSession(Session):
         network = self.engine.network
         shape = network.config
         self.pages = settings = self.settings or PagesSettings().within(self.engine.window)
-        self.reach = settings.reach
+        self.reach, self.attention = settings.reach, "pages"
         self.rope_length = min(self.planned_tokens, self.reach)
         self.angles = Angles(shape.rope, self.reach, self.rope_length, network.dtype, network.device)
         self.cache = PageCache(  # type: ignore[assignment]
@@ -143,9 +144,9 @@ class PagesSession(Session):
     def _begin(self, prompt: list[int], stats: Stats, new_tokens: int) -> int:
         stats.attention, stats.cache = "pages", self.cache.format
         stats.rope_base = self.engine.network.config.rope.base(self.rope_length)
-        # After a document whose end is known everything is the question.
+        # After a document whose end is known everything is the question, but for a long conversation's beginning.
         after = len(prompt) - self.boundary if 0 < self.boundary < len(prompt) else 0
-        asked = self.question_tokens or after or self._question(prompt)
+        asked = self.question_tokens or min(after, MOST) or self._question(prompt)
         self.plain = len(prompt) - min(max(asked, 1), len(prompt))
         held = min(common_prefix(self.tokens, prompt), self.plain)
         self.cache.truncate(held)
@@ -178,8 +179,20 @@ class PagesSession(Session):
             hidden = self._ask(ids)
         else:
             hidden = self._run_network(ids, self.working.attend)
-            self.working.length += len(ids)
+            self.working.held.advance(len(ids))
         return hidden[:, -1]
+
+    def _next(self, token: int) -> Tensor:
+        # A working set is an ordinary cache, so what writes answers fast for others does so here.
+        decoder = self.engine.decoder()
+        assert self.working is not None
+        logits = decoder.step(token, self.working.held) if decoder is not None else None
+        if decoder is None or logits is None:
+            reason = kernels.unavailable()
+            self.stats.kernels = f"torch ({reason})" if reason else "torch"
+            return self._logits(self._forward([token]))
+        self.stats.kernels, self.stats.weights = "compiled", decoder.weights
+        return logits
 
     def _run_network(self, ids: list[int], attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Hidden states [1, T, C]. At position 0 a rotation does nothing: `attend` gets keys and queries unrotated."""
@@ -222,6 +235,7 @@ class PagesSession(Session):
         settings = self.pages
         far, count = self._count(len(ids), self.new_tokens)
         self.working = working = WorkingSet(self.cache, self.angles, settings, far, count, self.reach)  # type: ignore[arg-type]
+        working.held.rope_length = self.rope_length
         every = torch.arange(far)[None].expand(self.cache.keys.shape[2], -1)
         if count == far:
             working.choose = lambda layer, q: every
@@ -249,9 +263,9 @@ class PagesSession(Session):
 
     def _read_question(self, ids: list[int]) -> Tensor:
         assert self.working is not None
-        self.working.restart()
+        self.working.held.truncate(self.working.begin)
         hidden = self._run_network(ids, self.working.attend)
-        self.working.length += len(ids)
+        self.working.held.advance(len(ids))
         self.working.choose = None  # what follows attends what was chosen
         self.chosen = self.working.chosen
         return hidden
@@ -284,78 +298,69 @@ class PagesSession(Session):
 
     def _draft(self, hidden: Tensor) -> list[int]:
         """The likeliest continuation of a question just read, at most `draft` tokens."""
-        assert self.working is not None
         written: list[int] = []
-        state = hidden[:, -1]
-        while len(written) < self.pages.draft:
-            token = int(self._logits(state).argmax())
-            if token in self.engine.tokenizer.eos_ids:
-                break
+        logits = self._logits(hidden[:, -1])
+        while (token := int(logits.argmax())) not in self.engine.tokenizer.eos_ids:
             written.append(token)
-            state = self._run_network([token], self.working.attend)[:, -1]
-            self.working.length += 1
+            if len(written) == self.pages.draft:
+                break
+            logits = self._next(token)
         return written
 
 
 class WorkingSet:
     """Per layer, what a question sees: first tokens, chosen pages, newest tokens, and then itself and its answer.
 
-    Keys are rotated to the positions 0, 1, 2 ... in that order. far, count: pages there are, and pages it holds.
-    choose is called once a layer, by the first pass over the question; mass keeps what `weigh` found.
+    held     an ordinary cache with all of them at the positions 0, 1, 2 ... in that order
+    far      pages there are; count: pages it holds
+    choose   called once a layer, by the first pass over the question; None: the pages stay
+    mass     [layers, G, far], what `weigh` found; chosen: [layers, G, count]
     """
 
     def __init__(
         self, cache: PageCache, angles: Angles, settings: PagesSettings, far: int, count: int, reach: int
     ) -> None:
         self.cache, self.angles, self.settings, self.far, self.count = cache, angles, settings, far, count
-        first = min(settings.first, cache.length)
-        self.pages_end = first + count * settings.page
-        self.newest = first + far * settings.page  # where the newest tokens begin in the document
+        self.first = min(settings.first, cache.length)
+        self.pages_end = self.first + count * settings.page
+        self.newest = self.first + far * settings.page  # where the newest tokens begin in the document
         self.begin = self.pages_end + cache.length - self.newest  # position of the question's first token
-        self.first, self.length = first, self.begin
         layers, _, groups, _, size = cache.keys.shape
-        self.keys = cache.keys.new_empty(layers, 1, groups, reach, size)
-        self.values = torch.empty_like(self.keys)
+        self.held = KVCache(layers, groups, size, reach, cache.keys.dtype, cache.keys.device)
+        self.held.restore(self.begin)
         self.choose: Choose | None = None
         self.chosen = torch.zeros(layers, groups, count, dtype=torch.int64)
         self.mass = torch.zeros(layers, groups, far)
 
-    def restart(self) -> None:
-        """Forget the question, to read it anew."""
-        self.length = self.begin
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append unrotated k, v [1, G, T, D] and attend unrotated q [1, H, T, D] over all: [1, H, T, D]."""
-        begin, end = self.length, self.length + k.shape[2]
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, begin:end] = self.angles.rotate(k, begin)
-        values[:, :, begin:end] = v
+        own, turned = self.angles.rotate(k, self.held.length), self.angles.rotate(q, self.held.length)
         if self.choose is not None:
             self._fill_seen_anyway(layer)
+            self.own, self.turned = own, turned  # for weigh
             self.chosen[layer] = self.choose(layer, q)
             self._fill_pages(layer)
-        return chunk_attention(self.angles.rotate(q, begin), keys[:, :, :end], values[:, :, :end])
+        return self.held.attend(layer, turned, own, v)
 
     def weigh(self, layer: int, q: Tensor) -> Tensor:
         """Mass [G, far] of every page, from the question's unrotated queries [1, H, T, D]; kept in `mass`."""
-        groups, size = self.keys.shape[2], q.shape[-1]
-        scale = size**-0.5
-        distance = min(self.settings.distance, self.angles.cos.shape[2] - 1)
+        settings, groups, size = self.settings, self.chosen.shape[1], q.shape[-1]
 
         def rows(x: Tensor) -> Tensor:  # [1, H, T, D] -> [G, H / G * T, D]
-            return (x[0] * scale).reshape(groups, -1, size)
+            return (x[0] * size**-0.5).reshape(groups, -1, size)
 
-        tokens = q.shape[2]
-        near = self._near(layer, rows(self.angles.rotate(q, self.begin)), tokens)
-        far = self.cache.far(layer, self.far, self.settings.page)
-        rotated = rows(self.angles.rotate_all_to(q, distance))
-        self.mass[layer] = page_mass(rotated, near, far, self.settings.score, self.settings.shortlist)
+        near = self._near(layer, rows(self.turned), q.shape[2])
+        distance = min(settings.distance, self.angles.reach - 1)
+        far = self.cache.far(layer, self.far, settings.page)
+        self.mass[layer] = page_mass(
+            rows(self.angles.rotate_all_to(q, distance)), near, far, settings.score, settings.shortlist
+        )
         return self.mass[layer]
 
     def _near(self, layer: int, q: Tensor, tokens: int) -> Tensor:
         """Log-sum-exps [G, R] of rotated rows q [G, R, D] over the first and newest tokens and the question itself."""
-        keys = self.keys[layer, 0]  # [G, reach, D]
-        seen = torch.cat((keys[:, : self.first], keys[:, self.pages_end : self.begin + tokens]), dim=1)
+        keys = self.held.keys[layer, 0]  # [G, reach, D]
+        seen = torch.cat((keys[:, : self.first], keys[:, self.pages_end : self.begin], self.own[0]), dim=1)
         scores = (q @ seen.transpose(1, 2)).float()  # [G, R, first + newest + T]
         future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
         own = scores[:, :, -tokens:].unflatten(1, (-1, tokens))  # [G, H / G, T, T]
@@ -364,22 +369,22 @@ class WorkingSet:
 
     def _fill_seen_anyway(self, layer: int) -> None:
         cache, angles = self.cache, self.angles
-        for own, stored in ((self.keys, cache.keys), (self.values, cache.values)):
+        for held, stored in ((self.held.keys, cache.keys), (self.held.values, cache.values)):
             first = stored[layer, :, :, : self.first]
             newest = stored[layer, :, :, self.newest : cache.length]
-            if own is self.keys:
+            if held is self.held.keys:
                 first, newest = angles.rotate(first, 0), angles.rotate(newest, self.pages_end)
-            own[layer, :, :, : self.first] = first
-            own[layer, :, :, self.pages_end : self.begin] = newest
+            held[layer, :, :, : self.first] = first
+            held[layer, :, :, self.pages_end : self.begin] = newest
 
     def _fill_pages(self, layer: int) -> None:
         cache, page, span = self.cache, self.settings.page, slice(self.first, self.pages_end)
-        for own, stored in ((self.keys, cache.keys), (self.values, cache.values)):
+        for held, stored in ((self.held.keys, cache.keys), (self.held.values, cache.values)):
             pages = stored[layer, 0, :, self.first : self.newest].unflatten(1, (self.far, page))  # [G, far, page, D]
             taken = torch.stack([pages[group, which] for group, which in enumerate(self.chosen[layer])])
             taken = taken.flatten(1, 2)[None]  # [1, G, count * page, D]
-            if own is self.keys and self.settings.positions == "renumbered":
+            if held is self.held.keys and self.settings.positions == "renumbered":
                 taken = self.angles.rotate(taken, self.first)
-            elif own is self.keys:
+            elif held is self.held.keys:
                 taken = self.angles.rotate_all_to(taken, max(self.first, self.pages_end - 1))
-            own[layer, :, :, span] = taken
+            held[layer, :, :, span] = taken

@@ -33,11 +33,12 @@ class Angles:
         cos, sin = plan.cos_sin(torch.arange(reach, device=device)[None], rope_length)  # [1, reach, D]
         self.cos = (cos / plan.attention_scaling).to(dtype)[:, None]  # [1, 1, reach, D]
         self.sin = (sin / plan.attention_scaling).to(dtype)[:, None]
+        self.reach = reach
 
     def rotate(self, x: Tensor, begin: int) -> Tensor:
         """x [1, heads, T, D] rotated to the positions begin .. begin + T - 1."""
         end = begin + x.shape[2]
-        assert end <= self.cos.shape[2], (end, self.cos.shape)
+        assert end <= self.reach, (end, self.reach)
         return rotate(x, self.cos[:, :, begin:end], self.sin[:, :, begin:end])
 
     def rotate_all_to(self, x: Tensor, position: int) -> Tensor:

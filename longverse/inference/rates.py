@@ -1,10 +1,13 @@
 """How fast this machine is with networks of a shape: the rates a plan divides by (plan.py).
 
-One layer of the shape is made with random weights and run by the very code that will run the model: a chunk of a
-prompt and a single token, each through every weight format, and attention over every cache format. Layers wider than
-WIDEST are made narrower in proportion, since their rates no longer depend on the width. Takes about two seconds on an
-idle machine; the result is kept in the cache folder under all that it depends on. What a busy machine gives is used
-once and not kept, and after LIMIT seconds the figures still lacking are left out.
+A few layers of the shape are made with random weights and run by the very code that will run the model: a chunk of a
+prompt through the layers, its attention over a past, and single tokens after a short and after a long past. Layers
+wider than WIDEST are made narrower in proportion, since their rates no longer depend on the width.
+
+Only the figures that are asked for are measured, each once: about two seconds for those of one answer on an idle
+machine, and the time that compiled kernels need at their very first use. They are kept in the cache folder under all
+that they depend on. What a busy machine gives is used and not kept; after LIMIT seconds those still lacking are left
+out, but for the first of each kind.
 """
 
 from __future__ import annotations
@@ -12,85 +15,87 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..models import kernels
 from ..models.cache import FORMATS, KVCache
-from ..models.network import Layer, NetworkConfig
+from ..models.network import CausalLM, NetworkConfig
 from ..models.places import cache_folder
 from ..models.quant_linear import quantize_network
 from ..models.rope import RopePlan
 from ..models.shards import write_json
-from ..plan import CHUNK, Rates, Shape
+from ..plan import CHUNK, ROUNDED, Rates, Shape
 
-VERSION = 1
+VERSION = 2
 WIDEST = 2048  # hidden size
 PAST = 8192  # tokens attended over
-AT_LEAST = 64 << 20  # bytes read in a row, so that they come from memory and not from the processor's caches
-SECONDS = 0.12  # a figure
-LIMIT = 6.0  # seconds for all
+AT_LEAST = 64 << 20  # bytes of weights and of cache, so that they come from memory and not from the processor's caches
+SECONDS = 0.15  # a figure
+LIMIT = 8.0  # seconds for all
 BUSY = 0.7  # share of its threads' time below which other programs had the rest
 NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "bf16"}
 
-
-def rates_for(shape: Shape, dtype: torch.dtype, *, again: bool = False) -> Rates:
-    """Rates of this machine's CPU for a shape whose full precision is `dtype`: kept ones, or measured now."""
-    known = None if again else kept_rates(shape, NAMES[dtype], torch.get_num_threads())
-    if known is not None:
-        return known
-    rates, idle = measure(shape, dtype)
-    if not idle:
-        return rates
-    file = _file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, _all() | {_key(shape, NAMES[dtype], torch.get_num_threads()): rates.to_json()})
-    except OSError:
-        pass  # a folder that cannot be written only means measuring again
-    return rates
+Figure = tuple[str, str]  # kind (linear, attention, weights, cache) and format
 
 
-def kept_rates(shape: Shape, dtype: str, threads: int) -> Rates | None:
-    """Rates measured earlier, or None."""
-    try:
-        return Rates(**_all()[_key(shape, dtype, threads)])
-    except (KeyError, TypeError):
-        return None
-
-
-def measure(shape: Shape, dtype: torch.dtype) -> tuple[Rates, bool]:
-    """Measure now: the rates, and whether the machine was idle enough to believe them. The first of each kind is there
-    however long it takes."""
-    proxy = narrowed(shape)
+def all_figures(dtype: torch.dtype) -> list[Figure]:
+    """What a whole plan asks for, the most important first."""
     native = NAMES[dtype]
+    figures: list[Figure] = [("linear", native), ("attention", "full"), ("weights", ROUNDED[0]), ("cache", "full")]
+    figures += [(kind, form) for form in FORMATS[1:] for kind in ("attention", "cache")]
+    figures += [(kind, form) for form in ("int8", "int4") for kind in ("linear", "weights")]
+    return [*figures, ("weights", native)]
+
+
+def rates_for(
+    shape: Shape, dtype: torch.dtype, wanted: Iterable[Figure], *, measure: bool = True, again: bool = False
+) -> Rates:
+    """Rates of this machine's CPU for a shape whose full precision is `dtype`.
+
+    wanted   figures that are measured when they are not known yet, unless `measure` is off
+    again    measure them though they are known
+    """
     threads = torch.get_num_threads()
+    key = _key(shape, dtype, threads)
+    known: dict[str, float] = {} if again else dict(_all().get(key, {}))
+    lacking = [figure for figure in wanted if " ".join(figure) not in known]
+    if lacking and measure:
+        found, idle = measure_figures(shape, dtype, lacking)
+        known |= {" ".join(figure): rate for figure, rate in found.items()}
+        if idle and found:
+            _keep(key, known)
+    kinds: dict[str, dict[str, float]] = {"linear": {}, "attention": {}, "weights": {}, "cache": {}}
+    for name, rate in known.items():
+        kind, _, form = name.partition(" ")
+        kinds[kind][form] = rate
+    device = f"this CPU ({threads} thread{'s' if threads > 1 else ''})"
+    return Rates(device, kinds["linear"], kinds["attention"], kinds["weights"], kinds["cache"])
+
+
+def measure_figures(shape: Shape, dtype: torch.dtype, wanted: list[Figure]) -> tuple[dict[Figure, float], bool]:
+    """Measure now: what was found, and whether the machine was idle enough to believe it. A figure that does not exist
+    here (sizes that no kernel and no group fits) is left out."""
+    bench = _Bench(narrowed(shape), dtype)
+    found: dict[Figure, float] = {}
     begun = time.monotonic()
-    linear: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    attention: dict[str, float] = {}
-    cache: dict[str, float] = {}
     with torch.inference_mode():
-        worked, passed = time.process_time(), time.perf_counter()
-        for form, kept in ((native, "full"), ("int8", "int8"), ("int4", "int4")):
-            if linear and time.monotonic() - begun > LIMIT:
-                break
-            if (rate := _weights_rates(proxy, dtype, form)) is not None:
-                linear[form], weights[form] = rate
-            if kept == "full":
-                share = (time.process_time() - worked) / (time.perf_counter() - passed) / threads
-            if kept in FORMATS and (not cache or time.monotonic() - begun <= LIMIT):
-                attention[kept], cache[kept] = _cache_rates(proxy, dtype, kept)
-    rates = Rates(f"this CPU ({threads} thread{'s' if threads > 1 else ''})", linear, attention, weights, cache)
-    return rates, share >= BUSY and len(linear) + len(cache) >= 4
+        for kind, form in wanted:
+            if time.monotonic() - begun > LIMIT and any(kind == known for known, _ in found):
+                continue
+            rate = getattr(bench, kind)(form)
+            if rate is not None:
+                found[kind, form] = rate
+    return found, bench.share() >= BUSY
 
 
 def narrowed(shape: Shape) -> Shape:
-    """The same proportions at a hidden size of at most WIDEST, as one layer."""
+    """The same proportions at a hidden size of at most WIDEST, with as many layers as AT_LEAST asks for."""
     scale = max(1.0, shape.hidden / WIDEST)
     group = shape.heads // shape.kv_heads
     kv_heads = max(1, round(shape.kv_heads / scale))
@@ -100,81 +105,115 @@ def narrowed(shape: Shape) -> Shape:
 
     if scale > 1:
         shape = replace(shape, hidden=rounded(shape.hidden), mlp=rounded(shape.mlp))
-    return replace(shape, layers=1, kv_heads=kv_heads, heads=kv_heads * group, vocab=64)
+    shape = replace(shape, kv_heads=kv_heads, heads=kv_heads * group, vocab=64)
+    return replace(shape, layers=max(1, min(16, AT_LEAST // shape.layer_weights)))
 
 
-def _layer(shape: Shape, dtype: torch.dtype, form: str) -> nn.Module | None:
-    """A layer with random weights in a format; None where its sizes do not fit the format."""
-    config = NetworkConfig(
-        shape.vocab, shape.hidden, shape.mlp, 1, shape.heads, shape.kv_heads, shape.head_dim, 1e-5, shape.window,
-        RopePlan("default", 10_000.0, shape.head_dim),
-    )  # fmt: skip
-    layer = Layer(config, 0).to(dtype).requires_grad_(False).eval()
-    if form in ("int8", "int4") and quantize_network(layer, int(form[3:])):
-        return None
-    return layer
+class _Bench:
+    """A network of random weights; each method named after a kind of figure measures one."""
 
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.networks: dict[str, CausalLM | None] = {}
+        self.worked = self.passed = 0.0
 
-def _weights_rates(shape: Shape, dtype: torch.dtype, form: str) -> tuple[float, float] | None:
-    """Operations a second over a chunk, and bytes of weights a second for one token; all but attention included."""
-    layer = _layer(shape, dtype, form)
-    if layer is None:
-        return None
-    cos = sin = torch.ones(1, 1, 1, shape.head_dim, dtype=dtype)
+    def share(self) -> float:
+        """Of the processor's time that all threads could have had while operations ran that use all of them."""
+        return self.worked / (self.passed * torch.get_num_threads()) if self.passed else 1.0
 
-    def nothing(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return q
+    def network(self, form: str) -> CausalLM | None:
+        """In a format of weights; None where the sizes do not fit it."""
+        if form not in self.networks:
+            shape = self.shape
+            config = NetworkConfig(
+                shape.vocab, shape.hidden, shape.mlp, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, 1e-5,
+                shape.window, RopePlan("default", 10_000.0, shape.head_dim),
+            )  # fmt: skip
+            made: CausalLM | None = CausalLM(config).to(self.dtype).requires_grad_(False).eval()
+            if form in ("int8", "int4") and made is not None and quantize_network(made, int(form[3:])):
+                made = None
+            self.networks[form] = made
+        return self.networks[form]
 
-    chunk = torch.randn(1, CHUNK, shape.hidden).to(dtype)
-    linear = 2.0 * shape.layer_weights * CHUNK / _best(lambda: layer(chunk, cos, sin, nothing))
-    size = sum(tensor.nbytes for tensor in layer.state_dict().values())
-    copies = [layer] + [_copy(layer) for _ in range(min(40, AT_LEAST // size))]
-    token = chunk[:, :1].contiguous()
+    def linear(self, form: str) -> float | None:
+        """Operations a second of a chunk through the layers, everything but attention counted in."""
+        network = self.network(form)
+        if network is None:
+            return None
+        chunk = torch.randn(1, CHUNK, self.shape.hidden).to(self.dtype)
+        positions = torch.arange(CHUNK)[None]
 
-    def one_token() -> None:
-        x = token
-        for each in copies:
-            x = each(x, cos, sin, nothing)
+        def nothing(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return q
 
-    return linear, len(copies) * size / _best(one_token)
+        worked, passed = time.process_time(), time.perf_counter()
+        seconds = _best(lambda: network.model(chunk, positions, CHUNK, nothing))
+        self.worked += time.process_time() - worked
+        self.passed += time.perf_counter() - passed
+        return 2.0 * self.shape.layers * self.shape.layer_weights * CHUNK / seconds
 
+    def attention(self, form: str) -> float | None:
+        """Operations a second of a chunk's attention over PAST tokens."""
+        if form not in FORMATS:
+            return None
+        shape, cache = self.shape, self._cache(form, layers=1)
+        q = torch.randn(1, shape.heads, CHUNK, shape.head_dim).to(self.dtype)
+        k = torch.randn(1, shape.kv_heads, CHUNK, shape.head_dim).to(self.dtype)
 
-def _copy(layer: nn.Module) -> nn.Module:
-    import copy
+        def chunk() -> None:
+            cache.restore(PAST)
+            cache.attend(0, q, k, k)
 
-    return copy.deepcopy(layer)
+        pairs = CHUNK * PAST + CHUNK * (CHUNK + 1) / 2
+        return 4.0 * shape.heads * shape.head_dim * pairs / _best(chunk)
 
+    def weights(self, form: str) -> float | None:
+        """Bytes of weights a second while one token is written."""
+        seconds = self._token(form, "full", 16)
+        return None if seconds is None else self.shape.read_bytes(form) / seconds
 
-def _cache_rates(shape: Shape, dtype: torch.dtype, form: str) -> tuple[float, float]:
-    """Operations a second of a chunk's attention over PAST tokens, and bytes a second of one query's."""
-    per_token = shape.cache_bytes_per_token(form, dtype.itemsize)
-    layers = max(1, min(16, AT_LEAST // (per_token * PAST)))
-    cache = KVCache(layers, shape.kv_heads, shape.head_dim, PAST + CHUNK, dtype, format=form)
-    for array in cache.storage().values():
-        if array.is_floating_point():
-            array.normal_(std=0.02)
-        elif array.dtype != torch.int64:
-            array.random_(0, 100)
+    def cache(self, form: str) -> float | None:
+        """Bytes of a cache a second while one token is written."""
+        if form not in FORMATS:
+            return None
+        weights = ROUNDED[0] if self._token(ROUNDED[0], form, 16) is not None else NAMES[self.dtype]
+        short, long = (self._token(weights, form, length) for length in (16, PAST))
+        assert short is not None
+        assert long is not None
+        size = (PAST - 16) * self.shape.cache_bytes_per_token(form, self.dtype.itemsize)
+        return size / max(long - short, 0.02 * long)
 
-    def attend(layer: int, new: int) -> None:
-        q = queries[:, :, :new]
-        cache.attend(layer, q, keys[:, :, :new], keys[:, :, :new])
+    def _token(self, form: str, cache_format: str, length: int) -> float | None:
+        """Seconds of one token after `length` others; None where nothing runs it."""
+        network = self.network(form if form in ("int8", "int4") else NAMES[self.dtype])
+        if network is None:
+            return None
+        decoder = None
+        if not kernels.unavailable() and form not in ("int8", "int4"):
+            from ..models.kernels.decoder import Decoder
 
-    queries = torch.randn(1, shape.heads, CHUNK, shape.head_dim).to(dtype)
-    keys = torch.randn(1, shape.kv_heads, CHUNK, shape.head_dim).to(dtype)
-    pairs = CHUNK * PAST + CHUNK * (CHUNK + 1) / 2
+            decoder = Decoder.of(network, form.removeprefix("rounded ") if form in ROUNDED else "full")
+        if decoder is None and form in ROUNDED:
+            return None
+        cache = self._cache(cache_format, self.shape.layers)
+        token, position = torch.tensor([[5]]), torch.tensor([[length]])
 
-    def chunk() -> None:
-        cache.restore(PAST)
-        attend(0, CHUNK)
+        def step() -> None:
+            cache.restore(length)
+            if decoder is None or decoder.step(5, cache) is None:
+                network.lm_head(network.model(token, position, cache.rope_length, cache.attend))
 
-    def token() -> None:
-        cache.restore(PAST)
-        for layer in range(layers):
-            attend(layer, 1)
+        return _best(step)
 
-    operations = 4.0 * shape.heads * shape.head_dim * pairs
-    return operations / _best(chunk), layers * PAST * per_token / _best(token)
+    def _cache(self, form: str, layers: int) -> KVCache:
+        shape = self.shape
+        cache = KVCache(layers, shape.kv_heads, shape.head_dim, PAST + CHUNK, self.dtype, format=form)
+        for array in cache.storage().values():
+            if array.is_floating_point():
+                array.normal_(std=0.02)
+            elif array.dtype != torch.int64:
+                array.random_(0, 100)
+        return cache
 
 
 def _best(work: Callable[[], Any]) -> float:
@@ -190,6 +229,9 @@ def _best(work: Callable[[], Any]) -> float:
             return best
 
 
+# ---- kept figures --------------------------------------------------------------------------------------------
+
+
 def _file() -> Path:
     return cache_folder() / "rates.json"
 
@@ -202,7 +244,16 @@ def _all() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _key(shape: Shape, dtype: str, threads: int) -> str:
+def _keep(key: str, figures: dict[str, float]) -> None:
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_file(), _all() | {key: figures})
+    except OSError:
+        pass  # a folder that cannot be written only means measuring again
+
+
+def _key(shape: Shape, dtype: torch.dtype, threads: int) -> str:
     proxy = narrowed(shape)
     sizes = (proxy.hidden, proxy.mlp, proxy.heads, proxy.kv_heads, proxy.head_dim)
-    return f"{VERSION} {sizes} {dtype} {threads} of {os.cpu_count()} {torch.__version__}"
+    kernel = kernels.unavailable() or "compiled"
+    return f"{VERSION} {sizes} {NAMES[dtype]} {threads} of {os.cpu_count()} torch {torch.__version__} {kernel}"

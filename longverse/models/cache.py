@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import kernels, packing
-from .attention import causal_attention, chunk_attention, folded_attention, merge
+from .attention import causal_attention, chunk_attention, compiled_fits, folded_attention, merge
 
 FORMATS = ("full", "int8", "int4")
 FIRST = 64  # first tokens kept in full
@@ -115,6 +115,8 @@ class KVCache:
             self._written.add(layer)
             if one:
                 return one.attend(layer, q, self.spans(end))
+            if k.shape[2] > 1 and compiled_fits(q):
+                return self._attend_chunk(layer, q, k, v)
             return chunk_attention(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
         rotated, k, v = (self.packing.rotate(x) for x in (q, k, v))
         if k.shape[2] == 1:
@@ -123,9 +125,12 @@ class KVCache:
                 return one.attend(layer, q, self.spans(end))
             return self.packing.rotate(self._attend_past(layer, rotated, end)[0])
         # The chunk itself is attended in full, and the ring is read before it is written.
-        mixed, weight = causal_attention(rotated, k, v)
-        if self.length:
-            mixed = merge(*self._attend_past(layer, rotated, self.length), mixed, weight)
+        if compiled_fits(rotated):
+            mixed = self._attend_chunk(layer, rotated, k, v)
+        else:
+            mixed, weight = causal_attention(rotated, k, v)
+            if self.length:
+                mixed = merge(*self._attend_past(layer, rotated, self.length), mixed, weight)
         self._append(layer, k, v)
         return self.packing.rotate(mixed)
 
@@ -259,6 +264,11 @@ class KVCache:
                 result = merge(*result, mixed, weight), torch.logaddexp(result[1], weight)
         assert result is not None
         return result
+
+    def _attend_chunk(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from .kernels import chunk
+
+        return chunk.attend_cache(self, layer, q, k, v)
 
     def _kernel(self, heads: int) -> Any:
         """The CPU kernel for one query of `heads` heads, or None where it cannot run."""

@@ -21,12 +21,15 @@ def event(data: Any) -> bytes:
 class EventStream(Response):
     """A response that sends events as they come and a comment whenever `keep_alive` seconds pass without one.
 
-    `on_end` is called once in every case: sent to the end, the client gone, or nothing read for STALL seconds.
+    `on_end` is called once in every case: sent to the end, the client gone, or nothing read for STALL seconds. One
+    clock watches over silence and stalls, since timers for every token would cost more than the tokens' HTTP.
     """
 
     def __init__(self, events: AsyncIterator[Any], keep_alive: float, on_end: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream")
         self.events, self.keep_alive, self.on_end = events, keep_alive, on_end
+        self.sent = 0.0  # when the last sending ended
+        self.sending: list[float] = []  # when those that last began
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [
@@ -34,43 +37,52 @@ class EventStream(Response):
             (b"cache-control", b"no-store"),
             (b"x-accel-buffering", b"no"),
         ]
-        watch = asyncio.ensure_future(gone(receive))
+        parts: list[asyncio.Future[None]] = []
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            pump = asyncio.ensure_future(self._pump(send))
-            try:
-                await asyncio.wait({pump, watch}, return_when=asyncio.FIRST_COMPLETED)
-                if pump.done():
-                    pump.result()
-            except TimeoutError:
+            self.sent = asyncio.get_running_loop().time()
+            parts = [asyncio.ensure_future(part) for part in (self._pump(send), gone(receive), self._watch(send))]
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            if parts[2] in done:
                 abort(scope)
-            finally:
-                pump.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await pump
+            if parts[0] in done:
+                parts[0].result()
         finally:
-            watch.cancel()
+            for part in parts:
+                part.cancel()
+            for part in parts:
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await part
             self.on_end()
 
     async def _pump(self, send: Send) -> None:
-        following = asyncio.ensure_future(anext(self.events, None))
-        try:
-            while True:
-                done, _ = await asyncio.wait({following}, timeout=self.keep_alive)
-                if not done:
-                    await self._send(send, b": keep-alive\n\n")
-                    continue
-                data = following.result()
-                if data is None:
-                    break
-                await self._send(send, event(data))
-                following = asyncio.ensure_future(anext(self.events, None))
-        finally:
-            following.cancel()
+        async for data in self.events:
+            await self._send(send, event(data))
         await self._send(send, b"", more=False)
 
+    async def _watch(self, send: Send) -> None:
+        """Returns when the client has read nothing for too long."""
+        now = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(min(self.keep_alive, STALL) / 4)
+            if self.sending:
+                if now() - self.sending[0] > STALL:
+                    return
+            elif now() - self.sent >= self.keep_alive:
+                comment = asyncio.ensure_future(self._send(send, b": keep-alive\n\n"))
+                await asyncio.wait({comment}, timeout=STALL)
+                if not comment.done():
+                    comment.cancel()
+                    return
+
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        await asyncio.wait_for(send({"type": "http.response.body", "body": data, "more_body": more}), STALL)
+        now = asyncio.get_running_loop().time
+        self.sending.append(now())
+        try:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+        finally:
+            self.sending.pop(0)
+            self.sent = now()
 
 
 async def gone(receive: Receive) -> None:

@@ -51,7 +51,7 @@ from longverse.train.parallel import Ranks
 from longverse.train.probe import Figures, Prober, has_stopped_growing
 from longverse.train.results import write_results
 from longverse.train.state import checkpoints, latest, load_state, remove_remnants
-from longverse.train.trainer import Log, StepReport, make_optimizer, read_probes, train_stage
+from longverse.train.trainer import Log, StageEnd, StepReport, make_optimizer, read_probes, train_stage
 
 
 def _ignore(*values: Any) -> None:
@@ -157,20 +157,20 @@ class _Run:
                     build_data(source, watch)
         prepare(network, recipe)
         # Frozen bfloat16 weights under LoRA need no autocast; float32 weights that are trained in bfloat16 do.
-        number = precision(recipe, network.device)
+        products = precision(recipe, network.device)
         whole = recipe.method == "full" or bool(recipe.lora.also)
-        self.model = LossModel(network, autocast=whole and number == torch.bfloat16)
-        self.peak = peak_flops(network.device, number)
+        self.model = LossModel(network, autocast=whole and products == torch.bfloat16)
+        self.peak = peak_flops(network.device, products)
         parallel.shard(self.model, network, ranks, self.model.autocast)
         found = latest(out / "checkpoints")
-        at_stage, at_step = (found[1]["stage"][0], found[1]["step"]) if found is not None else (0, 0)
-        early = found is not None and found[1].get("early", False)
+        state = found[1] if found is not None else {"stage": [0, ""], "step": 0}
+        at_stage, at_step = state["stage"][0], state["step"]
         if found is not None:
-            watch.note(f"Going on after step {at_step} of stage {found[1]['stage'][1]}.")
-        log = Log(out / "log.jsonl")
+            watch.note(f"Going on after step {at_step} of stage {state['stage'][1]}.")
+        self.log = Log(out / "log.jsonl")
         if ranks.rank == 0 and not dry:
             remove_remnants(out / "checkpoints")
-            log.forget((at_stage, at_step))
+            self.log.forget((at_stage, at_step))
         self.board = Board(out / "tensorboard", recipe, (at_stage, at_step)) if not (ranks.rank or dry) else None
         self.prober = Prober(recipe.probe, loaded, watch.stop) if recipe.probe and not dry else None
         if self.prober is not None and ranks.world > 1:
@@ -178,69 +178,89 @@ class _Run:
             self.prober = None
         last = len(recipe.stages) if stages is None else min(stages, len(recipe.stages))
         step = 0
-        for number_, stage in enumerate(recipe.stages[:last]):
+        for number, stage in enumerate(recipe.stages[:last]):
             change_rope(loaded, stage)
-            first = at_step if number_ == at_stage else stage.steps if number_ < at_stage else 0
-            if found is not None and number_ == at_stage:
+            step = at_step if number == at_stage else stage.steps if number < at_stage else 0
+            resumed = found is not None and number == at_stage
+            if resumed or number == 0 or number > at_stage:
                 optimizer = make_optimizer(self.model, recipe)
-                load_state(found[0], network, optimizer, first)
-            elif number_ == 0 or number_ > at_stage:
-                optimizer = make_optimizer(self.model, recipe)
-            step = first
-            if first < stage.steps and not (early and number_ == at_stage):
-                with ranks.leader_first():
-                    mixture = open_mixture(recipe, stage, loaded, out, watch)
-                told = found[1].get("data") if found is not None and number_ == at_stage else None
-                if told is not None and told != mixture.identities():
-                    raise UserError(
-                        f"The data of stage {stage.name} is not what this run was trained on up to step {first}"
-                        f" ({_first_change(told, mixture.identities())}): put it back, or give another --out."
-                    )
-                self._examine(mixture, stage)
-                watch.planned(stage, forecast(self.model, mixture, stage, recipe, ranks))
-                if dry:
-                    return Outcome(False, stage.name, first)
-                end = train_stage(
-                    self.model,
-                    optimizer,
-                    mixture,
-                    stage,
-                    recipe,
-                    out,
-                    number=number_,
-                    first_step=first,
-                    ranks=ranks,
-                    on_step=lambda report, number=number_: self._step(number, report),  # type: ignore[misc]
-                    follow=self._follower(number_, stage, log),
-                    stop=watch.stop,
-                    state={"data": mixture.identities()},
-                    peak_flops=self.peak,
-                )
+            if resumed:
+                assert found is not None
+                load_state(found[0], network, optimizer, step)
+            if step < stage.steps and not (resumed and state.get("early")):
+                end = self._train(number, stage, optimizer, step, state.get("data") if resumed else None, dry)
+                if dry or end.interrupted:
+                    return self._end(Outcome(False, stage.name, end.steps, not dry, probes=self.probes))
                 step = end.steps
-                if end.early:
-                    watch.note(f"Stage {stage.name} ends after step {step}: its window has stopped growing.")
-                if end.interrupted:
-                    return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
             state_window(loaded, stage, self.original)
-            place = out / f"probe-{number_:02d}-{stage.name}.json"
-            # Of a stage before the checkpoint's the weights are gone: its figures are those of the file, or none.
-            if self.prober is not None and (number_ >= at_stage or place.exists()):
-                new = not place.exists()
-                figures = self.prober.after_stage(place)
-                if figures is None:
-                    return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
-                self.probes[stage.name] = figures
-                if new:
-                    watch.probed(stage, step, figures)
-                    if self.board is not None:
-                        self.board.probe(number_, step, figures)
-            here = out / "stages" / f"{number_:02d}-{stage.name}"
-            if recipe.keep_stages and number_ >= at_stage and not here.exists():
+            if not self._probe_after(number, stage, step, trained_here=number >= at_stage):
+                return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
+            here = out / "stages" / f"{number:02d}-{stage.name}"
+            if recipe.keep_stages and number >= at_stage and not here.exists():
                 self._write(here, write_merged=False)
         outcome = Outcome(last == len(recipe.stages), recipe.stages[last - 1].name, step, probes=self.probes)
         if outcome.finished:
             outcome.adapter, outcome.model = self._write(out, self.write_merged)
         return self._end(outcome)
+
+    def _train(
+        self,
+        number: int,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer,
+        first: int,
+        data: list[str] | None,
+        dry: bool,
+    ) -> StageEnd:
+        """Examine, forecast and train a stage from step `first` on. data: what it was trained on so far."""
+        recipe, ranks, watch = self.recipe, self.ranks, self.watch
+        with ranks.leader_first():
+            mixture = open_mixture(recipe, stage, self.loaded, self.out, watch)
+        if data is not None and data != mixture.identities():
+            raise UserError(
+                f"The data of stage {stage.name} is not what this run was trained on up to step {first}"
+                f" ({_first_change(data, mixture.identities())}): put it back, or give another --out."
+            )
+        self._examine(mixture, stage)
+        watch.planned(stage, forecast(self.model, mixture, stage, recipe, ranks))
+        if dry:
+            return StageEnd(first, False, None)
+        end = train_stage(
+            self.model,
+            optimizer,
+            mixture,
+            stage,
+            recipe,
+            self.out,
+            number=number,
+            first_step=first,
+            ranks=ranks,
+            on_step=lambda report: self._step(number, report),
+            follow=self._follower(number, stage),
+            stop=watch.stop,
+            state={"data": mixture.identities()},
+            peak_flops=self.peak,
+        )
+        if end.early:
+            watch.note(f"Stage {stage.name} ends after step {end.steps}: its window has stopped growing.")
+        return end
+
+    def _probe_after(self, number: int, stage: Stage, step: int, trained_here: bool) -> bool:
+        """Measure a finished stage. Of one before the checkpoint's (not trained_here) the weights are gone: its figures are
+        those of the file, or none. False when a signal cut it off."""
+        place = self.out / f"probe-{number:02d}-{stage.name}.json"
+        new = not place.exists()
+        if self.prober is None or (new and not trained_here):
+            return True
+        figures = self.prober.after_stage(place)
+        if figures is None:
+            return False
+        self.probes[stage.name] = figures
+        if new:
+            self.watch.probed(stage, step, figures)
+            if self.board is not None:
+                self.board.probe(number, step, figures)
+        return True
 
     def _end(self, outcome: Outcome) -> Outcome:
         if self.board is not None:
@@ -252,13 +272,13 @@ class _Run:
             self.board.step(number, report)
         self.watch.step(report)
 
-    def _follower(self, number: int, stage: Stage, log: Log) -> Callable[[int], bool] | None:
+    def _follower(self, number: int, stage: Stage) -> Callable[[int], bool] | None:
         """What the trainer asks before each step: measures when a probe is due, says whether the stage is to end. What
         was measured is in the log, so that a run that goes on decides as one that was never stopped."""
         plan, prober = self.recipe.probe, self.prober
         if prober is None or not plan.every:
             return None
-        lines = [line for line in read_probes(log.path) if line["number"] == number]
+        lines = [line for line in read_probes(self.log.path) if line["number"] == number]
         windows = {int(line["step"]): int(line["probe"]["window"]) for line in lines}
 
         def follow(step: int) -> bool:
@@ -269,7 +289,7 @@ class _Run:
                     return False  # stopped meanwhile: it is made up for when the run goes on
                 figures = measured[0]
                 windows[step] = figures.window
-                log.write({"number": number, "stage": stage.name, "step": step, "probe": asdict(figures)})
+                self.log.write({"number": number, "stage": stage.name, "step": step, "probe": asdict(figures)})
                 if self.board is not None:
                     self.board.probe(number, step, figures)
                 self.watch.probed(stage, step, figures)

@@ -133,7 +133,7 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             raise UserError(f"{path} has checkpoint format {state.get('format')}, known is {FORMAT}: begin anew.")
         return path, state
     if found:
-        raise UserError(f"None of the checkpoints in {folder} can be read: delete that folder to begin anew.")
+        raise UserError(f"None of the checkpoints in {folder} can be read: delete {folder.parent} to begin anew.")
     return None
 
 

@@ -98,6 +98,18 @@ def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
     return specialise(cpu_decode.decode_one, f"decode_{cache.name}_{decoder.name}", **_bound(constants))
 
 
+@lru_cache(maxsize=32)
+def chunk_kernel(cache: CacheForm) -> Any:
+    """`cpu_prefill.fold_stretch` for a cache in bfloat16."""
+    from . import cpu_prefill
+
+    everything = cache.constants()
+    bound = {name: everything[name] for name in ("SIZE", "HEADS", "QUANTISED", "PACKED", "GROUP")}
+    for piece in ("restore_row", "gather_block", "lay_keys", "lay_values"):
+        bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
+    return specialise(cpu_prefill.fold_stretch, f"fold_{cache.name}", **bound)
+
+
 @lru_cache(maxsize=4)
 def team(size: int) -> Team:
     """The threads of this process; as many as torch uses is the usual choice."""

@@ -43,7 +43,7 @@ class OneQuery:
 
 
 def cache_form(cache: KVCache, heads: int) -> CacheForm | None:
-    """What the kernels need to know of a cache; None where they do not fit it."""
+    """What the kernels for one query need to know of a cache; None where they do not fit it."""
     kept = LAYOUTS.get(cache.dtype)
     if kept is None or cache.device.type != "cpu":
         return None

@@ -1,0 +1,168 @@
+"""The inner loop of attention over many queries, for processors that multiply pairs of bfloat16 (AVX-512 BF16).
+
+One instruction there multiplies 16 pairs of numbers and adds each pair's two products to a float32. torch's fused
+attention on CPUs does not use it; this does, for both products, and keeps scores, softmax and sums in float32 between
+them, as a fused kernel should. AMX machines are better served by torch.
+
+Shapes: D head size (a multiple of 16); a tile is TILE_ROWS queries against a block of BLOCK keys.
+
+    queries  bf16 [rows, D], read as pairs int32 [rows, D / 2]
+    keys     a block is int32 [D / 2, BLOCK]: elements 2 i and 2 i + 1 of a key in one number
+    values   a block is int32 [BLOCK / 2, D]: the same element of keys 2 i and 2 i + 1 in one number
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from .simd import F32, I16, I32, I64, LANES, VF, VI, _constants, _data, _fma, _load, _splat, _variable, intrinsic
+
+TILE_ROWS = 6  # times four vectors of keys: 24 sums in registers, and room for what is multiplied
+BLOCK = 64
+VECTORS = BLOCK // LANES
+VH = ir.VectorType(I16, LANES)
+
+
+@intrinsic(prefer_literal=True)
+def attend_tile(
+    typing: Any, size: Any, masked: Any, scale: Any, queries: Any, row: Any, keys: Any, values: Any, block: Any,
+    limits: Any, weights: Any, top: Any, total: Any, acc: Any,
+) -> Any:  # fmt: skip
+    """Fold one block of keys into the running softmax of TILE_ROWS queries from `row` on.
+
+    size, masked  constants; scale float32 of the scores, times log2(e)
+    queries   uint16 [rows, D];  keys, values int32: blocks as above, one after another;  block: which
+    limits    int32 [TILE_ROWS]: how many keys of the block each query sees, from the first on; read when masked
+    weights   uint16 [TILE_ROWS, BLOCK], to work in
+    top       float32 [rows], the largest score so far in powers of two; total [rows, LANES], whose sum is that of the
+              weights; acc [rows, D], the weighted values
+    """
+    if not _constants(size, masked):
+        return None
+    size_, masked_ = size.literal_value, bool(masked.literal_value)
+    pairs = size_ // 2
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        data = {n: _data(context, b, signature, args, n) for n in (3, 5, 6, 8, 9, 10, 11, 12)}
+        queries, weights = (b.bitcast(data[n], I32.as_pointer()) for n in (3, 9))
+        keys, values, limits, top, total, acc = (data[n] for n in (5, 6, 8, 10, 11, 12))
+        row, block = args[4], args[7]
+        scale = _splat(b, args[2])
+        rows = [b.add(row, I64(r)) for r in range(TILE_ROWS)]
+        zero = ir.Constant(VF, [0.0] * LANES)
+
+        # Scores.
+        sums = [[_variable(b, zero) for _ in range(VECTORS)] for _ in rows]
+        starts = [b.mul(r, I64(pairs)) for r in rows]
+        key_start = b.mul(block, I64(pairs * BLOCK))
+        with cgutils.for_range(b, I64(pairs), intp=I64) as loop:
+            at = b.add(key_start, b.mul(loop.index, I64(BLOCK)))
+            vectors = [_load(b, keys, b.add(at, I64(j * LANES)), VI) for j in range(VECTORS)]
+            for start, slots in zip(starts, sums, strict=True):
+                pair = _splat_pair(b, b.load(b.gep(queries, [b.add(start, loop.index)])))
+                for slot, vector in zip(slots, vectors, strict=True):
+                    b.store(_pair_products(b, b.load(slot), pair, vector), slot)
+
+        # Softmax: weights, and what earlier weights must be multiplied by.
+        factors = []
+        lanes = ir.Constant(VI, list(range(LANES)))
+        for r, slots in enumerate(sums):
+            scores = [b.fmul(b.load(slot), scale, ("fast",)) for slot in slots]
+            seen: list[Any] = []
+            if masked_:
+                limit = _splat_int(b, b.load(b.gep(limits, [I64(r)])))
+                for j in range(VECTORS):
+                    seen.append(b.icmp_signed("<", b.add(lanes, ir.Constant(VI, [j * LANES] * LANES)), limit))
+                lowest = ir.Constant(VF, [-3e38] * LANES)
+                scores = [b.select(see, score, lowest) for see, score in zip(seen, scores, strict=True)]
+            before = b.load(b.gep(top, [rows[r]]))
+            highest = _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3]))
+            now = _larger(b, _largest(b, highest), before)
+            b.store(now, b.gep(top, [rows[r]]))
+            factor = _power_of_two(b, _splat(b, b.fsub(before, now)))
+            factors.append(factor)
+            shift = _splat(b, now)
+            added = None
+            for j, score in enumerate(scores):
+                weight = _power_of_two(b, b.fsub(score, shift))
+                if masked_:
+                    weight = b.select(seen[j], weight, zero)
+                added = weight if added is None else b.fadd(added, weight, ("fast",))
+                bits = b.add(b.bitcast(weight, VI), ir.Constant(VI, [0x8000] * LANES))
+                half = b.trunc(b.lshr(bits, ir.Constant(VI, [16] * LANES)), VH)
+                place = b.gep(weights, [I64((r * BLOCK + j * LANES) // 2)])
+                b.store(half, b.bitcast(place, VH.as_pointer()), align=4)
+            place = b.bitcast(b.gep(total, [b.mul(rows[r], I64(LANES))]), VF.as_pointer())
+            b.store(_fma(b, b.load(place, align=4), factor, added), place, align=4)
+
+        # Weighted values, four vectors of a row at a time.
+        value_start = b.mul(block, I64(BLOCK // 2 * size_))
+        starts = [b.mul(r, I64(size_)) for r in rows]
+        for first in range(0, size_, VECTORS * LANES):
+            width = min(VECTORS, (size_ - first) // LANES)
+            places = [
+                [b.bitcast(b.gep(acc, [b.add(start, I64(first + j * LANES))]), VF.as_pointer()) for j in range(width)]
+                for start in starts
+            ]
+            held = [
+                [_variable(b, b.fmul(b.load(place, align=4), factor, ("fast",))) for place in of_row]
+                for of_row, factor in zip(places, factors, strict=True)
+            ]
+            with cgutils.for_range(b, I64(BLOCK // 2), intp=I64) as loop:
+                at = b.add(value_start, b.add(b.mul(loop.index, I64(size_)), I64(first)))
+                vectors = [_load(b, values, b.add(at, I64(j * LANES)), VI) for j in range(width)]
+                for r, slots in enumerate(held):
+                    pair = _splat_pair(b, b.load(b.gep(weights, [b.add(I64(r * BLOCK // 2), loop.index)])))
+                    for slot, vector in zip(slots, vectors, strict=True):
+                        b.store(_pair_products(b, b.load(slot), pair, vector), slot)
+            for of_row, slots in zip(places, held, strict=True):
+                for place, slot in zip(of_row, slots, strict=True):
+                    b.store(b.load(slot), place, align=4)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(
+        size, masked, types.float32, queries, i64, keys, values, i64, limits, weights, top, total, acc
+    ), emit
+
+
+def _pair_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
+    """total + the two products of each of 16 pairs."""
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    products = cgutils.get_or_insert_function(b.module, ir.FunctionType(VF, [VF, VI, VI]), name)
+    return b.call(products, (total, x, y))
+
+
+def _power_of_two(b: ir.IRBuilder, x: Any) -> Any:
+    """2 ** x of a vector with x <= 0, to 2e-7 relative; below 2 ** -126 a number next to nothing."""
+    x = _larger(b, x, ir.Constant(VF, [-126.0] * LANES))
+    floor = cgutils.get_or_insert_function(b.module, ir.FunctionType(VF, [VF]), f"llvm.floor.v{LANES}f32")
+    whole = b.call(floor, (x,))
+    f = b.fsub(x, whole)
+    p = ir.Constant(VF, [0.00187623] * LANES)
+    for term in (0.00899258, 0.0558236, 0.24015453, 0.69315297, 0.99999993):
+        p = _fma(b, p, f, ir.Constant(VF, [term] * LANES))
+    exponent = b.shl(b.fptosi(whole, VI), ir.Constant(VI, [23] * LANES))
+    return b.bitcast(b.add(b.bitcast(p, VI), exponent), VF)
+
+
+def _larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def _largest(b: ir.IRBuilder, vector: Any) -> Any:
+    name = f"llvm.vector.reduce.fmax.v{LANES}f32"
+    largest = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [VF]), name)
+    return b.call(largest, (vector,), fastmath=("fast",))
+
+
+def _splat_int(b: ir.IRBuilder, value: Any) -> Any:
+    one = b.insert_element(ir.Constant(VI, ir.Undefined), value, I32(0))
+    return b.shuffle_vector(one, ir.Constant(VI, ir.Undefined), ir.Constant(VI, [0] * LANES))
+
+
+_splat_pair = _splat_int

@@ -1,0 +1,98 @@
+"""What a cache calls for many new tokens on a CPU that multiplies bfloat16 pairs; the kernel is `cpu_prefill.py`.
+
+Shapes: G key/value heads, h query heads of each, D head size, T new tokens after P past ones.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import unavailable
+from .build import CacheForm, array, chunk_kernel, team
+from .one_token import cache_arrays, cache_form
+
+if TYPE_CHECKING:
+    from ..cache import KVCache
+
+BUFFER = 16 << 20  # bytes of a stretch of keys and values, laid out for the kernel
+
+
+@lru_cache(maxsize=1)
+def runs_here() -> bool:
+    """Whether the processor has what the kernel is made of, and nothing better: AMX is served better by torch."""
+    if unavailable() or torch.cpu._is_amx_tile_supported():
+        return False
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def fits(q: Tensor) -> bool:
+    """Whether queries [1, H, T, D] can be served here."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and q.shape[0] == 1
+        and q.shape[3] % 16 == 0
+        and runs_here()
+    )
+
+
+def attend_cache(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [1, H, T, D] over the cache's tokens of `layer` and over k, v [1, G, T, D], which come after them.
+
+    All in the cache's rotation. The cache's ring of newest tokens must not hold the new ones yet; its other parts may.
+    """
+    form = cache_form(cache, q.shape[1])
+    assert form is not None
+    past, first_end, recent = cache.spans(cache.length)
+    return _attend(form, cache_arrays(cache), layer, (past, first_end, recent), q, k[0], v[0])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [1, H, T, D] over k, v [1, G, S, D], whose last T are the queries' own."""
+    past = k.shape[2] - q.shape[2]
+    k, v = k[0].contiguous(), v[0].contiguous()
+    form = CacheForm(q.shape[3], q.shape[1] // k.shape[0], "bf16")
+    none = np.empty((1, 1, 0), dtype=np.uint16)
+    parts = (array(k), none, array(v), none, none, none, none, none)
+    return _attend(form, parts, 0, (past, 0, 0), q, k[:, past:], v[:, past:])
+
+
+def _attend(
+    form: CacheForm,
+    parts: tuple[np.ndarray, ...],
+    layer: int,
+    spans: tuple[int, int, int],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> Tensor:
+    """q [1, H, T, D] over the past in `parts` and k, v [G, T, D]."""
+    from .bf16 import BLOCK, TILE_ROWS
+    from .simd import LANES
+
+    heads, tokens, size = k.shape
+    rows = -(-tokens * form.heads // TILE_ROWS) * TILE_ROWS
+    queries = q.new_zeros(heads, rows, size)
+    by_token = q.view(heads, form.heads, tokens, size).transpose(1, 2)  # [G, T, h, D]
+    queries[:, : tokens * form.heads].view(heads, tokens, form.heads, size).copy_(by_token)
+    top = np.full((heads, rows), -3e38, dtype=np.float32)
+    total = np.zeros((heads, rows, LANES), dtype=np.float32)
+    acc = np.zeros((heads, rows, size), dtype=np.float32)
+    own = array(k.contiguous()), array(v.contiguous())
+    past, end = spans[0], spans[0] + tokens
+    stretch = max(BLOCK, min(BUFFER // (4 * heads * size), end + BLOCK - 1) // BLOCK * BLOCK)
+    laid = [np.empty((heads, stretch * size // 2), dtype=np.int32) for _ in range(2)]
+    kernel, threads = chunk_kernel(form), team(torch.get_num_threads())
+    for begin in range(0, end, stretch):
+        threads.run(
+            kernel, np.zeros(1, dtype=np.int64), layer, begin, min(begin + stretch, end), past, np.array(spans), parts,
+            *own, array(queries), *laid, top, total, acc,
+        )  # fmt: skip
+    mixed = torch.from_numpy(acc)[:, : tokens * form.heads]
+    mixed /= torch.from_numpy(total).sum(-1, keepdim=True)[:, : tokens * form.heads]
+    return mixed.view(heads, tokens, form.heads, size).transpose(1, 2).reshape(q.shape).to(q.dtype)

@@ -1,0 +1,136 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,var-annotated"
+"""Attention of many new tokens over a cache of any format, on a CPU with bfloat16 products.
+
+Shapes: G key/value heads, h query heads of each, D head size, T new tokens after P past ones; a row is one query head
+of one new token, rows of a key/value head in the order [T, h], padded to whole tiles.
+
+`fold_stretch` folds a stretch of keys into the running softmax of all rows: it lays the stretch's keys and values out
+for the inner loop (`bf16.py`), restoring packed ones on the way, and then the threads take items of rows one by one.
+The caller goes through the stretches; so memory beside the cache is one stretch and the running sums, whatever the
+length.
+"""
+
+import numpy as np
+
+from .bf16 import BLOCK, TILE_ROWS, attend_tile
+from .simd import arrive, bf16_to_float, float_to_bf16
+from .team import meet
+
+# Bound by specialise, as in cpu_decode.py:
+SIZE, HEADS = 64, 1
+QUANTISED, PACKED, GROUP = False, "int8", 64
+
+ITEM_TILES = 8  # of rows that share the reading of a block from the processor's second cache
+
+
+def restore_row(rows, scales, out):
+    """A packed row to bf16 [D]."""
+    for part in range(SIZE // GROUP):
+        target = out[part * GROUP : (part + 1) * GROUP]
+        if PACKED == "int8":
+            levels = rows[part * GROUP : (part + 1) * GROUP]
+            scale = bf16_to_float(scales[part])
+            for i in range(GROUP):
+                target[i] = float_to_bf16(np.float32(levels[i]) * scale)
+        else:
+            half = GROUP // 2
+            raw = rows[part * half : (part + 1) * half]
+            scale, low = bf16_to_float(scales[2 * part]), bf16_to_float(scales[2 * part + 1])
+            for i in range(half):
+                target[i] = float_to_bf16(np.float32(np.int32(raw[i]) & 15) * scale + low)
+                target[half + i] = float_to_bf16(np.float32(np.int32(raw[i]) >> 4) * scale + low)
+
+
+def gather_block(head, kv_head, begin, past, end, spans, rows, scales, first, recent, own, out):
+    """bf16 [BLOCK, D] of tokens begin .. of one head, from wherever they are; zeros after `end`.
+
+    Tokens from `past` on are the new ones, own [G, T, D]; spans: where the first tokens in full end, where the ring
+    begins.
+    """
+    for i in range(BLOCK):
+        token = begin + i
+        if token >= end:
+            out[i] = 0
+        elif token >= past:
+            out[i] = own[kv_head, token - past]
+        elif QUANTISED:
+            if token < spans[1]:
+                out[i] = first[head, token]
+            elif token >= spans[2]:
+                out[i] = recent[head, token % recent.shape[1]]
+            else:
+                restore_row(rows[head, token], scales[head, token], out[i])
+        else:
+            out[i] = rows[head, token]
+
+
+def lay_keys(rows, out):
+    """bf16 [BLOCK, D] to int32 [D / 2, BLOCK]."""
+    for pair in range(SIZE // 2):
+        for i in range(BLOCK):
+            out[pair * BLOCK + i] = np.int32(rows[i, 2 * pair]) | (np.int32(rows[i, 2 * pair + 1]) << np.int32(16))
+
+
+def lay_values(rows, out):
+    """bf16 [BLOCK, D] to int32 [BLOCK / 2, D]."""
+    for pair in range(BLOCK // 2):
+        low, high, target = rows[2 * pair], rows[2 * pair + 1], out[pair * SIZE : (pair + 1) * SIZE]
+        for i in range(SIZE):
+            target[i] = np.int32(low[i]) | (np.int32(high[i]) << np.int32(16))
+
+
+def fold_stretch(
+    rank, team, counter, work, layer, begin, end, past, spans, cache, own_keys, own_values,
+    queries, keys, values, top, total, acc,
+):  # fmt: skip
+    """Fold tokens begin .. end - 1 (begin a multiple of BLOCK) into every row that sees them.
+
+    work      int64 [1], zero: the next item
+    spans     int64 [3]: P, the end of the first tokens in full, the beginning of the ring (the last two if QUANTISED)
+    own_*     uint16 [G, T, D], rotated as the cache's;  queries uint16 [G, rows, D]
+    keys, values  int32 [G, a stretch * D / 2], to work in
+    top, total, acc  float32 [G, rows], [G, rows, LANES], [G, rows, D]: the running softmax; at first -3e38, 0, 0
+    """
+    heads, rows = queries.shape[0], queries.shape[1]
+    tokens = own_keys.shape[1]
+    blocks = (end - begin + BLOCK - 1) // BLOCK
+    parts = cache
+    gathered = np.empty((BLOCK, SIZE), dtype=np.uint16)
+    laid = SIZE // 2 * BLOCK
+    for index in range(rank, heads * blocks, team):
+        head, block = index // blocks, index % blocks
+        at, which = begin + block * BLOCK, layer * heads + head
+        gather_block(which, head, at, past, end, spans, parts[0], parts[1], parts[4], parts[6], own_keys, gathered)
+        lay_keys(gathered, keys[head, block * laid : (block + 1) * laid])
+        gather_block(which, head, at, past, end, spans, parts[2], parts[3], parts[5], parts[7], own_values, gathered)
+        lay_values(gathered, values[head, block * laid : (block + 1) * laid])
+    meet(counter, team)
+    limits = np.empty(TILE_ROWS, dtype=np.int32)
+    weights = np.empty((TILE_ROWS, BLOCK), dtype=np.uint16)
+    scale = np.float32(1.4426950408889634 / np.sqrt(SIZE))
+    item_rows = ITEM_TILES * TILE_ROWS
+    items = (rows + item_rows - 1) // item_rows
+    while True:
+        item = arrive(work)
+        if item >= heads * items:
+            break
+        # The last rows see most: they come first, so that no thread is left with a long one at the end.
+        head, first_row = item % heads, (items - 1 - item // heads) * item_rows
+        last_row = min(first_row + item_rows, rows)
+        for block in range(blocks):
+            at = begin + block * BLOCK
+            for row in range(first_row, last_row, TILE_ROWS):
+                sees_first = past + min(row // HEADS, tokens - 1)  # the last key of the tile's first row
+                sees_last = past + min((row + TILE_ROWS - 1) // HEADS, tokens - 1)
+                if sees_first >= at + BLOCK - 1:
+                    attend_tile(
+                        SIZE, 0, scale, queries[head], row, keys[head], values[head], block,
+                        limits, weights, top[head], total[head], acc[head],
+                    )  # fmt: skip
+                elif sees_last >= at:
+                    for r in range(TILE_ROWS):
+                        limits[r] = past + min((row + r) // HEADS, tokens - 1) + 1 - at
+                    attend_tile(
+                        SIZE, 1, scale, queries[head], row, keys[head], values[head], block,
+                        limits, weights, top[head], total[head], acc[head],
+                    )  # fmt: skip
