@@ -18,6 +18,7 @@ from .schemas import ChatRequest, Message, NamedTool
 from .sessions import common_prefix
 
 KEPT = 8  # documents whose ids are kept
+TAIL = 400  # characters, more than any token spans
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,28 @@ class Prompt:
     way: str = "off"
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What all questions about some documents begin with.
+
+    ids    its tokens
+    tail   the last characters of the documents' text
+    short  how many tokens prompts about the tail alone have in common; 0 where what follows the documents is spelled
+           in another way there, so that a prompt cannot be put together
+    """
+
+    ids: list[int]
+    tail: str
+    short: int
+
+
 @dataclass
 class Shelf:
     """Documents that are asked about together; `beginnings` by whether their paragraphs are numbered."""
 
     documents: tuple[Document, ...]
     index: Index
-    beginnings: dict[bool, list[int]] = field(default_factory=dict)
+    beginnings: dict[bool, Beginning] = field(default_factory=dict)
 
 
 class Prompts:
@@ -68,14 +84,22 @@ class Prompts:
             way = ask.way_for(self.engine, (request.cite or "auto") if free else "off")
             shelf = self.shelf(names)
             question = next(turn["content"] for turn in reversed(turns) if turn["role"] == "user")
-            turns = self._with_documents(turns, shelf, way == "numbers")
+            beginning = self._beginning(shelf, way == "numbers")
+            if beginning.short and not described and turns[0]["role"] == "user":
+                # A book is not tokenised again for every question: what follows it is the same after its last words.
+                short = self._with_documents(turns, beginning.tail, way == "numbers")
+                ids = beginning.ids + self.engine.chat.encode(short)[beginning.short :]
+                return self._prompt(ids, names, shelf, question, way)
+            text = ask.text_of(shelf.documents, numbered=way == "numbers")
+            turns = self._with_documents(turns, text, way == "numbers")
         native = self.engine.chat.knows_tools
         if described and not native:
             turns = _with_system(turns, tools.introduction(described))
         ids = self.engine.chat.encode(turns, tools=described if described and native else None)
-        if not names:
-            return Prompt(ids)
-        boundary = common_prefix(self.beginning(names, way == "numbers"), ids)
+        return self._prompt(ids, names, shelf, question, way) if names else Prompt(ids)
+
+    def _prompt(self, ids: list[int], names: tuple[str, ...], shelf: Shelf, question: str, way: str) -> Prompt:
+        boundary = common_prefix(self._beginning(shelf, way == "numbers").ids, ids)
         asked = ask.Prompts((question,), (ids,), len(ids), shelf.documents, way == "numbers", (None,), shelf.index)
         return Prompt(ids, boundary, names, asked if way != "off" else None, way)
 
@@ -95,21 +119,29 @@ class Prompts:
 
     def beginning(self, names: tuple[str, ...], numbered: bool = False) -> list[int]:
         """The ids that every question about these documents begins with."""
-        shelf = self.shelf(names)
+        return self._beginning(self.shelf(names), numbered).ids
+
+    def _beginning(self, shelf: Shelf, numbered: bool) -> Beginning:
         if numbered not in shelf.beginnings:
-            text = ask.text_of(shelf.documents, numbered=numbered)
-            # Two questions in two languages share nothing but the documents.
-            one, other = (
-                self.engine.chat.encode(ask.messages(text, question, numbered=numbered)) for question in ("a", "问")
-            )
-            shelf.beginnings[numbered] = one[: common_prefix(one, other)]
+            text = ask.text_of(shelf.documents, numbered=numbered).strip("\n")
+            tail = text[-TAIL:].lstrip()
+
+            def encoded(text: str) -> list[list[int]]:
+                # Two questions in two languages share nothing but the documents.
+                probes = (ask.messages(text, question, numbered=numbered) for question in ("a", "问"))
+                return [self.engine.chat.encode(probe) for probe in probes]
+
+            whole, short = encoded(text), encoded(tail)
+            begin, common = common_prefix(*whole), common_prefix(*short)
+            agree = all(one[begin:] == other[common:] for one, other in zip(whole, short, strict=True))
+            shelf.beginnings[numbered] = Beginning(whole[0][:begin], tail, common if agree else 0)
         return shelf.beginnings[numbered]
 
     def kept(self, names: tuple[str, ...]) -> list[int] | None:
         """`beginning`, if it was made lately."""
         with self._lock:
             shelf = self._kept.get(names)
-            return next(iter(shelf.beginnings.values()), None) if shelf is not None else None
+            return next((one.ids for one in shelf.beginnings.values()), None) if shelf is not None else None
 
     def forget(self, document: str) -> None:
         """Its ids are kept no longer."""
@@ -117,14 +149,14 @@ class Prompts:
             for key in [key for key in self._kept if document in key]:
                 del self._kept[key]
 
-    def _with_documents(self, turns: list[dict[str, Any]], shelf: Shelf, numbered: bool) -> list[dict[str, Any]]:
+    @staticmethod
+    def _with_documents(turns: list[dict[str, Any]], text: str, numbered: bool) -> list[dict[str, Any]]:
         """The documents stand before the first question; later turns are as they came."""
         place = next(n for n, turn in enumerate(turns) if turn["role"] == "user")
         question = turns[place]["content"]
         if not question.strip():
             raise ApiError(400, "The message with the document holds no question: add a text part.", param="messages")
         system = "\n\n".join(turn["content"] for turn in turns[:place] if turn["role"] == "system") or None
-        text = ask.text_of(shelf.documents, numbered=numbered)
         return [*ask.messages(text, question, system=system, numbered=numbered), *turns[place + 1 :]]
 
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
