@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0}
 ROPES = {"plain": tiny_config(max_position_embeddings=512)}
 ROPES["dynamic"] = tiny_config(rope_theta=None, rope_parameters=DYNAMIC, context_window=512)
 NEW = Sampling(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums of several threads differ in their last bits from one thread's, and here bits are compared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def document(length: int, seed: int = 5) -> list[int]:
