@@ -247,29 +247,44 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_rates_are_measured_once(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape.from_config(tiny_config(hidden_size=128, head_dim=32, intermediate_size=256))
-    rates = rates_module.rates_for(shape, torch.float32)
+    wanted = [("linear", "float32"), ("linear", "int8"), ("linear", "int4"), ("weights", "int8"), ("attention", "full")]
+    rates = rates_module.rates_for(shape, torch.float32, wanted)
     assert rates.measured
-    assert set(rates.linear) == set(rates.weights) == {"float32", "int8", "int4"}
-    assert set(rates.attention) == set(rates.cache) == set(FORMATS)
-    assert all(
-        rate > 0 for kind in (rates.linear, rates.weights, rates.attention, rates.cache) for rate in kind.values()
-    )
+    assert set(rates.linear) == {"float32", "int8", "int4"}
+    assert all(rate > 0 for kind in (rates.linear, rates.weights, rates.attention) for rate in kind.values())
 
     def no_more(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(rates_module, "measure", no_more)
-    assert rates_module.rates_for(replace(shape, layers=30, vocab=9), torch.float32) == rates
+    monkeypatch.setattr(rates_module, "measure_figures", no_more)
+    other = replace(shape, layers=30, vocab=9)
+    assert rates_module.rates_for(other, torch.float32, wanted) == rates
+    assert rates_module.rates_for(other, torch.float32, [("cache", "full")], measure=False).cache == {}
     with pytest.raises(AssertionError):
-        rates_module.rates_for(shape, torch.float32, again=True)
+        rates_module.rates_for(shape, torch.float32, wanted, again=True)
     (quick / "rates.json").write_text("{broken")
-    assert rates_module.kept_rates(shape, "float32", torch.get_num_threads()) is None
+    assert rates_module.rates_for(shape, torch.float32, wanted, measure=False).linear == {}
+
+
+def test_every_figure_of_a_plan_can_be_measured(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGVERSE_KERNELS", "torch")  # compiling them is for other tests
+    rates_module.kernels.unavailable.cache_clear()
+    try:
+        shape = Shape.from_config(tiny_config(hidden_size=128, head_dim=32, intermediate_size=256))
+        rates = rates_module.rates_for(shape, torch.float32, rates_module.all_figures(torch.float32))
+    finally:
+        monkeypatch.undo()
+        rates_module.kernels.unavailable.cache_clear()
+    assert set(rates.weights) == {"float32", "int8", "int4"}  # no rounded copy without kernels
+    assert set(rates.attention) == set(rates.cache) == set(FORMATS)
+    plan = make_plan(replace(shape, head_dim=24), 100, 10**9, rates, forms=("float32", "int8", "int4"))
+    assert all(option.prefill_seconds and option.token_seconds for option in plan.options)
 
 
 def test_a_busy_machine_is_not_remembered(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates_module, "BUSY", 1e9)
     shape = Shape.from_config(tiny_config())
-    assert rates_module.rates_for(shape, torch.float32).linear
+    assert rates_module.rates_for(shape, torch.float32, [("linear", "float32")]).linear
     assert not (quick / "rates.json").exists()
 
 

@@ -25,6 +25,7 @@ from longverse.inference.engine import Engine, Session
 from longverse.inference.sampling import Sampling
 from longverse.inference.store import Store
 from longverse.inference.store_keys import checksum, planned_length, weights_digest
+from longverse.models import kernels
 from longverse.models.cache import FORMATS
 from longverse.models.chat import ChatFormat
 from longverse.models.tokenizer import Tokenizer
@@ -65,6 +66,16 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "CHUNK", 7)
     monkeypatch.setattr(store_entry, "STRETCH", 28)
     monkeypatch.setattr(store_reading, "FLUSH_SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compiling() -> Iterator[None]:
+    """torch computes: the kernels have tests of their own, and compiling them takes longer than all of these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LONGVERSE_KERNELS", "torch")
+        kernels.unavailable.cache_clear()
+        yield
+    kernels.unavailable.cache_clear()
 
 
 @pytest.fixture

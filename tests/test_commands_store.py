@@ -1,0 +1,313 @@
+"""`longverse read`, `library` and `plan`, and how `ask` finds what was read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from longverse import cli, commands_plan, commands_store
+from longverse.documents.ask import prepare
+from longverse.documents.reader import decode
+from longverse.inference.engine import Engine, Session
+from longverse.models import kernels
+from longverse.models.chat import ChatFormat
+from longverse.models.tokenizer import Tokenizer
+from tests.helpers import random_network, tiny_config
+from tests.models.folders import save_folder, save_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TEXT = "The mill stands in a town.\n\nIt grinds the grain.\n\n" * 12
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_folder(folder, tiny_config(max_position_embeddings=4096))
+    return str(folder)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compiling() -> Iterator[None]:
+    """torch computes: the kernels have tests of their own, and compiling them takes longer than all of these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LONGVERSE_KERNELS", "torch")
+        kernels.unavailable.cache_clear()
+        yield
+    kernels.unavailable.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library of its own."""
+    folder = tmp_path / "library"
+    monkeypatch.setattr("longverse.inference.store.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("longverse.inference.rates._file", lambda: tmp_path / "rates.json")
+    return folder
+
+
+@pytest.fixture
+def mill(tmp_path: Path) -> str:
+    path = tmp_path / "mill.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+class Runner:
+    """Runs a command line here: exit code, standard output, standard error."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        code = cli.main(list(arguments))
+        return code, *self.capsys.readouterr()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(capsys)
+
+
+def ask(run: Runner, mill: str, tiny: str, *more: str) -> dict[str, object]:
+    code, out, err = run("ask", mill, "Where?", "-m", tiny, "-n", "8", "--cite", "off", "--json", *more)
+    assert code == 0, err
+    return json.loads(out)  # type: ignore[no-any-return]
+
+
+# ---- read and ask ------------------------------------------------------------------------------------------
+
+
+def test_ask_finds_what_was_read_and_answers_the_same(run: Runner, mill: str, tiny: str) -> None:
+    before = ask(run, mill, tiny)
+    code, out, _ = run("read", mill, "-m", tiny)
+    assert code == 0
+    assert "mill.txt: " in out
+    assert "tokens kept" in out
+    after = ask(run, mill, tiny)
+    assert after["answer"] == before["answer"]
+    stats = after["stats"]
+    assert isinstance(stats, dict)
+    assert stats["prompt_tokens"] - stats["reused_tokens"] < 100
+    again = json.loads(run("read", mill, "-m", tiny, "--json")[1])
+    assert again["read_tokens"] == 0
+    assert again["tokens"] == stats["reused_tokens"]
+
+
+def test_the_plan_is_one_line_before_the_answer(run: Runner, mill: str, tiny: str) -> None:
+    _, _, err = run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--cite", "off")
+    [line] = [line for line in err.splitlines() if line.startswith("Plan: ")]
+    assert "tokens · full cache " in line
+    run("read", mill, "-m", tiny)
+    _, _, err = run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--cite", "off")
+    assert "kept, not read again" in err
+    assert run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--cite", "off", "--quiet")[2] == ""
+
+
+def test_another_cache_system_or_model_reads_anew(run: Runner, mill: str, tiny: str, tmp_path: Path) -> None:
+    run("read", mill, "-m", tiny, "--cache", "int8", "--system", "Be brief.")
+    other = tmp_path / "other"
+    save_folder(other, tiny_config(max_position_embeddings=4096, rope_theta=20_000.0))
+
+    def reused(*more: str, model: str = tiny) -> object:
+        stats = ask(run, mill, model, *more)["stats"]
+        assert isinstance(stats, dict)
+        return stats["reused_tokens"]
+
+    kept = reused("--system", "Be brief.")
+    assert isinstance(kept, int)
+    assert kept > 500
+    assert reused("--system", "Be brief.", "--cache", "full") == 0
+    assert reused() == 0
+    assert reused("--system", "Be brief.", model=str(other)) == 0
+
+
+def test_a_damaged_reading_is_mended_with_a_warning(run: Runner, mill: str, tiny: str, library: Path) -> None:
+    before = ask(run, mill, tiny)
+    run("read", mill, "-m", tiny)
+    [keys] = library.glob("*/keys.bin")
+    content = bytearray(keys.read_bytes())
+    content[100] ^= 4
+    keys.write_bytes(bytes(content))
+    code, out, err = run("ask", mill, "Where?", "-m", tiny, "-n", "8", "--cite", "off")
+    assert code == 0
+    assert err.count("damaged") == 1
+    assert out.strip() == before["answer"]
+    assert "damaged" not in run("ask", mill, "Where?", "-m", tiny, "-n", "8", "--cite", "off")[2]
+
+
+@pytest.mark.slow
+def test_a_reading_that_is_stopped_goes_on(mill: str, tiny: str, tmp_path: Path) -> None:
+    """Ctrl-C, in a process of its own with a slow reading: 130, what was read is kept, the next goes on from there."""
+    script = (
+        "import os, sys, time\n"
+        "os.environ['LONGVERSE_COMMAND'] = '1'\n"
+        "from longverse import cli\n"
+        "from longverse.inference import engine, store_reading\n"
+        "engine.CHUNK, store_reading.FLUSH_SECONDS = 16, 0.05\n"
+        "forward = engine.Session._forward\n"
+        "def slow(self, ids):\n"
+        "    time.sleep(float(sys.argv[1]))\n"
+        "    return forward(self, ids)\n"
+        "engine.Session._forward = slow\n"
+        "sys.exit(cli.main(sys.argv[2:]))\n"
+    )
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "LONGVERSE_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    arguments = ["read", mill, "-m", tiny, "--json"]
+    first = subprocess.Popen(
+        [*command, "0.2", *arguments], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        progress = list(tmp_path.glob("library/*/progress.json"))
+        if progress and json.loads(progress[0].read_text())["records"]:
+            break
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "are kept: the same command reads on from there" in err
+    done = subprocess.run([*command, "0", *arguments], env=environment, capture_output=True, text=True, cwd=ROOT)
+    record = json.loads(done.stdout)
+    assert 0 < record["read_tokens"] < record["tokens"]
+
+
+WORDS = st.text(alphabet=st.characters(codec="ascii", categories=("L", "N", "P", "Zs")), min_size=1, max_size=60)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=WORDS.filter(str.strip), questions=st.lists(WORDS.filter(str.strip), min_size=2, max_size=3))
+def test_the_documents_end_is_where_all_prompts_part(plain: Engine, text: str, questions: list[str]) -> None:
+    """Never past what the prompts share, and all of the document."""
+    document = decode(text.encode(), "x.txt")
+    prompts = prepare(plain, document, questions, 8)
+    end = commands_store.document_end(plain, prompts)
+    shared = min(len(ids) for ids in prompts.ids)
+    assert all(ids[:end] == prompts.ids[0][:end] for ids in prompts.ids)
+    assert 0 < end < shared
+    assert document.text.strip("\n") in plain.tokenizer.decode(prompts.ids[0][:end], skip_special=False)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("plain")
+    save_tokenizer(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    return Engine(random_network(tiny_config(max_position_embeddings=4096)), tokenizer, ChatFormat("plain", tokenizer))
+
+
+# ---- library -----------------------------------------------------------------------------------------------
+
+
+def test_library_lists_removes_and_prunes(run: Runner, mill: str, tiny: str, tmp_path: Path) -> None:
+    assert "Nothing is kept" in run("library")[1]
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[:200])
+    run("read", mill, "-m", tiny)
+    run("read", str(other), "-m", tiny)
+    listed = run("library")[1]
+    assert [line.split()[1] for line in listed.splitlines()[1:3]] == ["other.txt", "mill.txt"]
+    record = json.loads(run("library", "--json")[1])
+    assert [one["name"] for one in record["documents"]] == ["other.txt", "mill.txt"]
+    assert record["bytes"] == sum(one["bytes"] for one in record["documents"]) > 0
+    assert all(one["state"] == "whole" for one in record["documents"])
+    size = record["documents"][0]["bytes"]
+    pruned = json.loads(run("library", "prune", "--limit", str(size), "--json")[1])
+    assert [one["name"] for one in pruned["removed"]] == ["mill.txt"]
+    assert run("library", "remove", "other.txt")[1].startswith("removed other.txt")
+    assert json.loads(run("library", "--json")[1])["documents"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("library", "remove", "nothing.txt"), "keeps no document 'nothing.txt'"),
+        (("library", "prune", "--limit", "much"), "'much' is no amount of memory"),
+        (("read", "nowhere.txt"), "no file nowhere.txt"),
+        (("read", "MILL", "-m", "TINY", "--limit", "1kB"), "the library's limit is"),
+        (("read", "MILL", "-m", "TINY", "--cache", "int3"), "no cache format 'int3'"),
+        (("ask", "MILL", "Where?", "-m", "TINY", "--cache", "int3"), "no cache format 'int3'"),
+        (("plan", "XVERSE-13B-256K", "--gpu", "potato"), "'potato' is not known"),
+        (("plan", "XVERSE-13B-256K", "--context", "long", "--gpu", "H100"), "'long' is no length in tokens"),
+        (("plan", "TINY", "--gpu", "H100", "--measure"), "leave it out with --gpu"),
+        (("plan", "nowhere"), "Unknown model"),
+    ],
+)
+def test_mistakes_are_one_sentence(run: Runner, mill: str, tiny: str, arguments: tuple[str, ...], said: str) -> None:
+    code, out, err = run(*({"MILL": mill, "TINY": tiny}.get(word, word) for word in arguments))
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+    assert err.count("longverse: ") == 1
+
+
+def test_too_little_memory_is_said_before_any_work(
+    run: Runner, mill: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Session, "_forward", no_work)
+    monkeypatch.setattr(commands_plan, "memory_of_machine", lambda: (2**30, 2**10))
+    code, _, err = run("ask", mill, "Where?", "-m", tiny, "-n", "4")
+    assert code == 2
+    assert "are free: give a shorter document or close other programs" in err.splitlines()[-1]
+
+
+def test_the_cache_is_the_most_precise_that_the_memory_holds(plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs, _ = commands_plan.requirements(plain, 4000)
+    assert list(needs) == ["full", "int8", "int4"]
+    for form in needs:
+        free = needs[form] / 0.97 + 64
+        monkeypatch.setattr(commands_plan, "memory_of_machine", lambda free=free: (2**40, int(free)))
+        expected = next(name for name, need in needs.items() if need <= needs[form])
+        assert commands_store.choose_cache(plain, 4000, "auto", quiet=True) == expected
+
+
+# ---- plan --------------------------------------------------------------------------------------------------
+
+
+def test_plan_shows_every_choice_and_marks_one(run: Runner, tmp_path: Path) -> None:
+    code, out, _ = run("plan", "xverse/XVERSE-13B-256K", "--context", "256K", "--gpu", "H100")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if line.startswith(("bf16", "int8", "int4"))]
+    assert len(rows) == 9
+    assert [row[:1] + row[3:4] for row in rows if row[-1] == "chosen"] == [["int8", "int4"]]
+    assert "never measured here" in out
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tiny_config()))
+    record = json.loads(run("plan", "--config", str(config), "--context", "1K", "--gpu", "4090", "--json")[1])
+    assert record["window"] == 128
+    assert record["remarks"] == [f"the window of {tmp_path.name} is 128 tokens"]
+    assert record["choice"]["weights"] == "bf16"
+
+
+def test_plan_knows_a_release_by_its_bare_config(run: Runner, tmp_path: Path) -> None:
+    """The real file of the 256K model says nothing of RoPE and a window of 32,768."""
+    config = tiny_config(
+        "xverse", num_hidden_layers=40, hidden_size=5120, intermediate_size=13824, num_attention_heads=40,
+        num_key_value_heads=None, head_dim=None, vocab_size=100_534, max_position_embeddings=32_768, rope_theta=None,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    record = json.loads(run("plan", str(tmp_path), "--gpu", "80GB", "--json")[1])
+    assert record["context"] == record["window"] == 262_144
+    assert record["choice"]["total_bytes"] < 80e9
+
+
+def test_plan_of_this_machine(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SECONDS", 0.0), ("PAST", 64), ("AT_LEAST", 1)):
+        monkeypatch.setattr(f"longverse.inference.rates.{name}", value)
+    monkeypatch.setattr(
+        "longverse.inference.rates.all_figures", lambda dtype: [("linear", "bf16"), ("linear", "float32")]
+    )
+    code, out, _ = run("plan", tiny, "--context", "1K", "--memory", "8GB")
+    assert code == 0
+    assert "measured rates" in out
+    assert "Everything fits in full precision" in out
