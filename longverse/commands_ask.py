@@ -34,7 +34,7 @@ from .commands_common import (
     load_engine,
     make_sampling,
 )
-from .commands_store import CacheFormat
+from .commands_store import PAST_THE_WINDOW, Attention, CacheFormat
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def ask(
     stop: Stop = None,
     system: Annotated[str | None, typer.Option("--system", help="Other instructions than the built-in ones.")] = None,
     cache: CacheFormat = "auto",
+    attention: Attention = "auto",
     rope: Rope = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -115,9 +116,12 @@ def ask(
             console.note(f"{about} {selection.tokens:,} tokens of {selection.pages(prompts.index)}.", quiet=quiet)
         read = [selection.pages(prompts.index) for selection in selections]
     else:
-        prompts = prepare(engine, documents, asked, max_new_tokens, system=system, numbered=way == "numbers")
+        prompts = prepare(
+            engine, documents, asked, max_new_tokens, system=system, numbered=way == "numbers",
+            limited=attention not in PAST_THE_WINDOW,
+        )  # fmt: skip
         read = []
-    session = open_session(engine, documents, prompts, cache=cache, quiet=quiet)
+    session = open_session(engine, documents, prompts, attention=attention, cache=cache, quiet=quiet)
     for number, question in enumerate(prompts.questions):
         if not as_json and len(asked) > 1:
             console.out().print(console.Text(("\n" if number else "") + question, style="bold"))
@@ -135,14 +139,16 @@ def ask(
         console.note(console.figures(session.stats), quiet=quiet)
 
 
-def open_session(engine: Engine, documents: list[Document], prompts: Prompts, *, cache: str, quiet: bool) -> Session:
+def open_session(
+    engine: Engine, documents: list[Document], prompts: Prompts, *, attention: str, cache: str, quiet: bool
+) -> Session:
     """The session that will answer. What it returns has Session's surface: stream, complete, stats, tokens.
 
     Options that change how the documents are attended, cached or stored come here as arguments, and here alone.
     """
     from .commands_store import open_kept
 
-    return open_kept(engine, prompts, cache=cache, quiet=quiet)
+    return open_kept(engine, prompts, attention=attention, cache=cache, quiet=quiet)
 
 
 def answer(

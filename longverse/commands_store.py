@@ -23,9 +23,17 @@ if TYPE_CHECKING:
     from .inference.engine import Engine, Session
     from .inference.store import Kept, Store
 
+PAST_THE_WINDOW = ("auto", "pages")  # attentions that may read more than the window
 CacheFormat = Annotated[
     str,
     typer.Option("--cache", help="Keys and values: full, int8, int4; auto is the most precise that the memory holds."),
+]
+Attention = Annotated[
+    str,
+    typer.Option(
+        "--attention",
+        help="exact, or pages: in linear time, past the model's window; auto takes pages only where it must.",
+    ),
 ]
 Limit = Annotated[str | None, typer.Option("--limit", help="The most that all kept documents may take, like 20GB.")]
 
@@ -39,6 +47,7 @@ def read(
         str | None, typer.Option("--system", help="The instructions that `ask --system` will be given.")
     ] = None,
     cache: CacheFormat = "auto",
+    attention: Attention = "auto",
     rope: Rope = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -67,10 +76,14 @@ def read(
     from .inference.store_keys import ROOM, planned_length
 
     numbered = way_for(engine, "auto") == "numbers"
-    prompts = prepare(engine, documents, ["a"], 256, system=system, numbered=numbered)
+    prompts = prepare(
+        engine, documents, ["a"], 256, system=system, numbered=numbered, limited=attention not in PAST_THE_WINDOW
+    )
     end = document_end(engine, prompts)
-    planned = planned_length(engine, end, min(max(end + ROOM, prompts.planned_tokens), engine.window))
-    cache = choose_cache(engine, planned, cache, quiet=quiet)
+    attention = choose_attention(engine, prompts.planned_tokens, attention, quiet=quiet)
+    room = max(end + ROOM, prompts.planned_tokens)
+    planned = planned_length(engine, end, room if attention == "pages" else min(room, engine.window), attention)
+    cache = choose_cache(engine, planned, cache, attention, quiet=quiet)
     store = open_store(store_limit)
     name = ", ".join(document.name for document in documents)
     ids = prompts.ids[0][:end]
@@ -83,7 +96,7 @@ def read(
             task(done, total)
 
         session = store.read(
-            engine, ids, planned, name=name, cache=cache, on_progress=progress, cancelled=stopped,
+            engine, ids, planned, name=name, cache=cache, attention=attention, on_progress=progress, cancelled=stopped,
             on_wait=lambda holder: console.note(
                 f"Another process ({holder}) is reading this document; waiting for it (Ctrl-C stops).", quiet=quiet
             ),
@@ -98,7 +111,7 @@ def read(
     if as_json:
         console.json_line(
             {"document": name, "model": engine.name, "tokens": end, "read_tokens": fresh, "seconds": round(seconds, 3),
-             "bytes": size, "cache": cache, "planned_tokens": session.planned_tokens}
+             "bytes": size, "cache": cache, "attention": attention, "planned_tokens": session.planned_tokens}
         )  # fmt: skip
         return
     what = f"read {fresh:,} in {console.duration(seconds)}" if fresh else "nothing new to read"
@@ -200,25 +213,25 @@ def _ago(moment: float) -> str:
 
 
 def open_kept(
-    engine: Engine, prompts: Prompts, *, attention: str = "exact", cache: str = "auto", quiet: bool
+    engine: Engine, prompts: Prompts, *, attention: str = "auto", cache: str = "auto", quiet: bool
 ) -> Session:
     """The session that will answer `prompts`: over a kept reading where there is one, finishing or mending it where it
     is not whole, else one that reads. Says in one line what is planned; UserError where the memory does not suffice."""
     from .inference.store_keys import planned_length
 
+    attention = choose_attention(engine, prompts.planned_tokens, attention, quiet=quiet)
     end = document_end(engine, prompts)
     if not end:  # every question has passages of its own
-        session = engine.session(
-            prompts.planned_tokens, attention=attention, cache=choose_cache(engine, prompts.planned_tokens, cache)
-        )
+        form = choose_cache(engine, prompts.planned_tokens, cache, attention, quiet=quiet)
+        session = engine.session(prompts.planned_tokens, attention=attention, cache=form)
         say_plan(engine, session, prompts.planned_tokens, quiet=quiet)
         return session
-    planned = planned_length(engine, end, prompts.planned_tokens)
+    planned = planned_length(engine, end, prompts.planned_tokens, attention)
     store = open_store(library_limit(None))
     wanted = None if cache == "auto" else cache
     ids = prompts.ids[0]
     found = store.find(engine, ids, planned, cache=wanted, attention=attention)
-    form = found.cache_format if found is not None else choose_cache(engine, planned, cache, quiet=quiet)
+    form = found.cache_format if found is not None else choose_cache(engine, planned, cache, attention, quiet=quiet)
     if (found is None or len(found.tokens) < end) and store.knows(
         engine, ids[:end], planned, cache=form, attention=attention
     ):
@@ -277,15 +290,35 @@ def tell(store: Store, *, quiet: bool) -> None:
     store.notes.clear()
 
 
+def choose_attention(engine: Engine, tokens: int, attention: str, *, quiet: bool = False) -> str:
+    """`attention`, or for auto exact where `tokens` fit the model's window, and pages past it, which is said."""
+    from .inference.engine import ATTENTIONS
+
+    if attention not in ("auto", *ATTENTIONS):
+        raise UserError(f"There is no attention {attention!r}: choose one of auto, {', '.join(ATTENTIONS)}.")
+    if attention != "auto":
+        return attention
+    if tokens <= engine.window:
+        return "exact"
+    console.note(
+        f"{tokens:,} tokens are more than the {engine.window:,} that {engine.name} reads at once: it is read by pages,"
+        " and each question sees those that matter most to it.",
+        quiet=quiet,
+    )
+    return "pages"
+
+
 # ---- the plan's line -----------------------------------------------------------------------------------------
 
 
-def choose_cache(engine: Engine, tokens: int, cache: str, *, quiet: bool = False) -> str:
+def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exact", *, quiet: bool = False) -> str:
     """`cache`, or for auto the most precise format that the free memory holds. UserError where none or the given one
     does not fit: before any work, and in one sentence."""
     from .commands_plan import requirements
 
     needs, free = requirements(engine, tokens)
+    if attention == "pages":  # has a cache of its own
+        needs = {"full": needs["full"]}
     if cache != "auto" and cache not in needs:
         raise UserError(f"There is no cache format {cache!r}: choose one of auto, {', '.join(needs)}.")
     form = next((form for form, need in needs.items() if need <= free), None) if cache == "auto" else cache

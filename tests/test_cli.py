@@ -293,9 +293,13 @@ def test_unreadable_documents(run: Runner, tiny: str, tmp_path: Path, data: byte
 def test_a_document_past_the_window(run: Runner, tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("the mill " * 1000)
-    line = one_line(run("ask", str(path), "Where?", "--model", tiny))
+    line = one_line(run("ask", str(path), "Where?", "--model", tiny, "--attention", "exact"))
     assert "reads 2,048" in line
     assert "--rope" in line
+    code, _, err = run("ask", str(path), "Where?", "--model", tiny, "-n", "4")
+    assert code == 0
+    assert "more than the 2,048 that tiny reads at once: it is read by pages" in err
+    assert "attention pages" in err
 
 
 @pytest.mark.parametrize("model", ["smal", "./nowhere.gguf", "nowhere/at/all"])

@@ -143,6 +143,22 @@ def test_a_damaged_reading_is_mended_with_a_warning(run: Runner, mill: str, tiny
     assert "damaged" not in run("ask", mill, "Where?", "-m", tiny, "-n", "8", "--cite", "off")[2]
 
 
+def test_a_document_past_the_window_is_kept_as_pages(run: Runner, tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 9)
+    code, out, err = run("read", str(path), "-m", tiny, "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert record["attention"] == "pages"
+    assert record["tokens"] > 4096
+    assert "it is read by pages" in err
+    stats = ask(run, str(path), tiny)["stats"]
+    assert isinstance(stats, dict)
+    assert stats["attention"] == "pages"
+    assert stats["reused_tokens"] == record["tokens"]
+    assert "pages" in run("library")[1]
+
+
 @pytest.mark.slow
 def test_a_reading_that_is_stopped_goes_on(mill: str, tiny: str, tmp_path: Path) -> None:
     """Ctrl-C, in a process of its own with a slow reading: 130, what was read is kept, the next goes on from there."""
@@ -235,6 +251,7 @@ def test_library_lists_removes_and_prunes(run: Runner, mill: str, tiny: str, tmp
         (("read", "MILL", "-m", "TINY", "--limit", "1kB"), "the library's limit is"),
         (("read", "MILL", "-m", "TINY", "--cache", "int3"), "no cache format 'int3'"),
         (("ask", "MILL", "Where?", "-m", "TINY", "--cache", "int3"), "no cache format 'int3'"),
+        (("ask", "MILL", "Where?", "-m", "TINY", "--attention", "none"), "no attention 'none'"),
         (("plan", "XVERSE-13B-256K", "--gpu", "potato"), "'potato' is not known"),
         (("plan", "XVERSE-13B-256K", "--context", "long", "--gpu", "H100"), "'long' is no length in tokens"),
         (("plan", "TINY", "--gpu", "H100", "--measure"), "leave it out with --gpu"),

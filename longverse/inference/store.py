@@ -197,6 +197,7 @@ class Store:
                 raise UserError(reason)
             self._note(reason)
             session = self.find(engine, ids, planned, cache=cache, attention=attention) or plain()
+            session.boundary = len(ids)
             session.read(ids, on_progress=on_progress, cancelled=cancelled)
             return session
 
@@ -234,7 +235,7 @@ class Store:
     ) -> tuple[Layout, np.ndarray, dict[str, Any], Path]:
         """What a reading consists of, its tokens, its fingerprint, and the folder named after all of them."""
         # Holes cost nothing: where angles do not depend on it, the planned size has room for any question to come.
-        capacity = max(planned, engine.window) if attention == "exact" else 2 * planned
+        capacity = 2 * planned if attention == "pages" else max(planned, engine.window)
         if engine.network.config.rope.kind == "dynamic":
             capacity = planned
         layout = Layout.of(engine, capacity, cache, attention)
@@ -264,6 +265,7 @@ class Store:
             if on_progress is not None:
                 on_progress(done, total)
 
+        session.boundary = len(ids)
         try:
             session.read(ids, on_progress=step, cancelled=cancelled)
         except BaseException:

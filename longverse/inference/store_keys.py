@@ -124,7 +124,7 @@ def name_of(print_: dict[str, Any], capacity: int, tokens: np.ndarray) -> str:
     return hashlib.blake2b(text + b"\0" + tokens.astype("<i4").tobytes(), digest_size=8).hexdigest()
 
 
-def planned_length(engine: Engine, document: int, needed: int) -> int:
+def planned_length(engine: Engine, document: int, needed: int, attention: str = "exact") -> int:
     """Tokens to plan for when a document of `document` tokens is read for questions of any length.
 
     document  tokens of the prompt up to the document's end
@@ -133,9 +133,9 @@ def planned_length(engine: Engine, document: int, needed: int) -> int:
     Where the RoPE base does not depend on the plan (every kind but dynamic NTK), it is just `needed`. Under dynamic NTK
     every question must come with the base that the document was read with: the plan is the document with ROOM tokens
     more, rounded up to a multiple of STEP, so that all questions that end within it share one reading. A longer one
-    is rounded up by itself and reads the document anew. Never past the window.
+    is rounded up by itself and reads the document anew. Never past the window, but for pages.
     """
     if engine.network.config.rope.kind != "dynamic":
         return needed
     rounded = max(-(-(document + ROOM) // STEP), -(-needed // STEP)) * STEP
-    return max(min(rounded, engine.window), needed)
+    return rounded if attention == "pages" else max(min(rounded, engine.window), needed)
