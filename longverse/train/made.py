@@ -1,7 +1,8 @@
 """Examples made on the way, new ones for ever: for teaching a small model to look back, before it can learn from text.
 
     copy   a run of random tokens, again and again: all but the first is learned. What induction heads grow on; the
-           runs are of all lengths, short ones as often as long ones, since looking back a little comes first.
+           runs are of all lengths, short ones as often as long ones, since looking back a little comes first; their
+           tokens are drawn as unevenly as words are, since few tokens are soon known well.
     facts  a stretch of the user's texts with invented facts in it, and their questions: looking back for a purpose.
 
 Half of the facts are of the builder's kinds (data/long_sft/stated.py), whose values a model could come to guess; the
@@ -13,6 +14,7 @@ Example n is a function of (seed, n) alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 import re
@@ -32,6 +34,7 @@ from longverse.train.new import read_texts
 KINDS = ("copy", "facts")
 SENTENCE = re.compile(r"(?<=[。！？；])|(?<=[.!?;] )|(?<=\n)")
 SHORTEST = 4  # tokens of a run that is copied
+EVEN = 20  # the n-th token is drawn in proportion to 1 / (n + EVEN)
 HELD = 4_000_000  # characters of each text file kept for fillers
 Told = tuple[str, str, str]  # a sentence, the question about it, the answer
 # {e} has or is told to have {v} as its {a}: each a name, a value or a thing drawn from the text's own words.
@@ -88,6 +91,7 @@ class Made:
         told = "".join(text for _, text, _ in self._texts)
         self.identity = hashlib.sha256(f"{kind} {seed} {told}".encode()).hexdigest()[:16]
         self._ordinary = [n for n in range(tokenizer.vocab_size) if n not in tokenizer.special_ids]
+        self._weights = list(itertools.accumulate(1 / (n + EVEN) for n in range(len(self._ordinary))))
 
     def get(self, index: int) -> Example:
         """Example `index`, of a length drawn evenly from the stage's least to its greatest."""
@@ -105,7 +109,7 @@ class Made:
     def _copy(self, rng: random.Random, target: int, index: int) -> Example:
         longest = (target - 1) // 2
         size = round(math.exp(rng.uniform(math.log(min(SHORTEST, longest)), math.log(longest))))
-        run = [rng.choice(self._ordinary) for _ in range(size)]
+        run = rng.choices(self._ordinary, cum_weights=self._weights, k=size)
         first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else min(self.tokenizer.eos_ids)
         ids = np.array([first, *(run * (target // size + 1))][:target], dtype=np.int64)
         # That the run begins again cannot be known the first time.

@@ -163,7 +163,7 @@ class _Run:
         self.peak = peak_flops(network.device, products)
         parallel.shard(self.model, network, ranks, self.model.autocast)
         found = latest(out / "checkpoints")
-        state = found[1] if found is not None else {"stage": [0, ""], "step": 0}
+        state: dict[str, Any] = found[1] if found is not None else {"stage": [0, ""], "step": 0}
         at_stage, at_step = state["stage"][0], state["step"]
         if found is not None:
             watch.note(f"Going on after step {at_step} of stage {state['stage'][1]}.")
@@ -246,8 +246,8 @@ class _Run:
         return end
 
     def _probe_after(self, number: int, stage: Stage, step: int, trained_here: bool) -> bool:
-        """Measure a finished stage. Of one before the checkpoint's (not trained_here) the weights are gone: its figures are
-        those of the file, or none. False when a signal cut it off."""
+        """Measure a finished stage. Of one before the checkpoint's (not trained_here) the weights are gone: its figures
+        are those of the file, or none. False when a signal cut it off."""
         place = self.out / f"probe-{number:02d}-{stage.name}.json"
         new = not place.exists()
         if self.prober is None or (new and not trained_here):
