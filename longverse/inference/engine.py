@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,14 +25,18 @@ from ..models.cache import Allocate, KVCache
 from ..models.chat import ChatFormat, cut_at_stop, may_stop
 from ..models.checkpoint import load
 from ..models.network import CausalLM
+from ..models.sparse import Sparse
 from ..models.tokenizer import Tokenizer
 from .sampling import Sampler, Sampling
 
 # on_progress(done, total): tokens of the prompt held and tokens of the whole prompt
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
-ATTENTIONS = ("exact", "pages")
+ATTENTIONS = ("exact", "sparse", "pages")
 WEIGHTS = ("auto", "full", "int8", "int4")
+MASS = 0.95  # of the attention that sparse reading keeps
+SPARSE_CHUNK = 1024  # tokens read at once then: what is laid out of the past serves more queries
+EXACT_END = 128  # tokens at the end of a prompt that are read exactly then
 CHUNK = 512  # tokens a forward reads at once: large enough for matrix products to run at full speed
 
 
@@ -46,6 +51,7 @@ class Stats:
     decode_seconds: float = 0.0
     peak_memory_bytes: int = 0  # of the whole process (CPU) or of torch's allocations (GPU)
     attention: str = "exact"
+    mass_kept: float = 1.0  # the share of the attention that was really kept, measured over the session
     cache: str = "full"  # the format of the keys and values
     weights: str = "full"  # what single tokens are computed with: "full", or the weights rounded to "int8" or "int4"
     kernels: str = ""  # who computed them: "compiled", or "torch" and why; "" on a GPU
@@ -138,14 +144,23 @@ class Engine:
         return self._decoder or None
 
     def session(
-        self, planned_tokens: int, *, attention: str = "exact", cache: str = "full", allocate: Allocate | None = None
+        self,
+        planned_tokens: int,
+        *,
+        attention: str = "exact",
+        cache: str = "full",
+        allocate: Allocate | None = None,
+        mass: float = MASS,
     ) -> "Session":
         """A conversation of at most `planned_tokens` tokens, prompt and answers together. The RoPE base is chosen
         from that number and stays for the session's life. Raises UserError past the window, but for pages.
 
-        attention  "exact", or "pages": in linear time, for documents past the window (inference/pages.py)
+        attention  "exact"; "sparse": a prompt's tokens leave out the past's blocks that weigh least (models/sparse.py),
+                   all but its last ones, which are the question; "pages": in linear time, for documents past the
+                   window (inference/pages.py)
         cache      format of the keys and values, one of models.cache.FORMATS
         allocate   where the cache's storage comes from; memory when left out
+        mass       for "sparse": the share of the attention to keep
         """
         if attention not in ATTENTIONS:
             raise UserError(f"There is no attention {attention!r}: choose one of {', '.join(ATTENTIONS)}.")
@@ -158,7 +173,7 @@ class Engine:
                 f"The conversation needs {planned_tokens:,} tokens and {self.name} reads {self.window:,}:"
                 " shorten the text, or use a model with a larger window."
             )
-        return Session(self, planned_tokens, cache_format=cache, allocate=allocate)
+        return Session(self, planned_tokens, cache_format=cache, allocate=allocate, attention=attention, mass=mass)
 
 
 @dataclass
@@ -172,6 +187,7 @@ class Session:
     cache_format: str = "full"
     allocate: Allocate | None = None
     attention: str = "exact"
+    mass: float = MASS
     # A forward always ends after this many tokens: the document's, so that an answer has the same bits whether the
     # document was read just before it or kept (inference/store.py).
     boundary: int = 0
@@ -181,6 +197,8 @@ class Session:
         shape = network.config
         sizes = (shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens)
         self.cache = KVCache(*sizes, network.dtype, network.device, format=self.cache_format, allocate=self.allocate)
+        if self.attention == "sparse":
+            self.cache.sparse = Sparse(self.mass)
 
     def complete(
         self,
@@ -260,7 +278,7 @@ class Session:
         self, prompt: list[int], sampling: Sampling, on_progress: Progress | None, cancelled: Cancelled | None
     ) -> Iterator[int]:
         network, end_ids = self.engine.network, self.engine.tokenizer.eos_ids
-        self.stats = stats = Stats(prompt_tokens=len(prompt), cache=self.cache_format)
+        self.stats = stats = Stats(prompt_tokens=len(prompt), attention=self.attention, cache=self.cache_format)
         held = stats.reused_tokens = self._begin(prompt, stats, sampling.max_new_tokens)
         started = time.perf_counter()
         try:
@@ -295,6 +313,8 @@ class Session:
             if not stats.prefill_seconds:
                 stats.prefill_seconds = time.perf_counter() - started
             stats.finish_reason = stats.finish_reason or "cancelled"
+            if (sparse := getattr(self.cache, "sparse", None)) is not None:
+                stats.mass_kept = sparse.mass_kept
             stats.peak_memory_bytes = peak_memory(network.device)
 
     def _begin(self, prompt: list[int], stats: Stats, new_tokens: int) -> int:
@@ -310,9 +330,12 @@ class Session:
     def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Where the prompt is cut: (begin, end) of each forward."""
         middle = min(max(begin, self.boundary), end)
-        for first, last in ((begin, middle), (middle, end)):
-            for start in range(first, last, CHUNK):
-                yield start, min(start + CHUNK, last)
+        size, marks = CHUNK, [begin, middle, end]
+        if self.attention == "sparse":  # the question is short and is read exactly
+            size, marks = SPARSE_CHUNK, sorted({begin, middle, max(middle, end - EXACT_END), end})
+        for first, last in pairwise(marks):
+            for start in range(first, last, size):
+                yield start, min(start + size, last)
 
     def _read_pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Where a document is cut that is read without a question."""
@@ -332,7 +355,7 @@ class Session:
     def _next(self, token: int) -> torch.Tensor:
         """Read one token of the answer; float32 logits [V] of what follows it."""
         on_cpu = self.engine.network.device.type == "cpu"
-        decoder = self.engine.decoder() if type(self.cache) is KVCache and self.attention == "exact" else None
+        decoder = self.engine.decoder() if type(self.cache) is KVCache else None
         logits = decoder.step(token, self.cache) if decoder is not None else None
         if decoder is None or logits is None:
             reason = kernels.unavailable()

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
-
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The definition, in float32, with the whole [T, S] matrix in memory: for tests, never for work."""
@@ -32,9 +30,9 @@ def one_shot_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of T new tokens over the whole past, without a mask of [T, S].
 
-    On CPU bfloat16 goes to our own kernel where the processor has what it needs. Otherwise the past is attended in one
-    unmasked call and the new tokens in one causal call, and the two are merged by their log-sum-exps, which is exact.
-    Elsewhere torch's lower-right causal bias picks the fused kernel.
+    On CPU the past is attended in one unmasked call and the new tokens in one causal call, and the two are merged by
+    their log-sum-exps, which is exact. Elsewhere torch's lower-right causal bias picks the fused kernel. `compiled.py`
+    has the same from our own kernel; this file stays plain torch, for it goes beside exported checkpoints.
     """
     new, past = q.shape[2], k.shape[2] - q.shape[2]
     if q.device.type != "cpu":
@@ -44,24 +42,11 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
     if new == 1:
         return folded_attention(q, k, v)[0]
-    if compiled_fits(q):
-        from .kernels import chunk
-
-        return chunk.attend(q, k, v)
     own, own_lse = causal_attention(q, k[:, :, past:], v[:, :, past:])
     if past == 0:
         return own
     old, old_lse = folded_attention(q, k[:, :, :past], v[:, :, :past])
     return merge(old, old_lse, own, own_lse)
-
-
-def compiled_fits(q: Tensor) -> bool:
-    """Whether our own kernel for many queries can run: asked before anything of it is imported."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or kernels.unavailable():
-        return False
-    from .kernels import chunk
-
-    return chunk.fits(q)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

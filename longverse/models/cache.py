@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import kernels, packing
-from .attention import causal_attention, chunk_attention, compiled_fits, folded_attention, merge
+from .attention import causal_attention, chunk_attention, folded_attention, merge
+from .compiled import compiled_fits
+from .sparse import Sparse, sparse_attention
 
 FORMATS = ("full", "int8", "int4")
 FIRST = 64  # first tokens kept in full
@@ -70,6 +72,7 @@ class KVCache:
         self._recent_begin = 0  # tokens from here on are in the ring
         self._pass_end: int | None = None  # where the pass under way will end
         self._written: set[int] = set()  # the layers that hold its tokens
+        self.sparse: Sparse | None = None  # when set, chunks of a prompt leave out most of the past
         self.packing = packing.Packing(format, head_dim) if format != "full" else None
         allocate = allocate or (lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=device))
         shapes = self._shapes()
@@ -106,27 +109,28 @@ class KVCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append k, v [1, G, T, D] to `layer` and attend q [1, H, T, D] over all its tokens; returns [1, H, T, D]."""
-        end = self.length + k.shape[2]
+        new, end = k.shape[2], self.length + k.shape[2]
         self.begin_pass(layer, end)
-        one = k.shape[2] == 1 and self._kernel(q.shape[1])
+        one = self._kernel(q.shape[1]) if new == 1 else None
+        sparse = self.sparse if self.sparse is not None and self.sparse.serves(new, self.length) else None
         if self.packing is None:
             self.keys[layer, :, :, self.length : end] = k
             self.values[layer, :, :, self.length : end] = v
             self._written.add(layer)
             if one:
                 return one.attend(layer, q, self.spans(end))
-            if k.shape[2] > 1 and compiled_fits(q):
-                return self._attend_chunk(layer, q, k, v)
+            if sparse is not None or (new > 1 and compiled_fits(q)):
+                return self._attend_chunk(layer, q, k, v, sparse)
             return chunk_attention(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
         rotated, k, v = (self.packing.rotate(x) for x in (q, k, v))
-        if k.shape[2] == 1:
+        if new == 1:
             self._append(layer, k, v)
             if one:
                 return one.attend(layer, q, self.spans(end))
             return self.packing.rotate(self._attend_past(layer, rotated, end)[0])
         # The chunk itself is attended in full, and the ring is read before it is written.
-        if compiled_fits(rotated):
-            mixed = self._attend_chunk(layer, rotated, k, v)
+        if sparse is not None or compiled_fits(rotated):
+            mixed = self._attend_chunk(layer, rotated, k, v, sparse)
         else:
             mixed, weight = causal_attention(rotated, k, v)
             if self.length:
@@ -256,8 +260,7 @@ class KVCache:
         result: tuple[Tensor, Tensor] | None = None
         for start in range(0, end, STRETCH):
             stop = min(start + STRETCH, end)
-            k, v = self._rotated("key", layer, start, stop), self._rotated("value", layer, start, stop)
-            mixed, weight = folded_attention(q, k, v)
+            mixed, weight = folded_attention(q, *self._stretch(layer, start, stop))
             if result is None:
                 result = mixed, weight
             else:
@@ -265,10 +268,20 @@ class KVCache:
         assert result is not None
         return result
 
-    def _attend_chunk(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from .kernels import chunk
+    def _attend_chunk(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sparse: Sparse | None) -> Tensor:
+        """q [1, H, T, D] over the tokens held and k, v [1, G, T, D], all rotated; sparsely, or by the CPU kernel."""
+        if compiled_fits(q):
+            from .kernels import chunk
 
-        return chunk.attend_cache(self, layer, q, k, v)
+            return chunk.attend_cache(self, layer, q, k, v, sparse)
+        assert sparse is not None
+        return sparse_attention(sparse, q, k, v, self.length, lambda begin, end: self._stretch(layer, begin, end))
+
+    def _stretch(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of held tokens in the cache's rotation, [1, G, n, D] each."""
+        if self.packing is None:
+            return self.keys[layer, :, :, begin:end], self.values[layer, :, :, begin:end]
+        return self._rotated("key", layer, begin, end), self._rotated("value", layer, begin, end)
 
     def _kernel(self, heads: int) -> Any:
         """The CPU kernel for one query of `heads` heads, or None where it cannot run."""

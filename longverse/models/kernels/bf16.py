@@ -19,12 +19,30 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .simd import F32, I16, I32, I64, LANES, VF, VI, _constants, _data, _fma, _load, _splat, _variable, intrinsic
+from .simd import (
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    VF,
+    VI,
+    _constants,
+    _data,
+    _fma,
+    _load,
+    _row_stride,
+    _splat,
+    _total,
+    _variable,
+    intrinsic,
+)  # fmt: skip
 
 TILE_ROWS = 6  # times four vectors of keys: 24 sums in registers, and room for what is multiplied
 BLOCK = 64
 VECTORS = BLOCK // LANES
 VH = ir.VectorType(I16, LANES)
+LOWEST = ir.Constant(VF, [-3e38] * LANES)
 
 
 @intrinsic(prefer_literal=True)
@@ -44,41 +62,24 @@ def attend_tile(
     if not _constants(size, masked):
         return None
     size_, masked_ = size.literal_value, bool(masked.literal_value)
-    pairs = size_ // 2
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         data = {n: _data(context, b, signature, args, n) for n in (3, 5, 6, 8, 9, 10, 11, 12)}
         queries, weights = (b.bitcast(data[n], I32.as_pointer()) for n in (3, 9))
         keys, values, limits, top, total, acc = (data[n] for n in (5, 6, 8, 10, 11, 12))
-        row, block = args[4], args[7]
+        block = args[7]
         scale = _splat(b, args[2])
-        rows = [b.add(row, I64(r)) for r in range(TILE_ROWS)]
+        rows = [b.add(args[4], I64(r)) for r in range(TILE_ROWS)]
         zero = ir.Constant(VF, [0.0] * LANES)
 
-        # Scores.
-        sums = [[_variable(b, zero) for _ in range(VECTORS)] for _ in rows]
-        starts = [b.mul(r, I64(pairs)) for r in rows]
-        key_start = b.mul(block, I64(pairs * BLOCK))
-        with cgutils.for_range(b, I64(pairs), intp=I64) as loop:
-            at = b.add(key_start, b.mul(loop.index, I64(BLOCK)))
-            vectors = [_load(b, keys, b.add(at, I64(j * LANES)), VI) for j in range(VECTORS)]
-            for start, slots in zip(starts, sums, strict=True):
-                pair = _splat_pair(b, b.load(b.gep(queries, [b.add(start, loop.index)])))
-                for slot, vector in zip(slots, vectors, strict=True):
-                    b.store(_pair_products(b, b.load(slot), pair, vector), slot)
+        all_scores = _tile_scores(b, size_, scale, queries, rows, keys, block)
 
         # Softmax: weights, and what earlier weights must be multiplied by.
         factors = []
-        lanes = ir.Constant(VI, list(range(LANES)))
-        for r, slots in enumerate(sums):
-            scores = [b.fmul(b.load(slot), scale, ("fast",)) for slot in slots]
-            seen: list[Any] = []
+        for r, scores in enumerate(all_scores):
+            seen = _seen(b, limits, r) if masked_ else []
             if masked_:
-                limit = _splat_int(b, b.load(b.gep(limits, [I64(r)])))
-                for j in range(VECTORS):
-                    seen.append(b.icmp_signed("<", b.add(lanes, ir.Constant(VI, [j * LANES] * LANES)), limit))
-                lowest = ir.Constant(VF, [-3e38] * LANES)
-                scores = [b.select(see, score, lowest) for see, score in zip(seen, scores, strict=True)]
+                scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
             before = b.load(b.gep(top, [rows[r]]))
             highest = _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3]))
             now = _larger(b, _largest(b, highest), before)
@@ -116,7 +117,7 @@ def attend_tile(
                 at = b.add(value_start, b.add(b.mul(loop.index, I64(size_)), I64(first)))
                 vectors = [_load(b, values, b.add(at, I64(j * LANES)), VI) for j in range(width)]
                 for r, slots in enumerate(held):
-                    pair = _splat_pair(b, b.load(b.gep(weights, [b.add(I64(r * BLOCK // 2), loop.index)])))
+                    pair = _splat_int(b, b.load(b.gep(weights, [b.add(I64(r * BLOCK // 2), loop.index)])))
                     for slot, vector in zip(slots, vectors, strict=True):
                         b.store(_pair_products(b, b.load(slot), pair, vector), slot)
             for of_row, slots in zip(places, held, strict=True):
@@ -128,6 +129,65 @@ def attend_tile(
     return types.void(
         size, masked, types.float32, queries, i64, keys, values, i64, limits, weights, top, total, acc
     ), emit
+
+
+@intrinsic(prefer_literal=True)
+def weigh_tile(
+    typing: Any, size: Any, masked: Any, scale: Any, queries: Any, row: Any, keys: Any, block: Any, limits: Any,
+    top: Any, total: Any, column: Any,
+) -> Any:  # fmt: skip
+    """How much one block of keys weighs for each of TILE_ROWS queries, values apart: top[row + r, column] the largest
+    score in powers of two, total[row + r, column] the sum of 2 ** (score - top). float32 [rows, columns] both; the rest
+    as in attend_tile."""
+    if not _constants(size, masked):
+        return None
+    size_, masked_ = size.literal_value, bool(masked.literal_value)
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        queries = b.bitcast(_data(context, b, signature, args, 3), I32.as_pointer())
+        keys, limits, top, total = (_data(context, b, signature, args, n) for n in (5, 7, 8, 9))
+        stride = _row_stride(context, b, signature, args, 8)
+        rows = [b.add(args[4], I64(r)) for r in range(TILE_ROWS)]
+        for r, scores in enumerate(_tile_scores(b, size_, _splat(b, args[2]), queries, rows, keys, args[6])):
+            seen = _seen(b, limits, r) if masked_ else []
+            if masked_:
+                scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
+            highest = _largest(b, _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3])))
+            shift, added = _splat(b, highest), None
+            for j, score in enumerate(scores):
+                weight = _power_of_two(b, b.fsub(score, shift))
+                if masked_:
+                    weight = b.select(seen[j], weight, ir.Constant(VF, [0.0] * LANES))
+                added = weight if added is None else b.fadd(added, weight, ("fast",))
+            at = b.add(b.mul(rows[r], stride), args[10])
+            b.store(highest, b.gep(top, [at]))
+            b.store(_total(b, added), b.gep(total, [at]))
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(size, masked, types.float32, queries, i64, keys, i64, limits, top, total, i64), emit
+
+
+def _tile_scores(b: ir.IRBuilder, size: int, scale: Any, queries: Any, rows: list[Any], keys: Any, block: Any) -> Any:
+    """The scaled scores of some rows against a block, VECTORS vectors a row."""
+    zero = ir.Constant(VF, [0.0] * LANES)
+    sums = [[_variable(b, zero) for _ in range(VECTORS)] for _ in rows]
+    starts = [b.mul(r, I64(size // 2)) for r in rows]
+    key_start = b.mul(block, I64(size // 2 * BLOCK))
+    with cgutils.for_range(b, I64(size // 2), intp=I64) as loop:
+        at = b.add(key_start, b.mul(loop.index, I64(BLOCK)))
+        vectors = [_load(b, keys, b.add(at, I64(j * LANES)), VI) for j in range(VECTORS)]
+        for start, slots in zip(starts, sums, strict=True):
+            pair = _splat_int(b, b.load(b.gep(queries, [b.add(start, loop.index)])))
+            for slot, vector in zip(slots, vectors, strict=True):
+                b.store(_pair_products(b, b.load(slot), pair, vector), slot)
+    return [[b.fmul(b.load(slot), scale, ("fast",)) for slot in slots] for slots in sums]
+
+
+def _seen(b: ir.IRBuilder, limits: Any, row: int) -> list[Any]:
+    """Which keys of the block a row of the tile sees."""
+    limit = _splat_int(b, b.load(b.gep(limits, [I64(row)])))
+    return [b.icmp_signed("<", ir.Constant(VI, list(range(j * LANES, (j + 1) * LANES))), limit) for j in range(VECTORS)]
 
 
 def _pair_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
@@ -163,6 +223,3 @@ def _largest(b: ir.IRBuilder, vector: Any) -> Any:
 def _splat_int(b: ir.IRBuilder, value: Any) -> Any:
     one = b.insert_element(ir.Constant(VI, ir.Undefined), value, I32(0))
     return b.shuffle_vector(one, ir.Constant(VI, ir.Undefined), ir.Constant(VI, [0] * LANES))
-
-
-_splat_pair = _splat_int

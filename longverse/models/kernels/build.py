@@ -99,15 +99,15 @@ def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
 
 
 @lru_cache(maxsize=32)
-def chunk_kernel(cache: CacheForm) -> Any:
-    """`cpu_prefill.fold_stretch` for a cache in bfloat16."""
+def chunk_kernel(cache: CacheForm, name: str = "fold_stretch") -> Any:
+    """A function of cpu_prefill for a cache in bfloat16: fold_stretch, weigh_stretch or choose_blocks."""
     from . import cpu_prefill
 
     everything = cache.constants()
     bound = {name: everything[name] for name in ("SIZE", "HEADS", "QUANTISED", "PACKED", "GROUP")}
-    for piece in ("restore_row", "gather_block", "lay_keys", "lay_values"):
+    for piece in ("restore_row", "gather_block", "lay_keys", "lay_values", "lay_block", "row_mass"):
         bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
-    return specialise(cpu_prefill.fold_stretch, f"fold_{cache.name}", **bound)
+    return specialise(getattr(cpu_prefill, name), f"{name}_{cache.name}", **bound)
 
 
 @lru_cache(maxsize=4)

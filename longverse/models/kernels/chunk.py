@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import sparse as sparse_module
+from ..sparse import Sparse, sampled_tokens
 from . import unavailable
 from .build import CacheForm, array, chunk_kernel, team
 from .one_token import cache_arrays, cache_form
@@ -41,15 +43,16 @@ def fits(q: Tensor) -> bool:
     )
 
 
-def attend_cache(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [1, H, T, D] over the cache's tokens of `layer` and over k, v [1, G, T, D], which come after them.
+def attend_cache(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, sparse: Sparse | None = None) -> Tensor:
+    """q [1, H, T, D] over the cache's tokens of `layer` and over k, v [1, G, T, D], which come after them; with
+    `sparse` over the blocks of the past that it chooses.
 
     All in the cache's rotation. The cache's ring of newest tokens must not hold the new ones yet; its other parts may.
     """
     form = cache_form(cache, q.shape[1])
     assert form is not None
     past, first_end, recent = cache.spans(cache.length)
-    return _attend(form, cache_arrays(cache), layer, (past, first_end, recent), q, k[0], v[0])
+    return _attend(form, cache_arrays(cache), layer, (past, first_end, recent), q, k[0], v[0], sparse)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,29 +73,77 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sparse: Sparse | None = None,
 ) -> Tensor:
     """q [1, H, T, D] over the past in `parts` and k, v [G, T, D]."""
     from .bf16 import BLOCK, TILE_ROWS
+    from .cpu_prefill import ITEM_TILES
     from .simd import LANES
 
+    assert BLOCK == sparse_module.BLOCK
+    assert ITEM_TILES * TILE_ROWS == sparse_module.ITEM_ROWS
     heads, tokens, size = k.shape
-    rows = -(-tokens * form.heads // TILE_ROWS) * TILE_ROWS
-    queries = q.new_zeros(heads, rows, size)
     by_token = q.view(heads, form.heads, tokens, size).transpose(1, 2)  # [G, T, h, D]
-    queries[:, : tokens * form.heads].view(heads, tokens, form.heads, size).copy_(by_token)
+    k, v = k.contiguous(), v.contiguous()
+    past, end = spans[0], spans[0] + tokens
+    stretch = max(BLOCK, min(BUFFER // (4 * heads * size), end + BLOCK - 1) // BLOCK * BLOCK)
+    kept = np.empty((0, 0, 0), dtype=np.uint8)
+    if sparse is not None:
+        kept = _choose(form, parts, layer, spans, by_token, k, sparse, stretch)
+    queries = _whole_tiles(by_token.reshape(heads, -1, size), TILE_ROWS)
+    rows = queries.shape[1]
     top = np.full((heads, rows), -3e38, dtype=np.float32)
     total = np.zeros((heads, rows, LANES), dtype=np.float32)
     acc = np.zeros((heads, rows, size), dtype=np.float32)
-    own = array(k.contiguous()), array(v.contiguous())
-    past, end = spans[0], spans[0] + tokens
-    stretch = max(BLOCK, min(BUFFER // (4 * heads * size), end + BLOCK - 1) // BLOCK * BLOCK)
     laid = [np.empty((heads, stretch * size // 2), dtype=np.int32) for _ in range(2)]
-    kernel, threads = chunk_kernel(form), team(torch.get_num_threads())
+    kernel, threads = chunk_kernel(form, "fold_stretch"), team(torch.get_num_threads())
     for begin in range(0, end, stretch):
         threads.run(
             kernel, np.zeros(1, dtype=np.int64), layer, begin, min(begin + stretch, end), past, np.array(spans), parts,
-            *own, array(queries), *laid, top, total, acc,
+            array(k), array(v), kept, sparse_module.query_items(form.heads), array(queries), *laid, top, total, acc,
         )  # fmt: skip
     mixed = torch.from_numpy(acc)[:, : tokens * form.heads]
     mixed /= torch.from_numpy(total).sum(-1, keepdim=True)[:, : tokens * form.heads]
     return mixed.view(heads, tokens, form.heads, size).transpose(1, 2).reshape(q.shape).to(q.dtype)
+
+
+def _choose(
+    form: CacheForm,
+    parts: tuple[np.ndarray, ...],
+    layer: int,
+    spans: tuple[int, int, int],
+    by_token: Tensor,
+    k: Tensor,
+    sparse: Sparse,
+    stretch: int,
+) -> np.ndarray:
+    """Which blocks of the past each query block attends to: uint8 [G, query blocks, past blocks]."""
+    from .bf16 import BLOCK, TILE_ROWS
+
+    heads, tokens, size = k.shape
+    past, end = spans[0], spans[0] + tokens
+    sampled = sampled_tokens(tokens, form.heads)  # [query blocks, samples + 1]
+    count = sampled.shape[1] * form.heads
+    queries = _whole_tiles(by_token[:, sampled].reshape(heads, -1, size), TILE_ROWS)  # [G, rows, D]
+    places = np.zeros(queries.shape[1], dtype=np.int64)
+    places[: sampled.numel() * form.heads] = sampled.flatten().repeat_interleave(form.heads).numpy()
+    blocks = -(-end // BLOCK)
+    top, total = (np.empty((heads, queries.shape[1], blocks), dtype=np.float32) for _ in range(2))
+    threads = team(torch.get_num_threads())
+    laid = np.empty((threads.size, BLOCK * size // 2), dtype=np.int32)
+    for begin in range(0, end, stretch):
+        threads.run(
+            chunk_kernel(form, "weigh_stretch"), np.zeros(1, dtype=np.int64), layer, begin, min(begin + stretch, end),
+            past, np.array(spans), parts, array(k), places, array(queries), laid, top, total,
+        )  # fmt: skip
+    kept = np.empty((heads, sampled.shape[0], past // BLOCK), dtype=np.uint8)
+    share = np.empty(kept.shape[:2], dtype=np.float64)
+    threads.run(chunk_kernel(form, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
+    sparse.count(torch.from_numpy(kept), torch.from_numpy(share))
+    return kept
+
+
+def _whole_tiles(rows: Tensor, tile: int) -> Tensor:
+    """[G, n, D], contiguous, with zeros after it up to whole tiles."""
+    missing = -rows.shape[1] % tile
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()

@@ -12,7 +12,7 @@ length.
 
 import numpy as np
 
-from .bf16 import BLOCK, TILE_ROWS, attend_tile
+from .bf16 import BLOCK, TILE_ROWS, attend_tile, weigh_tile
 from .simd import arrive, bf16_to_float, float_to_bf16
 from .team import meet
 
@@ -79,31 +79,49 @@ def lay_values(rows, out):
             target[i] = np.int32(low[i]) | (np.int32(high[i]) << np.int32(16))
 
 
+def lay_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, own, gathered, kind, out):
+    """Lay one block out for the inner loop; kind 0 for keys, 1 for values."""
+    gather_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, own, gathered)
+    if kind == 0:
+        lay_keys(gathered, out)
+    else:
+        lay_values(gathered, out)
+
+
 def fold_stretch(
     rank, team, counter, work, layer, begin, end, past, spans, cache, own_keys, own_values,
-    queries, keys, values, top, total, acc,
+    kept, query_items, queries, keys, values, top, total, acc,
 ):  # fmt: skip
     """Fold tokens begin .. end - 1 (begin a multiple of BLOCK) into every row that sees them.
 
     work      int64 [1], zero: the next item
     spans     int64 [3]: P, the end of the first tokens in full, the beginning of the ring (the last two if QUANTISED)
     own_*     uint16 [G, T, D], rotated as the cache's;  queries uint16 [G, rows, D]
+    kept      uint8 [G, query blocks, past blocks]: which blocks wholly in the past are attended to by the rows of
+              query_items items; [0, 0, 0] for all
     keys, values  int32 [G, a stretch * D / 2], to work in
     top, total, acc  float32 [G, rows], [G, rows, LANES], [G, rows, D]: the running softmax; at first -3e38, 0, 0
     """
     heads, rows = queries.shape[0], queries.shape[1]
     tokens = own_keys.shape[1]
     blocks = (end - begin + BLOCK - 1) // BLOCK
-    parts = cache
+    whole_past = past // BLOCK if kept.shape[0] else 0  # blocks before this one may be left out
     gathered = np.empty((BLOCK, SIZE), dtype=np.uint16)
     laid = SIZE // 2 * BLOCK
     for index in range(rank, heads * blocks, team):
         head, block = index // blocks, index % blocks
         at, which = begin + block * BLOCK, layer * heads + head
-        gather_block(which, head, at, past, end, spans, parts[0], parts[1], parts[4], parts[6], own_keys, gathered)
-        lay_keys(gathered, keys[head, block * laid : (block + 1) * laid])
-        gather_block(which, head, at, past, end, spans, parts[2], parts[3], parts[5], parts[7], own_values, gathered)
-        lay_values(gathered, values[head, block * laid : (block + 1) * laid])
+        if at // BLOCK < whole_past and not kept[head, :, at // BLOCK].any():
+            continue
+        place = slice(block * laid, (block + 1) * laid)
+        lay_block(
+            which, head, at, past, end, spans, cache[0], cache[1], cache[4], cache[6], own_keys, gathered, 0,
+            keys[head, place],
+        )  # fmt: skip
+        lay_block(
+            which, head, at, past, end, spans, cache[2], cache[3], cache[5], cache[7], own_values, gathered, 1,
+            values[head, place],
+        )  # fmt: skip
     meet(counter, team)
     limits = np.empty(TILE_ROWS, dtype=np.int32)
     weights = np.empty((TILE_ROWS, BLOCK), dtype=np.uint16)
@@ -119,6 +137,8 @@ def fold_stretch(
         last_row = min(first_row + item_rows, rows)
         for block in range(blocks):
             at = begin + block * BLOCK
+            if at // BLOCK < whole_past and not kept[head, first_row // (item_rows * query_items), at // BLOCK]:
+                continue
             for row in range(first_row, last_row, TILE_ROWS):
                 sees_first = past + min(row // HEADS, tokens - 1)  # the last key of the tile's first row
                 sees_last = past + min((row + TILE_ROWS - 1) // HEADS, tokens - 1)
@@ -134,3 +154,97 @@ def fold_stretch(
                         SIZE, 1, scale, queries[head], row, keys[head], values[head], block,
                         limits, weights, top[head], total[head], acc[head],
                     )  # fmt: skip
+
+
+def weigh_stretch(
+    rank, team, counter, work, layer, begin, end, past, spans, cache, own_keys,
+    places, queries, keys, top, total,
+):  # fmt: skip
+    """How much every block of a stretch weighs for sampled queries.
+
+    places   int64 [rows]: which new token each row is of;  queries  uint16 [G, rows, D], rows whole tiles
+    top, total  float32 [G, rows, blocks of the whole]: `weigh_tile`'s, 2 ** -inf where a block is not seen
+    The rest as in `fold_stretch`.
+    """
+    heads, rows = queries.shape[0], queries.shape[1]
+    blocks = (end - begin + BLOCK - 1) // BLOCK
+    gathered = np.empty((BLOCK, SIZE), dtype=np.uint16)
+    limits = np.empty(TILE_ROWS, dtype=np.int32)
+    scale = np.float32(1.4426950408889634 / np.sqrt(SIZE))
+    while True:
+        index = arrive(work)
+        if index >= heads * blocks:
+            break
+        head, block = index // blocks, index % blocks
+        at, column = begin + block * BLOCK, begin // BLOCK + block
+        lay_block(
+            layer * heads + head, head, at, past, end, spans, cache[0], cache[1], cache[4], cache[6], own_keys,
+            gathered, 0, keys[rank],
+        )  # fmt: skip
+        for row in range(0, rows, TILE_ROWS):
+            least = past + places[row]
+            for r in range(1, TILE_ROWS):
+                least = min(least, past + places[row + r])
+            if least >= at + BLOCK - 1:
+                weigh_tile(SIZE, 0, scale, queries[head], row, keys[rank], 0, limits, top[head], total[head], column)
+            else:
+                for r in range(TILE_ROWS):
+                    limits[r] = past + places[row + r] + 1 - at
+                weigh_tile(SIZE, 1, scale, queries[head], row, keys[rank], 0, limits, top[head], total[head], column)
+
+
+def choose_blocks(rank, team, counter, past, mass, samples, top, total, kept, kept_share):
+    """Choose, for the rows of each query block, the fewest blocks of the past that hold a share `mass` of the attention
+    of the samples, on average; what is not past is all kept.
+
+    samples  rows of each query block in top and total; the last `HEADS` of them only measure
+    kept     uint8 [G, query blocks, past blocks], written;  kept_share  float64 [G, query blocks], written: the share
+             of the measuring rows' attention that the choice holds
+    """
+    heads, queries, past_blocks = kept.shape
+    blocks = top.shape[2]
+    weight = np.empty(blocks, dtype=np.float32)
+    mean = np.empty(past_blocks, dtype=np.float32)
+    for index in range(rank, heads * queries, team):
+        head, query = index // queries, index % queries
+        mean[:] = np.float32(0)
+        own = np.float32(0)
+        choosing = samples - HEADS
+        for sample in range(choosing):
+            row_mass(top[head, query * samples + sample], total[head, query * samples + sample], weight)
+            for block in range(past_blocks):
+                mean[block] += weight[block]
+            own += weight[past_blocks:].sum()
+        mean /= np.float32(choosing)
+        need = np.float32(mass) - own / np.float32(choosing) - mean[0]
+        # The threshold whose blocks hold what is needed, by halving: no sorting of thousands of blocks.
+        low, high = np.float32(0), np.float32(1)
+        for _ in range(24):
+            middle = np.float32(0.5) * (low + high)
+            held = np.float32(0)
+            for block in range(1, past_blocks):
+                held += mean[block] if mean[block] >= middle else np.float32(0)
+            if held >= need:
+                low = middle
+            else:
+                high = middle
+        for block in range(past_blocks):
+            kept[head, query, block] = block == 0 or (mean[block] >= low if need > 0 else False)
+        share = 0.0
+        for sample in range(choosing, samples):
+            row_mass(top[head, query * samples + sample], total[head, query * samples + sample], weight)
+            share += weight[past_blocks:].sum()
+            for block in range(past_blocks):
+                share += weight[block] * kept[head, query, block]
+        kept_share[head, query] = share / HEADS
+
+
+def row_mass(top, total, weight):
+    """Each block's share of one row's attention."""
+    highest = top.max()
+    whole = np.float32(0)
+    for block in range(top.size):
+        weight[block] = total[block] * np.exp2(max(top[block] - highest, np.float32(-126.0)))
+        whole += weight[block]
+    for block in range(top.size):
+        weight[block] /= whole

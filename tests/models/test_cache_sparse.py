@@ -1,0 +1,122 @@
+"""Block-sparse reading against exact attention: the dial, the measured share, chunks and formats."""
+
+import pytest
+import torch
+
+from longverse import UserError
+from longverse.models import kernels, sparse
+from longverse.models.attention import reference_attention
+from longverse.models.cache import KVCache
+from longverse.models.compiled import compiled_fits
+from longverse.models.sparse import Sparse
+
+GROUP, SIZE, TOTAL = 3, 64, 1500
+
+
+def heaped(seed: int = 0, heads: int = 2, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """q, k, v [1, heads, TOTAL, SIZE] whose attention is heaped up in places, as that of real text is: tokens of the
+    same subject point the same way, and subjects come in runs."""
+    generator = torch.Generator().manual_seed(seed)
+    subjects = torch.randn(12, SIZE, generator=generator)
+    of_token = torch.randint(0, 12, (TOTAL // 50,), generator=generator).repeat_interleave(50)
+
+    def draw(heads: int, pull: float) -> torch.Tensor:
+        x = torch.randn(1, heads, TOTAL, SIZE, generator=generator)
+        return (x + pull * subjects[of_token]).to(dtype)
+
+    return draw(heads * GROUP, 1.2), draw(heads, 1.2), draw(heads, 0.5)
+
+
+def read(
+    cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the cache gives and the exact result for the last chunk."""
+    for tokens in chunks:
+        begin, end = cache.length, cache.length + tokens
+        mixed = cache.attend(0, q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end])
+        cache.advance(tokens)
+    return mixed.float(), reference_attention(q[:, :, begin:end].float(), k[:, :, :end], v[:, :, :end])
+
+
+def error(mixed: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((mixed - exact).norm() / exact.norm()).item()
+
+
+CHUNKS = [(700, 500, 300), (1100, 400), (333, 333, 333)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("format", ["full", "int4"])
+def test_the_whole_mass_is_exact_attention(format: str, chunks: tuple[int, ...], dtype: torch.dtype) -> None:
+    q, k, v = heaped(dtype=dtype)
+    plain, cache = (KVCache(1, 2, SIZE, TOTAL, dtype, format=format) for _ in range(2))
+    cache.sparse = Sparse(mass=1.0)
+    all_kept, _ = read(cache, q, k, v, chunks)
+    exact, _ = read(plain, q, k, v, chunks)
+    assert cache.sparse.density > 0.98  # rounding may call a block's mass nothing
+    assert cache.sparse.mass_kept == pytest.approx(1.0, abs=1e-3)
+    assert error(all_kept, exact) < (2e-4 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("path", ["compiled", "torch"])
+@pytest.mark.parametrize("format", ["full", "int8", "int4"])
+def test_the_dial_trades_blocks_for_mass(format: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.bfloat16 if path == "compiled" else torch.float32
+    q, k, v = heaped(dtype=dtype)
+    if path == "compiled" and not compiled_fits(q):
+        pytest.skip("this processor has no bfloat16 pair products")
+    monkeypatch.setattr(sparse, "STRETCH", 256)
+    monkeypatch.setattr("longverse.models.kernels.chunk.BUFFER", 1 << 17)
+    results = {}
+    for mass in (0.5, 0.8, 0.95):
+        cache = KVCache(1, 2, SIZE, TOTAL, dtype, format=format)
+        cache.sparse = Sparse(mass=mass)
+        mixed, exact = read(cache, q, k, v, (700, 500, 300))
+        results[mass] = (cache.sparse.density, cache.sparse.mass_kept, error(mixed, exact))
+        assert cache.sparse.mass_kept == pytest.approx(max(mass, results[0.5][1]), abs=0.06)
+    densities, shares, errors = zip(*(results[mass] for mass in (0.5, 0.8, 0.95)), strict=True)
+    assert densities[0] < densities[1] < densities[2] < 0.8
+    assert shares[0] < shares[1] < shares[2]
+    assert errors[0] > errors[2]
+    assert errors[2] < 0.25
+
+
+def test_the_compiled_choice_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = heaped(dtype=torch.bfloat16)
+    if not compiled_fits(q):
+        pytest.skip("this processor has no bfloat16 pair products")
+    found = []
+    for stop in (False, True):
+        if stop:
+            monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
+        cache = KVCache(1, 2, SIZE, TOTAL, torch.bfloat16)
+        cache.sparse = Sparse(mass=0.9)
+        mixed, _ = read(cache, q, k, v, (700, 500, 300))
+        found.append((mixed, cache.sparse))
+    (ours, compiled), (theirs, plain) = found
+    assert compiled.blocks_all == plain.blocks_all
+    assert abs(compiled.blocks_kept - plain.blocks_kept) <= 0.01 * plain.blocks_all  # ties fall either way
+    assert compiled.mass_kept == pytest.approx(plain.mass_kept, abs=2e-3)
+    assert error(ours, theirs) < 0.02
+
+
+def test_short_chunks_and_single_tokens_are_exact() -> None:
+    q, k, v = heaped()
+    cache = KVCache(1, 2, SIZE, TOTAL, torch.float32)
+    cache.sparse = Sparse(mass=0.3)
+    read(cache, q, k, v, (700, 400))
+    kept = cache.sparse.blocks_all
+    for tokens in (1, 200):
+        begin, end = cache.length, cache.length + tokens
+        mixed = cache.attend(0, q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end])
+        cache.advance(tokens)
+        exact = reference_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end])
+        torch.testing.assert_close(mixed, exact, rtol=1e-4, atol=1e-4)
+    assert cache.sparse.blocks_all == kept
+
+
+def test_a_dial_out_of_range_is_refused() -> None:
+    for mass in (0, 1.5):
+        with pytest.raises(UserError, match=r"choose one above 0, up to 1"):
+            Sparse(mass=mass)
