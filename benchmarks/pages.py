@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distance 512": {"distance": 512},
     "distance 3,072": {"distance": 3072},
 }
-MODES = {"facts": 5, "several": 4, "hop": 4}  # mode and facts a document
+MODES = {"facts": 16, "several": 4, "hop": 9}  # mode and facts a document
 NEW_TOKENS = {"facts": 24, "several": 64, "hop": 24}
 
 

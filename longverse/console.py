@@ -185,7 +185,8 @@ def figures(stats: "Stats") -> str:
     elif stats.finish_reason == "cancelled":
         writing += " (stopped)"
     memory = f"memory {stats.peak_memory_bytes / 2**30:.1f} GiB at most"
-    return " · ".join((reading, writing, memory, f"attention {stats.attention}"))
+    rounded = () if stats.weights == "full" else (f"weights {stats.weights}",)  # what the answer was written with
+    return " · ".join((reading, writing, memory, f"attention {stats.attention}", *rounded))
 
 
 def stats_record(stats: "Stats") -> dict[str, object]:

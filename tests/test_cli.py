@@ -456,8 +456,8 @@ def test_what_the_end_of_input_leaves_unfinished_is_sent(
 def test_an_empty_answer_is_said_and_its_message_taken_back(
     run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def nothing(self: Session, ids: list[int], *_: object, **__: object) -> Iterator[str]:
-        self.stats = Stats(len(ids), 0, 0, 0.1, 0.1, 0, "exact", "stop")
+    def nothing(self: Session, prompt_ids: list[int], *_: object, **__: object) -> Iterator[str]:
+        self.stats = Stats(len(prompt_ids), attention="exact", finish_reason="stop")
         yield "\n"
 
     monkeypatch.setattr(Session, "stream", nothing)
@@ -615,7 +615,7 @@ def test_smol_interrupted_while_writing() -> None:
 def test_a_long_document_is_refused_by_smol_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("The mill stands in the town. " * 1500)
-    done = subprocess_run("ask", str(path), "Where?")
+    done = subprocess_run("ask", str(path), "Where?", "--attention", "exact")
     assert done.returncode == 2
     assert "smol reads 8,192" in done.stderr
     assert done.stdout == ""

@@ -26,12 +26,13 @@ def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_figures_say_what_was_read_and_reused() -> None:
-    stats = Stats(1200, 1000, 11, 0.5, 2.0, 2**30, "exact", "length")
+    stats = Stats(1200, 1000, 11, 0.5, 2.0, 2**30, attention="exact", weights="int4", finish_reason="length")
     line = console.figures(stats)
     assert "read 200 tokens (1,000 reused) in 0.5 s, 400 tok/s" in line
     assert "wrote 11, 5.0 tok/s (cut at --max-new-tokens)" in line
     assert "memory 1.0 GiB" in line
-    assert line.endswith("attention exact")
+    assert line.endswith("attention exact · weights int4")
+    assert "weights" not in console.figures(Stats(attention="exact"))
     assert console.stats_record(stats)["reused_tokens"] == 1000
 
 

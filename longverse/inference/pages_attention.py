@@ -9,8 +9,8 @@ the softmax, is taken off first.
 import torch
 from torch import Tensor
 
-from ..models.attention import chunk_attention
 from ..models.checkpoint import cpu_has_bfloat16
+from ..models.compiled import attend_chunk
 
 BLOCK = 128  # queries of one head at once
 
@@ -19,10 +19,10 @@ def read_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention aligned to the lower right: q [1, H, T, D], k, v [1, G, S, D] -> [1, H, T, D].
 
     bfloat16 on a CPU that has instructions for it goes through blocked products, within bfloat16's own error (scores
-    and weights are rounded to it); all else through chunk_attention.
+    and weights are rounded to it); all else through attend_chunk.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] < BLOCK or not cpu_has_bfloat16():
-        return chunk_attention(q, k, v)
+        return attend_chunk(q, k, v)
     _, heads, new, size = q.shape
     groups, seen = k.shape[1], k.shape[2]
     share, past = heads // groups, seen - new

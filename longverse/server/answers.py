@@ -281,6 +281,8 @@ def timings(stats: Stats) -> dict[str, Any]:
         "predicted_per_token_ms": round(write_ms / written, 4) if written else 0.0,
         "predicted_per_second": round(stats.decode_rate, 2),
         "attention": stats.attention,
+        "cache": stats.cache,
+        "weights": stats.weights,
     }
 
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from longverse import UserError
 from longverse.models import cache as cache_module
 from longverse.models import kernels
-from longverse.models.attention import chunk_attention, reference_attention
+from longverse.models.attention import reference_attention
 from longverse.models.cache import FIRST, RECENT, KVCache
+from longverse.models.compiled import attend_chunk
 from longverse.models.packing import Packing, hadamard
 
 # Relative error of an attention over independent normal keys and values, by format: the rounding of one value, as all
@@ -104,7 +105,7 @@ def test_chunks_of_a_plain_past_go_through_the_same_kernel() -> None:
     q, k, v = (torch.randn(1, heads, 333, 64, generator=generator).bfloat16() for heads in (6, 2, 2))
     for new in (333, 100, 2):
         expected = reference_attention(q[:, :, -new:].float(), k, v)
-        mixed = chunk_attention(q[:, :, -new:], k, v).float()
+        mixed = attend_chunk(q[:, :, -new:], k, v).float()
         assert ((mixed - expected).norm() / expected.norm()).item() < 0.004
 
 

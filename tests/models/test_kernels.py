@@ -92,11 +92,14 @@ def test_auto_takes_int4_only_for_weights_that_were_four_bit() -> None:
     from longverse.models.kernels.decoder import COPY_LIMIT, Decoder, settled
 
     network = random_network(tiny_config())
+    assert settled(network, "auto") == "full"  # in float32
+    network = network.bfloat16()
     assert settled(network, "auto") == "int8"
     for module in network.modules():
         if isinstance(module, torch.nn.Linear):
             packing = Packing("int4", module.weight.shape[1], 32)
-            module.weight.data = packing.dequantize(*packing.quantize(module.weight.data), torch.float32)
+            rows = packing.dequantize(*packing.quantize(module.weight.data.float()), torch.float32)
+            module.weight.data = rows.bfloat16()
     assert settled(network, "auto") == "int4"
     assert COPY_LIMIT >= 1 << 30
     assert Decoder.of(random_network(tiny_config(hidden_size=40)), "full") is None

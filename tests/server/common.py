@@ -53,7 +53,7 @@ def save_model(folder: Path, window: int = 2048, **changes: Any) -> Path:
 
 
 def load(folder: Path) -> Engine:
-    return Engine.load(str(folder), dtype="float32", device="cpu")
+    return Engine.load(str(folder), dtype="float32", device="cpu", weights="full")
 
 
 class Running:
