@@ -118,5 +118,5 @@ def test_short_chunks_and_single_tokens_are_exact() -> None:
 
 def test_a_dial_out_of_range_is_refused() -> None:
     for mass in (0, 1.5):
-        with pytest.raises(UserError, match=r"choose one above 0, up to 1"):
+        with pytest.raises(UserError, match=r"choose one above 0 and up to 1"):
             Sparse(mass=mass)
