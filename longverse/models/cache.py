@@ -119,7 +119,7 @@ class KVCache:
             self._written.add(layer)
             if one:
                 return one.attend(layer, q, self.spans(end))
-            if sparse is not None or (new > 1 and compiled_fits(q)):
+            if sparse is not None or (new > 1 and self._compiled(q)):
                 return self._attend_chunk(layer, q, k, v, sparse)
             return chunk_attention(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
         rotated, k, v = (self.packing.rotate(x) for x in (q, k, v))
@@ -129,7 +129,7 @@ class KVCache:
                 return one.attend(layer, q, self.spans(end))
             return self.packing.rotate(self._attend_past(layer, rotated, end)[0])
         # The chunk itself is attended in full, and the ring is read before it is written.
-        if sparse is not None or compiled_fits(rotated):
+        if sparse is not None or self._compiled(rotated):
             mixed = self._attend_chunk(layer, rotated, k, v, sparse)
         else:
             mixed, weight = causal_attention(rotated, k, v)
@@ -270,7 +270,7 @@ class KVCache:
 
     def _attend_chunk(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sparse: Sparse | None) -> Tensor:
         """q [1, H, T, D] over the tokens held and k, v [1, G, T, D], all rotated; sparsely, or by the CPU kernel."""
-        if compiled_fits(q):
+        if self._compiled(q):
             from .kernels import chunk
 
             return chunk.attend_cache(self, layer, q, k, v, sparse)
@@ -282,6 +282,10 @@ class KVCache:
         if self.packing is None:
             return self.keys[layer, :, :, begin:end], self.values[layer, :, :, begin:end]
         return self._rotated("key", layer, begin, end), self._rotated("value", layer, begin, end)
+
+    def _compiled(self, q: Tensor) -> bool:
+        """Whether the CPU kernel for many queries runs for this cache's layout, too."""
+        return compiled_fits(q) and self._kernel(q.shape[1]) is not None
 
     def _kernel(self, heads: int) -> Any:
         """The CPU kernel for one query of `heads` heads, or None where it cannot run."""

@@ -221,3 +221,9 @@ def test_mistakes_are_one_sentence() -> None:
     run.read(4)
     with pytest.raises(UserError, match="would hold 6 tokens and was planned for 5"):
         run.read(2)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_heads_too_small_for_a_kernel_are_read_by_torch(size: int) -> None:
+    run = Run("int4", 3, 2, size, 80, torch.bfloat16)
+    assert max(run.read(tokens) for tokens in (30, 1, 40, 1)) < ALLOWED["int4"]

@@ -133,3 +133,12 @@ def test_the_engine_says_what_wrote_the_answer(monkeypatch: pytest.MonkeyPatch, 
 def test_no_start_pays_for_kernels_it_does_not_use() -> None:
     code = "import sys, longverse.inference.engine; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["full", "int8"])
+def test_rounded_weights_over_float32_stay_near_the_network(weights: str, format: str) -> None:
+    theirs, ours = both(random_network(tiny_config()), weights, format)
+    assert torch.isfinite(ours).all()
+    assert (ours - theirs).norm() < {"int8": 0.05, "int4": 0.5}[weights] * theirs.norm()
