@@ -102,6 +102,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", help="Instructions that stand before the conversation.")
     ] = None,
+    attention: commands_store.Attention = "auto",
     rope: Rope = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -125,7 +126,7 @@ def chat(
     documents = read_documents(files, quiet=quiet) if files else []
     settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     engine = load_engine(model, dtype, device, rope, quiet)
-    Chat(engine, settings, system=system, quiet=quiet).run(documents)
+    Chat(engine, settings, system=system, attention=attention, quiet=quiet).run(documents)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import commands_cite, console
+from .commands_store import PAST_THE_WINDOW, choose_attention
 from .documents.reader import Document, read, read_many
 from .errors import UserError, expand
 
@@ -37,8 +38,13 @@ STEP = 4096  # tokens: a session is planned for a multiple of it, so that it sel
 class Chat:
     """One conversation. `messages` are what the model sees; a document stands in the message it was read for."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, *, system: str | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, sampling: Sampling, *, system: str | None = None, attention: str = "auto",
+        quiet: bool = False,
+    ) -> None:  # fmt: skip
         self.engine, self.sampling, self.system, self.quiet = engine, sampling, system, quiet
+        choose_attention(engine, 0, attention)  # a name that does not exist is refused at once
+        self.attention = attention
         self.interactive = sys.stdin.isatty()
         self.session: Session | None = None
         self.messages: list[dict[str, str]] = []
@@ -269,6 +275,9 @@ class Chat:
             return
         held = len(self.session.tokens)
         self.say(console.figures(self.session.stats))
+        if self.session.attention == "pages":
+            self.say(f"{held:,} tokens are read, by pages.")
+            return
         self.say(f"{held:,} of {self.engine.window:,} tokens of the window in use ({held / self.engine.window:.0%})")
 
     # ---- answers ----------------------------------------------------------------------------------------
@@ -279,10 +288,11 @@ class Chat:
         return "\n\n".join([*parts, text])
 
     def fitting(self, messages: list[dict[str, str]], what: str) -> list[int]:
-        """The prompt's ids. Raises UserError with the numbers when prompt and answer exceed the window."""
+        """The prompt's ids. Raises UserError with the numbers when prompt and answer exceed the window and no attention
+        was allowed that reads past it."""
         ids = self.engine.chat.encode(messages)
         room = self.sampling.max_new_tokens
-        if len(ids) + room > self.engine.window:
+        if self.attention not in PAST_THE_WINDOW and len(ids) + room > self.engine.window:
             raise UserError(
                 f"With {what} the conversation has {len(ids):,} tokens and the answer may take {room:,}, which is more"
                 f" than the {self.engine.window:,} that {self.engine.name} reads: /reset begins anew, or shorten it."
@@ -329,9 +339,12 @@ class Chat:
         """The running session while `tokens` fit its plan, else a roomier one that reads the conversation anew."""
         if self.session is None or self.session.planned_tokens < tokens:
             again = self.session is not None
-            planned = min(self.engine.window, -(-2 * tokens // STEP) * STEP)
+            attention = choose_attention(self.engine, tokens, self.attention, quiet=self.quiet)
+            planned = -(-2 * tokens // STEP) * STEP
+            if attention != "pages":
+                planned = min(self.engine.window, planned)
             self.session = None  # its cache goes before the next one comes
-            self.session = self.engine.session(planned)
+            self.session = self.engine.session(planned, attention=attention)
             if again:
                 self.say(f"The conversation outgrew its plan; it is read anew, with room for {planned:,} tokens.")
         return self.session

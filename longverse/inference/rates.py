@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ class _Bench:
             return q
 
         worked, passed = time.process_time(), time.perf_counter()
-        seconds = _best(lambda: network.model(chunk, positions, CHUNK, nothing))
+        seconds = _typical(lambda: network.model(chunk, positions, CHUNK, nothing))
         self.worked += time.process_time() - worked
         self.passed += time.perf_counter() - passed
         return 2.0 * self.shape.layers * self.shape.layer_weights * CHUNK / seconds
@@ -165,7 +166,7 @@ class _Bench:
             cache.attend(0, q, k, k)
 
         pairs = CHUNK * PAST + CHUNK * (CHUNK + 1) / 2
-        return 4.0 * shape.heads * shape.head_dim * pairs / _best(chunk)
+        return 4.0 * shape.heads * shape.head_dim * pairs / _typical(chunk)
 
     def weights(self, form: str) -> float | None:
         """Bytes of weights a second while one token is written."""
@@ -203,7 +204,7 @@ class _Bench:
             if decoder is None or decoder.step(5, cache) is None:
                 network.lm_head(network.model(token, position, cache.rope_length, cache.attend))
 
-        return _best(step)
+        return _typical(step)
 
     def _cache(self, form: str, layers: int) -> KVCache:
         shape = self.shape
@@ -216,17 +217,17 @@ class _Bench:
         return cache
 
 
-def _best(work: Callable[[], Any]) -> float:
-    """Seconds of the fastest of several calls: other programs only ever make one slower."""
+def _typical(work: Callable[[], Any]) -> float:
+    """Seconds of a call, the median of several: a plan is for runs as they usually go, not for the luckiest one."""
     work()
-    best, begun = float("inf"), time.perf_counter()
-    while True:
+    taken: list[float] = []
+    while len(taken) < 3 or sum(taken) < SECONDS:
         start = time.perf_counter()
         work()
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now - begun > SECONDS:
-            return best
+        taken.append(time.perf_counter() - start)
+        if sum(taken) > 5 * SECONDS:
+            break
+    return median(taken)
 
 
 # ---- kept figures --------------------------------------------------------------------------------------------

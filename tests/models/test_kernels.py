@@ -1,5 +1,6 @@
 """The compiled decoder against the network it stands for, and the choice of what it computes with."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -142,3 +143,22 @@ def test_rounded_weights_over_float32_stay_near_the_network(weights: str, format
     theirs, ours = both(random_network(tiny_config()), weights, format)
     assert torch.isfinite(ours).all()
     assert (ours - theirs).norm() < {"int8": 0.05, "int4": 0.5}[weights] * theirs.norm()
+
+
+@needs_kernels
+def test_kernels_kept_on_disk_do_not_run_with_anothers_constants(tmp_path: Any) -> None:
+    """Compiled in processes of their own, then loaded into one: the linker must not mix their pieces."""
+    script = (
+        "import sys, torch\n"
+        "from tests.models.test_kernels import both\n"
+        "from tests.helpers import random_network, tiny_config\n"
+        "for weights in sys.argv[1:]:\n"
+        "    theirs, ours = both(random_network(tiny_config(num_hidden_layers=1)), weights, threads=1)\n"
+        "    assert (ours - theirs).norm() < 0.3 * theirs.norm(), weights\n"
+    )
+    environment = {**os.environ, "LONGVERSE_CACHE": str(tmp_path)}
+    for order in (["int8"], ["int4"], ["full"], ["int4", "full", "int8"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *order], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-500:]

@@ -11,6 +11,7 @@ import os
 import threading
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -43,22 +44,31 @@ def meet(counter: np.ndarray, team: int) -> None:
 def specialise(function: Callable[..., Any], name: str = "", **bound: Any) -> Callable[..., Any]:
     """Compile `function` with some of its global names bound to constants or to other compiled functions.
 
-    The constants shape the machine code: loops of known length, no branches for what a model has not. With a `name`,
-    which must tell the constants apart, the code is kept on disk for later starts; only what Python calls needs one.
+    The constants shape the machine code: loops of known length, no branches for what a model has not. With a `name`
+    the code is kept on disk for later starts; only what Python calls needs one.
+
+    Every function's name ends in a digest of what it was bound to. numba tells functions apart by name and a count
+    within the process, and code from the disk brings the count of the process that compiled it: of two pieces with one
+    name and one count the linker would take either, and a kernel would run with another's constants.
     """
     copy = types.FunctionType(function.__code__, {**function.__globals__, **bound}, function.__name__)
+    copy.__qualname__ = f"{name or function.__name__}_{_digest(bound)}"
     options = {"nogil": True, "fastmath": True, "error_model": "numpy"}
     if name:
-        copy.__qualname__ = name
         with _placing:
             before, config.CACHE_DIR = config.CACHE_DIR, config.CACHE_DIR or str(_code_folder())
             try:
-                return njit(cache=True, **options)(copy)
-            except RuntimeError:  # no folder can be written: it is compiled at every start
-                pass
+                with suppress(RuntimeError):  # no folder can be written: it is compiled at every start
+                    return njit(cache=True, **options)(copy)
             finally:
                 config.CACHE_DIR = before
     return njit(**options)(copy)
+
+
+def _digest(bound: dict[str, Any]) -> str:
+    """12 hex digits of constants and of the names, which hold their own digests, of bound functions."""
+    parts = {key: getattr(getattr(value, "py_func", value), "__qualname__", value) for key, value in bound.items()}
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:12]
 
 
 @lru_cache(maxsize=1)
