@@ -14,6 +14,7 @@ fit is refused with the numbers (UserError), before anything is read.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .documents import ask as asking
 from .documents.citations import Citation, Cited
@@ -85,10 +86,8 @@ class Reading:
         sampling     how it is drawn; the likeliest words when left out. Its max_new_tokens holds then
         on_progress  called with the tokens of the prompt that are read and all of them
         """
-        for _ in self.stream(
-            question, max_new_tokens=max_new_tokens, cite=cite, sampling=sampling, on_progress=on_progress
-        ):
-            pass
+        options: dict[str, Any] = {"cite": cite, "sampling": sampling, "on_progress": on_progress}
+        "".join(self.stream(question, max_new_tokens=max_new_tokens, **options))
         assert self.answer is not None
         return self.answer
 

@@ -28,24 +28,7 @@ from . import (
     console,
 )
 from .commands_ask import ask, summarize
-from .commands_common import (
-    AsJson,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    MinP,
-    Model,
-    Penalty,
-    Quiet,
-    Rope,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    load_engine,
-    make_sampling,
-)  # fmt: skip
+from .commands_common import AsJson, Drawing, Loading, Quiet, with_options
 from .errors import UserError
 
 # typer carries click inside itself and names few of its exceptions; this is the base of all wrong options.
@@ -88,24 +71,15 @@ app.command()(summarize)
 
 
 @app.command()
+@with_options()
 def chat(
     files: Annotated[list[str] | None, typer.Argument(help="Documents, or folders of them, to talk about.")] = None,
-    model: Model = "smol",
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
+    loading: Loading = Loading(),
+    drawing: Drawing = Drawing(max_new_tokens=512),
     system: Annotated[
         str | None, typer.Option("--system", help="Instructions that stand before the conversation.")
     ] = None,
     attention: commands_store.Attention = "auto",
-    rope: Rope = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Talk with a model, turn by turn; /help lists the commands inside.
@@ -124,27 +98,18 @@ def chat(
     if "-" in (files or ()):
         raise UserError("The chat reads your turns from standard input, so the document must be a file.")
     documents = read_documents(files, quiet=quiet) if files else []
-    settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    engine = load_engine(model, dtype, device, rope, quiet)
+    settings = drawing.sampling()
+    engine = loading.engine(quiet)
     Chat(engine, settings, system=system, attention=attention, quiet=quiet).run(documents)
 
 
 @app.command()
+@with_options()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue, or - for standard input.")],
     as_chat: Annotated[bool, typer.Option("--chat", help="Send it as a message in the model's chat format.")] = False,
-    model: Model = "smol",
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
-    rope: Rope = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    loading: Loading = Loading(),
+    drawing: Drawing = Drawing(max_new_tokens=128),
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -162,16 +127,17 @@ def generate(
         prompt = read("-").text
     if not prompt:
         raise UserError("The prompt is empty: give a text to continue.")
-    settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    engine = load_engine(model, dtype, device, rope, quiet)
+    settings = drawing.sampling()
+    engine = loading.engine(quiet)
     ids = engine.chat.encode([{"role": "user", "content": prompt}]) if as_chat else engine.tokenizer.encode(prompt)
-    if len(ids) + max_new_tokens > engine.window:
+    planned = len(ids) + drawing.max_new_tokens
+    if planned > engine.window:
         raise UserError(
-            f"The prompt has {len(ids):,} tokens, with {max_new_tokens:,} for the answer {len(ids) + max_new_tokens:,},"
-            f" and {engine.name} reads {engine.window:,}: shorten it, lower --max-new-tokens or choose a model with a"
+            f"The prompt has {len(ids):,} tokens, with {drawing.max_new_tokens:,} for the answer {planned:,}, and"
+            f" {engine.name} reads {engine.window:,}: shorten it, lower --max-new-tokens or choose a model with a"
             " larger window."
         )
-    session = engine.session(len(ids) + max_new_tokens)
+    session = engine.session(planned)
     text = ""
     with console.Task("Reading the prompt", quiet=quiet) as task:
         for piece in session.stream(ids, settings, on_progress=task):
@@ -249,8 +215,9 @@ def rope(
 
 
 @app.command()
+@with_options()
 def demo(
-    model: Model = "smol",
+    loading: Loading = Loading(),
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed writes another report.")] = 1,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1000, help="How long the report is at least, in tokens.")
@@ -258,9 +225,6 @@ def demo(
     questions: Annotated[int, typer.Option("--questions", min=1, max=100, help="How many questions to ask.")] = 10,
     language: Annotated[str, typer.Option("--language", help="en or zh; smol speaks English only.")] = "en",
     folder: Annotated[Path, typer.Option("--folder", help="Where the report is written.")] = Path("."),
-    rope: Rope = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -278,7 +242,7 @@ def demo(
     from .commands_demo import check, run
 
     check(folder, language)
-    engine = load_engine(model, dtype, device, rope, quiet)
+    engine = loading.engine(quiet)
     run(engine, seed, tokens, questions, language, folder, as_json=as_json, quiet=quiet)
 
 

@@ -16,24 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import commands_cite, console
-from .commands_common import (
-    AsJson,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    MinP,
-    Model,
-    Penalty,
-    Quiet,
-    Rope,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    load_engine,
-    make_sampling,
-)
+from .commands_common import AsJson, Drawing, Loading, Quiet, with_options
 from .commands_store import PAST_THE_WINDOW, Attention, CacheFormat
 from .errors import UserError
 
@@ -54,6 +37,7 @@ Cite = Annotated[
 ]
 
 
+@with_options()
 def ask(
     file: Annotated[
         str, typer.Argument(help="PDF, DOCX, EPUB, HTML, Markdown, CSV, code, text; a folder; - for standard input.")
@@ -61,25 +45,15 @@ def ask(
     questions: Annotated[
         list[str], typer.Argument(help="One or more questions, in quotes; more files may stand before them.")
     ],
-    model: Model = "smol",
+    loading: Loading = Loading(),
     cite: Cite = "auto",
     select: Annotated[
         bool, typer.Option("--select", help="Answer from the passages that BM25 finds, not from the whole.")
     ] = False,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
+    drawing: Drawing = Drawing(),
     system: Annotated[str | None, typer.Option("--system", help="Other instructions than the built-in ones.")] = None,
     cache: CacheFormat = "auto",
     attention: Attention = "auto",
-    rope: Rope = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -100,24 +74,24 @@ def ask(
     """
     files, asked = split_arguments(file, questions)
     documents = read_documents(files, quiet=quiet)
-    settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    engine = load_engine(model, dtype, device, rope, quiet)
+    settings = drawing.sampling()
+    engine = loading.engine(quiet)
     from .documents.ask import prepare, way_for
 
     way = way_for(engine, cite)
-    if way == "attention" and cite == "auto" and not stop:  # small models do not know when to end
+    if way == "attention" and cite == "auto" and not drawing.stop:  # small models do not know when to end
         settings = replace(settings, stop=("\n\n",))
     if select:
         from .documents.select import prepare_selected
 
-        prompts, selections = prepare_selected(engine, documents, asked, max_new_tokens, system=system)
+        prompts, selections = prepare_selected(engine, documents, asked, settings.max_new_tokens, system=system)
         for question, selection in zip(asked, selections, strict=True):
             about = f"For “{question}”: read" if len(asked) > 1 else "Read"
             console.note(f"{about} {selection.tokens:,} tokens of {selection.pages(prompts.index)}.", quiet=quiet)
         read = [selection.pages(prompts.index) for selection in selections]
     else:
         prompts = prepare(
-            engine, documents, asked, max_new_tokens, system=system, numbered=way == "numbers",
+            engine, documents, asked, settings.max_new_tokens, system=system, numbered=way == "numbers",
             limited=attention not in PAST_THE_WINDOW,
         )  # fmt: skip
         read = []
@@ -230,23 +204,14 @@ def _about(document: Document) -> dict[str, object]:
     }  # fmt: skip
 
 
+@with_options()
 def summarize(
     file: Annotated[str, typer.Argument(help="A document, or - for standard input.")],
-    model: Model = "smol",
+    loading: Loading = Loading(),
     sections: Annotated[
         bool, typer.Option("--sections", help="Section by section, also where the whole would fit.")
     ] = False,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
-    rope: Rope = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    drawing: Drawing = Drawing(),
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -261,8 +226,8 @@ def summarize(
     from .documents.reader import read
 
     document = read(file)
-    settings = make_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    engine = load_engine(model, dtype, device, rope, quiet)
+    settings = drawing.sampling()
+    engine = loading.engine(quiet)
     from .documents import summarize as module
 
     tasks: list[console.Task] = []

@@ -1,18 +1,12 @@
 """The options of `longverse eval` that say who is asked, once for all its commands, and the back end they mean.
 
-A command is written with its own options and `who`; `asks` gives it the others:
-
-    @app.command()
-    @asks()
-    def needle(lengths: ..., *, who: Who) -> None: ...
+A command takes them as one parameter, `who: Who` (see `commands_common.with_options`).
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -131,31 +125,6 @@ class Who:
         )  # fmt: skip
         served.check()
         return served
-
-
-def asks(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of `Who`, but for those left out, after its own; they arrive as `who`."""
-
-    def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters
-        shared = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in inspect.signature(Who, eval_str=True).parameters.values()
-            if parameter.name not in left_out
-        ]
-
-        @functools.wraps(command)
-        def run(**given: Any) -> None:
-            who = Who(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-            command(who=who, **given)
-
-        # typer reads the options off the signature.
-        every = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.values() if p.name != "who"), *shared]
-        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
-        return run
-
-    return wrap
 
 
 def _say(notes: list[str]) -> None:

@@ -5,8 +5,12 @@ Nothing heavy is imported at the top: `longverse --help` must answer at once.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,26 +38,89 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no figures.")]
 
 
-def make_sampling(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seed: int | None,
-    stop: list[str] | None,
-) -> Sampling:  # fmt: skip
-    """The settings of drawing, checked."""
-    from .inference.sampling import Sampling
+@dataclass(frozen=True)
+class Loading:
+    """Options of every command that loads a model here."""
 
-    return Sampling(max_new_tokens, temperature, top_k, top_p, min_p, penalty, seed, tuple(stop or ()))
+    model: Model = "smol"
+    rope: Rope = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+
+    def engine(self, quiet: bool) -> Engine:
+        """Load the model under a progress bar; what was filled in and the licence are said."""
+        with console.Task(f"Loading {Path(self.model).name}", unit="bytes", quiet=quiet, at_once=True) as task:
+            from .inference.engine import Engine
+
+            engine = Engine.load(self.model, dtype=self.dtype, device=self.device, rope=self.rope, on_progress=task)
+        for remark in engine.notes:
+            console.note(remark, quiet=quiet)
+        if not quiet:
+            from .models.releases import licence_shown
+
+            licence_shown(engine.notes)
+        return engine
 
 
-def load_engine(model: str, dtype: str, device: str, rope: str | None, quiet: bool) -> Engine:
-    """Load a model under a progress bar; what was filled in and the licence are said."""
-    with console.Task(f"Loading {Path(model).name}", unit="bytes", quiet=quiet, at_once=True) as task:
-        from .inference.engine import Engine
+@dataclass(frozen=True)
+class Drawing:
+    """Options of every command that writes answers: how long, and how words are drawn."""
 
-        engine = Engine.load(model, dtype=dtype, device=device, rope=rope, on_progress=task)
-    for remark in engine.notes:
-        console.note(remark, quiet=quiet)
-    if not quiet:
-        from .models.releases import licence_shown
+    max_new_tokens: MaxNewTokens = 256
+    temperature: Temperature = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: Penalty = 1.0
+    seed: Seed = None
+    stop: Stop = None
 
-        licence_shown(engine.notes)
-    return engine
+    def sampling(self) -> Sampling:
+        """The settings of drawing, checked."""
+        from .inference.sampling import Sampling
+
+        return Sampling(
+            self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
+            self.seed, tuple(self.stop or ()),
+        )  # fmt: skip
+
+
+def with_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Lets a command take a dataclass of options as one parameter: each of its fields becomes an option in that place.
+
+        @app.command()
+        @with_options()
+        def ask(file: ..., drawing: Drawing = Drawing(), quiet: Quiet = False) -> None: ...
+
+    A parameter's default gives the fields' defaults. `left_out` names fields that this command does not offer.
+    """
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        every: list[inspect.Parameter] = []
+        groups: dict[str, tuple[Any, list[str]]] = {}  # of a dataclass parameter: its default, and the fields offered
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if not is_dataclass(parameter.annotation):
+                every.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                continue
+            kind: Any = parameter.annotation
+            default = kind() if parameter.default is inspect.Parameter.empty else parameter.default
+            shown = [
+                option.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=getattr(default, option.name))
+                for option in inspect.signature(type(default), eval_str=True).parameters.values()
+                if option.name not in left_out
+            ]
+            groups[parameter.name] = default, [option.name for option in shown]
+            every += shown
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            for name, (default, offered) in groups.items():
+                given[name] = replace(default, **{option: given.pop(option) for option in offered})
+            command(**given)
+
+        # typer reads the options off the signature.
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+        return run
+
+    return wrap

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from . import console
-from .commands_backend import Who, asks
-from .commands_common import AsJson
+from .commands_backend import Who
+from .commands_common import AsJson, with_options
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -85,7 +85,7 @@ def _show(result: Any, folder: Path, as_json: bool) -> None:
 
 
 @app.command()
-@asks()
+@with_options()
 def needle(
     lengths: Annotated[
         str | None, typer.Option("--lengths", help="Prompt lengths in tokens; by default eight up to the window.")
@@ -141,7 +141,7 @@ def needle(
 
 
 @app.command()
-@asks()
+@with_options()
 def longbench(
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="The benchmark's folder, its data.zip, or a hub dataset.")
@@ -263,7 +263,7 @@ def _longbench_v2(
 
 
 @app.command()
-@asks()
+@with_options()
 def ruler(
     lengths: Annotated[
         str, typer.Option("--lengths", help="Tokens of prompt and answer, like 4096,8192,16384.")
@@ -303,7 +303,9 @@ def ruler(
 
 
 @app.command()
-@asks("attention", "processes", "backend", "endpoint", "tokenizer", "key_env", "concurrency", "timeout", "retries")
+@with_options(
+    "attention", "processes", "backend", "endpoint", "tokenizer", "key_env", "concurrency", "timeout", "retries"
+)
 def loss(
     text: Annotated[Path | None, typer.Argument(help="A text file; without one, generated prose is read.")] = None,
     length: Annotated[int | None, typer.Option("--length", help="Tokens read at once; by default the window.")] = None,

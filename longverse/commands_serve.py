@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import console
-from .commands_common import Device, Dtype, Model, Quiet, Rope, load_engine
+from .commands_common import Loading, Quiet, with_options
 from .errors import UserError, expand
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ KEY_VARIABLE = "LONGVERSE_API_KEY"
 PAGES_WINDOW = 2**20  # tokens: with pages the model's window is no limit, but some limit there must be
 
 
+@with_options()
 def serve(
-    model: Model = "smol",
+    loading: Loading = Loading(),
     host: Annotated[str, typer.Option("--host", help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="The port; 0 takes any free one.")] = 8000,
     api_key: Annotated[
@@ -54,9 +55,6 @@ def serve(
     grace: Annotated[
         float, typer.Option("--grace", min=0, help="Seconds that answers get to finish at the stop.")
     ] = 10,
-    rope: Rope = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Serve a model: a page for the browser, and OpenAI's interface for programs.
@@ -82,7 +80,7 @@ def serve(
     from .server.run import address_of, bind
 
     sock = bind(host, port)  # before the model loads: a port that is taken is said at once
-    engine = load_engine(model, dtype, device, rope, quiet)
+    engine = loading.engine(quiet)
 
     from .inference.store import Store
     from .models.checkpoint import cache_folder

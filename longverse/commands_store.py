@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console
-from .commands_common import AsJson, Device, Dtype, Model, Quiet, Rope, load_engine
+from .commands_common import AsJson, Loading, Quiet, with_options
 from .errors import UserError
 from .plan import parse_bytes
 
@@ -40,17 +40,15 @@ Limit = Annotated[str | None, typer.Option("--limit", help="The most that all ke
 library_app = typer.Typer(invoke_without_command=True, help="List, remove and prune the documents that `read` kept.")
 
 
+@with_options()
 def read(
     files: Annotated[list[str], typer.Argument(help="A document, or several to be asked about together.")],
-    model: Model = "smol",
+    loading: Loading = Loading(),
     system: Annotated[
         str | None, typer.Option("--system", help="The instructions that `ask --system` will be given.")
     ] = None,
     cache: CacheFormat = "auto",
     attention: Attention = "auto",
-    rope: Rope = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     limit: Limit = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -71,7 +69,7 @@ def read(
 
     store_limit = library_limit(limit)
     documents = read_documents(files, quiet=quiet)
-    engine = load_engine(model, dtype, device, rope, quiet)
+    engine = loading.engine(quiet)
     from .documents.ask import prepare, way_for
     from .inference.store_keys import ROOM, planned_length
 

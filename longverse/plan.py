@@ -6,7 +6,7 @@
 
 Arithmetic on a config.json alone: no weights, no torch. Times are floating-point operations and bytes divided by rates
 that were measured on this machine (inference/rates.py), or taken from a card's published peaks; the latter are
-predictions and say so. The formulas are in docs/store.md, with how near they come.
+predictions and say so. How near they come: benchmarks/plan_check.py.
 
 Units: bytes, seconds, tokens. Full precision of a cache is the type the weights run in.
 """

@@ -408,7 +408,7 @@ def test_mistakes_do_not_end_a_chat_on_a_terminal(tiny: str, tmp_path: Path) -> 
     ]
     typed += ["/read ~nosuchuser/x", "/save ~nosuchuser/x", "Hi", "/stats"]
     turns = [f"{line}\n" for line in typed] + ["\x04"]
-    code, shown = on_a_terminal("chat", "--model", tiny, "-n", "4", turns=turns, cache=tmp_path)
+    code, shown = on_a_terminal("chat", "--model", tiny, "-n", "4", "--attention", "exact", turns=turns, cache=tmp_path)
     shown = " ".join(shown.split())
     assert code == 0
     assert "Traceback" not in shown
@@ -434,8 +434,17 @@ def test_mistakes_do_not_end_a_chat_on_a_terminal(tiny: str, tmp_path: Path) -> 
 def test_a_mistake_ends_a_chat_over_a_pipe(
     run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch, line: str, said: str
 ) -> None:
-    output = piped(run, monkeypatch, f"{line}\nWhat does it say?\n", "--model", tiny, "-n", "4")
+    options = ("--model", tiny, "-n", "4", "--attention", "exact")
+    output = piped(run, monkeypatch, f"{line}\nWhat does it say?\n", *options)
     assert said in one_line(output)  # and no answer to the second line
+
+
+def test_a_chat_past_the_window_goes_on_by_pages(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = f"{'word ' * 2100}\nWhat does it say?\n/stats\n"
+    code, _, err = piped(run, monkeypatch, turns, "--model", tiny, "-n", "4")
+    assert code == 0
+    assert "read by pages" in err
+    assert "tokens are read, by pages" in err
 
 
 def test_piped_turns_in_another_encoding(run: Runner, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

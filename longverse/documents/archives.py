@@ -20,6 +20,12 @@ PART = 128 * 2**20  # bytes of one file in it, unpacked
 TOTAL = 512 * 2**20  # bytes of all that is read, unpacked
 DEPTH = 500  # XML elements inside one another
 
+# What zipfile raises over bytes that anybody may have written: a bad list of files or checksum, a bad stream, a method
+# of packing it has not (NotImplementedError), lengths and offsets that lead nowhere, names nested without end.
+DAMAGED = (
+    zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError, OSError, EOFError, RecursionError,
+)  # fmt: skip
+
 
 class Archive:
     """A ZIP archive in memory; `what` names it in messages (`report.docx`)."""
@@ -30,7 +36,7 @@ class Archive:
         try:
             self.zip = zipfile.ZipFile(io.BytesIO(data))
             names = self.zip.namelist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError, RecursionError):
+        except DAMAGED:
             raise self.damaged("its archive has no readable list of files") from None
         if len(names) > ENTRIES:
             raise UserError(f"{what} holds {len(names):,} files and at most {ENTRIES:,} are read: it is no document.")
@@ -51,9 +57,9 @@ class Archive:
                 data = file.read(limit + 1)
         except KeyError:
             raise self.damaged(f"it lacks {name[:80]}") from None
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except DAMAGED:
             raise self.damaged(f"{name[:80]} cannot be unpacked") from None
         if len(data) > limit:
             raise UserError(

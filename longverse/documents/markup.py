@@ -72,7 +72,7 @@ def blocks_of(text: str, name: str, page: int = 1) -> "Blocks":
 
 
 class _TooDeep(Exception):
-    pass
+    """Elements within elements past the limit."""
 
 
 class Blocks(HTMLParser):

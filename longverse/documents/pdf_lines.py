@@ -5,6 +5,7 @@ or makes it run or grow without end, is one sentence and not the end of a server
 with `python -c`; it takes the file on standard input and gives JSON lines, one a page.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -75,14 +76,12 @@ def _refusal(error: str, name: str) -> UserError:
 def child() -> None:
     """Read a PDF from standard input; write a record of the document and one a page, or {"error": ...} last."""
     data = sys.stdin.buffer.read()
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # a system without such limits
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY + len(data), MEMORY + len(data)))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, ValueError, OSError):  # no such limits on this system
-        pass
     import pypdfium2
 
     def say(record: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..errors import UserError, expand
 from ..textfiles import LIMIT, decoded, read_bytes
+from .archives import DAMAGED
 from .document import Block, Document, Paragraph, assemble
 from .plain import kind_of, plain_document
 
@@ -157,7 +158,7 @@ def _zip_kind(data: bytes) -> str:
 
     try:
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError):
+    except DAMAGED:  # no archive to speak of; the reader of its kind would say so
         return ""
     if "META-INF/container.xml" in names:
         return "epub"

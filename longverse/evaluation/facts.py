@@ -102,8 +102,9 @@ class Picker:
         return f"{self.pick('first')} {self.pick('last')}"
 
     def number(self, low: int, high: int) -> str:
-        while (value := self.rng.randint(low, high)) in self._numbers:
-            pass
+        value = self.rng.randint(low, high)
+        while value in self._numbers:
+            value = self.rng.randint(low, high)
         self._numbers.add(value)
         return str(value)
 

@@ -473,8 +473,7 @@ def pack(network: nn.Module, dtype: torch.dtype, forget: Callable[[Tensor], None
                 forget(part)
 
     with Workers() as pool:
-        for _ in pool.map(one, layers):
-            pass
+        list(pool.map(one, layers))  # to the end, and what one of them raised is raised here
 
 
 def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -87,8 +87,9 @@ class EventStream(Response):
 
 async def gone(receive: Receive) -> None:
     """Returns when the client has hung up."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    kind = ""
+    while kind != "http.disconnect":
+        kind = (await receive())["type"]
 
 
 def abort(scope: Scope) -> None:

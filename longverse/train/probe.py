@@ -116,7 +116,7 @@ class Prober:
 
 
 class _Cancelled(Exception):
-    pass
+    """A signal came between two questions."""
 
 
 def _held_out(plan: Probe, loaded: Loaded) -> list[int]:
