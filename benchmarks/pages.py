@@ -15,7 +15,9 @@ import argparse
 import gzip
 import json
 import os
+import re
 import time
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ class PagesBackend(EngineBackend):
     settings: PagesSettings = DEFAULT
     widest: PagesSettings = DEFAULT  # decides what is kept while reading and how many positions there are
     asked: list[dict[str, float]] = field(default_factory=list)
+    chosen: list[torch.Tensor | None] = field(default_factory=list)  # of each question, [layers, G, count]
 
     def answer(self, request: Request) -> Reply:
         assert request.planned_tokens is not None
@@ -74,6 +77,7 @@ class PagesBackend(EngineBackend):
         stats = session.stats
         read = stats.prompt_tokens - stats.reused_tokens
         self.asked.append({"read": read, "first": stats.prefill_seconds, "rate": stats.decode_rate})
+        self.chosen.append(session.chosen)
         return reply
 
 
@@ -116,14 +120,44 @@ def load(options: argparse.Namespace) -> Engine:
 
 
 def ask_all(backend: EngineBackend, settings: NeedleSettings) -> list[dict[str, Any]]:
-    trials = run_needle(backend, settings).trials
-    return [
-        {key: asdict(t)[key] for key in ("kind", "depth", "expected", "answer", "score", "seconds")} for t in trials
-    ]
+    if isinstance(backend, PagesBackend):
+        backend.asked.clear()
+        backend.chosen.clear()
+    trials = [asdict(t) for t in run_needle(backend, settings).trials]
+    kept = [{key: t[key] for key in ("kind", "depth", "expected", "answer", "score", "seconds")} for t in trials]
+    if isinstance(backend, PagesBackend) and len(backend.chosen) == len(trials):
+        for one, trial, chosen in zip(kept, trials, backend.chosen, strict=True):
+            one["seen"] = seen(backend, trial, chosen, settings.mode)
+    return kept
+
+
+def seen(backend: PagesBackend, trial: dict[str, Any], chosen: torch.Tensor | None, mode: str) -> float | None:
+    """The share of layers that had the page with the fact's value before them (of two facts: the second's); None where
+    it is no page (first or newest tokens)."""
+    session = backend._session
+    assert isinstance(session, PagesSession)
+    ends: list[int] = []  # characters up to and with each token
+    pieces: list[str] = []
+    for token in session.tokens:
+        pieces.append(session.engine.tokenizer.decode([token], skip_special=False))
+        ends.append((ends[-1] if ends else 0) + len(pieces[-1]))
+    text = "".join(pieces)
+    depth = trial["measured_depth"]
+    if mode == "hop":
+        depth = depth + 0.5 if trial["depth"] <= 0.5 else depth - 0.5
+    places = [match.start() for match in re.finditer(re.escape(trial["expected"]), text)]
+    if not places or chosen is None:
+        return None
+    at = min(places, key=lambda place: abs(place - depth * len(text)))
+    page = (bisect_right(ends, at) - backend.settings.first) // backend.settings.page
+    far = (len(session.tokens) - backend.settings.newest - backend.settings.first) // backend.settings.page
+    return (chosen == page).any(-1).float().mean().item() if 0 <= page < far else None
 
 
 def right(trials: list[dict[str, Any]]) -> str:
-    return f"{sum(t['score'] or 0 for t in trials):.0f} of {len(trials)}"
+    shares = [t["seen"] for t in trials if t.get("seen") is not None]
+    share = f" (seen {100 * sum(shares) / len(shares):.0f} %)" if shares else ""
+    return f"{sum(t['score'] or 0 for t in trials):.0f} of {len(trials)}{share}"
 
 
 def variants(engine: Engine, length: int, documents: int, names: list[str], modes: list[str]) -> dict[str, Any]:
@@ -137,7 +171,6 @@ def variants(engine: Engine, length: int, documents: int, names: list[str], mode
         for mode in modes:
             for name, settings in chosen.items():
                 backend.settings = settings
-                backend.asked.clear()
                 found[name][mode] += ask_all(backend, settings_for(mode, length, document))
                 first[name] += [a["first"] for a in backend.asked if a["read"] < 1000]
             print(
@@ -162,7 +195,6 @@ def lengths(engine: Engine, sizes: list[int], documents: int, modes: list[str]) 
         for mode in modes:
             trials = []
             for document in range(documents):
-                backend.asked.clear()
                 trials += ask_all(backend, settings_for(mode, length, document))
                 asked += [dict(a) for a in backend.asked]
             record[mode] = trials
@@ -203,7 +235,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="32K,64K,128K,256K")
     parser.add_argument("--documents", type=int, default=3)
     parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants by name, separated by commas")
+    parser.add_argument("--only", help="variants by name, separated by semicolons")
     parser.add_argument("--quick", action="store_true", help="one short document each")
     parser.add_argument("--name", default="", help="an ending for the result files")
     parser.add_argument("--threads", type=int)
@@ -216,9 +248,7 @@ def main() -> None:
     if options.quick:
         documents, sizes, options.length, modes = 1, [6000, 8000], options.length or 8000, ["facts"]
         VARIANTS["budget 4,096"] = {"budget": 3072}  # leaves something to choose
-    names = [
-        n for n in VARIANTS if n in options.only.replace(", ", ",").split(",") or options.only == ",".join(VARIANTS)
-    ]
+    names = [name.strip() for name in options.only.split(";")] if options.only else list(VARIANTS)
     engine = load(options)
     parts = ("dense", "variants", "lengths") if options.part == "all" else (options.part,)
     for part in parts:

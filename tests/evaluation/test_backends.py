@@ -271,13 +271,14 @@ def test_requests_run_side_by_side_and_failures_stay_with_their_row(echo: Echo) 
     assert stopped == []
 
 
-@pytest.mark.parametrize("side_by_side", [1, 3])
-def test_many_failures_in_a_row_end_the_run(echo: Echo, side_by_side: int) -> None:
+@pytest.mark.parametrize(("side_by_side", "good"), [(1, 0), (1, 5), (3, 0)])
+def test_many_failures_in_a_row_end_the_run(echo: Echo, side_by_side: int, good: int) -> None:
     jobs = [(Request.user(str(n)),) for n in range(100)]
-    echo.side_by_side, echo.fail = side_by_side, range(5, 100)
+    echo.side_by_side, echo.fail = side_by_side, range(good, 100)
     with pytest.raises(UserError, match=f"{IN_A_ROW} requests in a row got no answer"):
         list(answer_all(echo, jobs))
-    assert IN_A_ROW <= echo.calls <= 5 + IN_A_ROW + 2 * side_by_side
+    # A lane gets work only when its last outcome was taken, so no more than one a lane is under way at the end.
+    assert good + IN_A_ROW <= echo.calls <= good + IN_A_ROW + side_by_side
     echo.calls, echo.side_by_side, echo.fail = 0, 1, [n for n in range(100) if n % IN_A_ROW]
     assert len(list(answer_all(echo, jobs))) == 100
 

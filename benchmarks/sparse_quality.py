@@ -1,0 +1,104 @@
+"""What sparse reading gives and costs, on smol: seconds, the share of blocks read and of attention kept, needles, KL.
+
+Every length is read exactly and at each dial; KL is of the next token after the whole text, against exact reading, mean
+over the texts. Needles are asked in documents of the same lengths over all depths, of the model as it is loaded
+(give --model the extended one, and --rope where it has none of its own).
+
+    python benchmarks/sparse_quality.py [--lengths 8000 16000 32000 64000] [--masses 0.9 0.95 0.98] [--needles]
+                                        [--model smol] [--rope abf:1000000] [--repeats 2]
+"""
+
+import argparse
+import functools
+from typing import Any
+
+import torch
+from common import seconds, table, write_results
+from quant_quality import kl
+
+from longverse.evaluation.haystack import generated_text
+from longverse.inference.engine import Engine, Session
+
+
+def documents(engine: Engine, tokens: int, count: int) -> list[list[int]]:
+    """Texts of so many tokens, each of another seed."""
+    found = []
+    for seed in range(count):
+        characters = 5 * tokens
+        while len(ids := engine.tokenizer.encode(generated_text("en", seed, characters))) < tokens:
+            characters *= 2
+        found.append(ids[:tokens])
+    return found
+
+
+def read(engine: Engine, ids: list[int], attention: str, mass: float) -> tuple[float, torch.Tensor, Session]:
+    """Seconds of reading, log probabilities [1, V] of what follows, the session."""
+    session = engine.session(len(ids) + 1, attention=attention, mass=mass)
+    took = seconds(lambda: session.read(ids[:-1]))
+    with torch.inference_mode():
+        following = session._logits(session._forward(ids[-1:])).log_softmax(-1)[None]
+    return took, following, session
+
+
+def needles(engine: Engine, lengths: list[int], attention: str, mass: float, repeats: int) -> float | None:
+    from longverse.evaluation.engine_backend import EngineBackend
+    from longverse.evaluation.needle import NeedleSettings, run_needle
+
+    dialled = functools.partial(Engine.session, engine, mass=mass)
+    engine.session = dialled  # type: ignore[method-assign]
+    try:
+        settings = NeedleSettings(lengths=tuple(lengths), repeats=repeats)
+        return run_needle(EngineBackend(engine, attention), settings).found()
+    finally:
+        del engine.session
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8000, 16000, 32000, 64000])
+    parser.add_argument("--masses", type=float, nargs="+", default=[0.9, 0.95, 0.98])
+    parser.add_argument("--texts", type=int, default=2)
+    parser.add_argument("--needles", action="store_true")
+    parser.add_argument("--repeats", type=int, default=1, help="of the needle test")
+    parser.add_argument("--model", default="smol")
+    parser.add_argument("--rope")
+    options = parser.parse_args()
+    engine = Engine.load(options.model, device="cpu", rope=options.rope, window=max(options.lengths) + 1000)
+    read(engine, documents(engine, 1500, 1)[0], "sparse", 0.9)  # kernels are compiled and loaded before anything counts
+    rows: list[dict[str, Any]] = []
+    for length in options.lengths:
+        texts = documents(engine, length, options.texts)
+        exact = [read(engine, ids, "exact", 1.0)[:2] for ids in texts]
+        found = needles(engine, [length], "exact", 1.0, options.repeats) if options.needles else None
+        base = sum(took for took, _ in exact) / len(texts)
+        rows.append({"tokens": length, "dial": "exact", "seconds": base, "times faster": 1.0, "facts found": found})
+        for mass in options.masses:
+            sparse = [read(engine, ids, "sparse", mass) for ids in texts]
+            took = sum(x[0] for x in sparse) / len(texts)
+            stats = [x[2].cache.sparse for x in sparse]
+            row = {"tokens": length, "dial": mass, "seconds": took, "times faster": base / took}
+            row["blocks read"] = sum(x.density for x in stats if x) / len(stats)
+            row["mass kept"] = sum(x.mass_kept for x in stats if x) / len(stats)
+            row["KL"] = sum(kl(e[1], s[1]) for e, s in zip(exact, sparse, strict=True)) / len(texts)
+            row["facts found"] = needles(engine, [length], "sparse", mass, options.repeats) if options.needles else None
+            rows.append(row)
+    header = ["tokens", "dial", "seconds", "times faster", "blocks read", "mass kept", "KL", "facts found"]
+    form = {
+        "tokens": "{:,}",
+        "seconds": "{:.1f}",
+        "times faster": "{:.2f}",
+        "blocks read": "{:.1%}",
+        "mass kept": "{:.2%}",
+    }
+    form |= {"KL": "{:.4f}", "facts found": "{:.0%}", "dial": "{}"}
+    print(
+        table(
+            header,
+            [[form[key].format(row[key]) if row.get(key) is not None else "–" for key in header] for row in rows],
+        )
+    )
+    print(write_results("sparse_quality", {"model": options.model, "rope": options.rope, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
