@@ -304,8 +304,11 @@ def _laws(context: Context, spec: Spec, rng: random.Random, laws: list[PoolDocum
 def _digest(law: Opened) -> tuple[str, list[tuple[int, int]]] | None:
     """A line on a whole law and where it stands. None where a number or a date cannot be read off with certainty."""
     text = law.text
+    numbered = articles(text)
+    if not numbered:  # a decision or an interpretation that counts in "一、"
+        return None
     found = {one.kind: one for one in find_chinese(text, law.about.title)}
-    first, last = articles(text)[0], articles(text)[-1]
+    first, last = numbered[0], numbered[-1]
     purpose = _PURPOSE.search(text, first[1], first[2])
     if "article_count" not in found or (purpose is None and re.search(r"为了?\w", text[first[1] : first[2]])):
         return None
