@@ -8,6 +8,7 @@ Nothing heavy is imported at the top.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from .plan import parse_bytes
 
 if TYPE_CHECKING:
     from .documents.ask import Prompts
+    from .documents.overview import Overview
     from .inference.engine import Engine, Session
     from .inference.store import Kept, Store
 
@@ -71,8 +73,11 @@ def read(
     documents = read_documents(files, quiet=quiet)
     engine = loading.engine(quiet)
     from .documents.ask import prepare, way_for
+    from .documents.overview import overview
     from .inference.store_keys import ROOM, planned_length
 
+    found = overview(documents, engine.tokenizer)
+    show_overview(found, engine, quiet=quiet)
     numbered = way_for(engine, "auto") == "numbers"
     prompts = prepare(
         engine, documents, ["a"], 256, system=system, numbered=numbered, limited=attention not in PAST_THE_WINDOW
@@ -108,13 +113,24 @@ def read(
     size = next((kept.bytes for kept in store.entries() if kept.name == name and kept.length == end), 0)
     if as_json:
         console.json_line(
-            {"document": name, "model": engine.name, "tokens": end, "read_tokens": fresh, "seconds": round(seconds, 3),
+            {"document": name, "documents": found.record()["documents"], "model": engine.name,
+            "tokens": end, "read_tokens": fresh, "seconds": round(seconds, 3),
              "bytes": size, "cache": cache, "attention": attention, "planned_tokens": session.planned_tokens}
         )  # fmt: skip
         return
     what = f"read {fresh:,} in {console.duration(seconds)}" if fresh else "nothing new to read"
     console.line(f"{name}: {end:,} tokens kept, {size / 1e6:,.0f} MB ({what}).")
-    console.note(f'Next: longverse ask {files[0]} "…"', quiet=quiet)
+    console.note(f'Next: longverse ask {shlex.join(files)} "…"', quiet=quiet)
+
+
+def show_overview(found: Overview, engine: Engine, *, quiet: bool) -> None:
+    """What the files hold and whether the model can read it exactly, before the reading costs time."""
+    for row in found.rows:
+        place = f"{row.pages:,} {row.unit}{'' if row.pages == 1 else 's'}, " if row.pages is not None else ""
+        console.note(f"{row.name}: {place}{row.words:,} words, {row.tokens:,} tokens.", quiet=quiet)
+    fit = "fits" if found.fits(engine.window) else "is longer than"
+    what = "It" if len(found.rows) == 1 else f"All of it, {found.tokens:,} tokens,"
+    console.note(f"{what} {fit} {engine.name}'s window of {engine.window:,} tokens.", quiet=quiet)
 
 
 # ---- library -------------------------------------------------------------------------------------------------

@@ -87,8 +87,10 @@ def ask(run: Runner, mill: str, tiny: str, *more: str) -> dict[str, object]:
 
 def test_ask_finds_what_was_read_and_answers_the_same(run: Runner, mill: str, tiny: str) -> None:
     before = ask(run, mill, tiny)
-    code, out, _ = run("read", mill, "-m", tiny)
+    code, out, err = run("read", mill, "-m", tiny)
     assert code == 0
+    assert f"mill.txt: {len(Path(mill).read_text().split()):,} words, " in err
+    assert "window of 4,096 tokens." in err
     assert "mill.txt: " in out
     assert "tokens kept" in out
     after = ask(run, mill, tiny)
@@ -151,6 +153,8 @@ def test_a_document_past_the_window_is_kept_as_pages(run: Runner, tiny: str, tmp
     record = json.loads(out)
     assert record["attention"] == "pages"
     assert record["tokens"] > 4096
+    assert record["documents"][0]["name"] == "long.txt"
+    assert "It is longer than" in err
     assert "it is read by pages" in err
     stats = ask(run, str(path), tiny)["stats"]
     assert isinstance(stats, dict)
