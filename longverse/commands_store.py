@@ -114,7 +114,7 @@ def read(
     if as_json:
         console.json_line(
             {"document": name, "documents": found.record()["documents"], "model": engine.name,
-            "tokens": end, "read_tokens": fresh, "seconds": round(seconds, 3),
+             "tokens": end, "read_tokens": fresh, "seconds": round(seconds, 3),
              "bytes": size, "cache": cache, "attention": attention, "planned_tokens": session.planned_tokens}
         )  # fmt: skip
         return
