@@ -112,10 +112,11 @@ _BLANK = re.compile(r"\n[ \t\u3000\r]*\n\s*")
 
 
 def paragraphs(text: str) -> list[tuple[int, int]]:
-    """Character spans of the paragraphs: split at blank lines, or at line ends where there are hardly any."""
+    """Character spans of the paragraphs: split at blank lines, and at line ends where there are hardly any."""
     breaks = list(_BLANK.finditer(text))
     if len(breaks) * 3_000 < len(text):
-        breaks = [m for m in _LINE_END.finditer(text) if not _ABBREVIATION.search(text, m.start() - 12, m.start())]
+        ends = [m for m in _LINE_END.finditer(text) if not _ABBREVIATION.search(text, m.start() - 12, m.start())]
+        breaks = sorted(breaks + ends, key=re.Match.start)  # where both are, they begin at one place
     spans, start = [], 0
     for match in breaks:
         if match.start() > start:

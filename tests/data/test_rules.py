@@ -127,6 +127,12 @@ def test_headings_of_two_lines_and_of_other_forms():
     spans = _headings(text, 0, len(text), "en")
     assert [text[a:b] for a, b in spans] == ["CHAPTER I. HOW THEY CAME TO THE\nBLACK ISLE", "CHAPTER II. THE END"]
     assert _headings(text + "THE FIFTH PART: HOME" + body, 0, len(text) + 400, "en") == []
+    misread = text + "CHAPTER ll" + body
+    assert _headings(misread, 0, len(misread), "en") == []  # an outline would leave it out
+    below = "\n" + "其年大雨，河水溢，民多流徙，诏发仓廪以赈之。" * 6 + "\n"
+    volumes = [f"某书‧卷{number} 帝纪第{number}" + below for number in ("八", "九", "十一")]
+    assert len(_headings("".join(volumes[:2]), 0, 10**6, "zh")) == 2
+    assert _headings("".join(volumes), 0, 10**6, "zh") == []  # the tenth has no heading
 
 
 def test_persons_named_most(context):
@@ -184,6 +190,17 @@ def test_titles_within_titles_and_lines_of_chinese():
     assert [text[b - 1] for _, _, b in articles(text)] == ["。"] * 4  # the heading belongs to no article
     replies = [f.reply for f in find_chinese(text, "某法") if f.kind in ("article_text", "article_number")]
     assert not any(" " in reply for reply in replies)
+
+
+def test_a_heading_is_no_part_of_the_sentence_below_it():
+    lines = "It rained upon the hills that day.\nNobody of the house was out in it, and the dogs slept.\n" * 60
+    text = lines + "\nCHAPTER LVI. Ariadne\n\nMy lord had a house in the square.\n" + lines
+    assert "CHAPTER LVI. Ariadne" in [text[a:b] for a, b in paragraphs(text)]
+    assert not any("\n" in text[a:b] for a, b in paragraphs(text))
+    text = (
+        "　　◇隐公十一年\n　　【经】十有一年春，滕侯、薛侯来朝。夏，公会郑伯于时来。秋七月壬午，公及齐侯入许。\n" * 40
+    )
+    assert not any("◇" in found.question for found in find_chinese(text, "春秋左传"))
 
 
 def test_abbreviations_end_no_paragraph_and_comments_are_no_text(tmp_path):

@@ -111,7 +111,7 @@ def _sentences(text: str) -> Iterator[Found]:
 
 
 def _plain(sentence: str) -> bool:
-    return sentence[-1] in "。！？" and not re.search(r"[「」『』“”‘’（）《》<>#*|]", sentence)
+    return sentence[-1] in "。！？" and not re.search(r"[「」『』“”‘’（）《》【】◇○●<>#*|]", sentence)
 
 
 _NUMBER = r"[零〇一二三四五六七八九十百千]+"

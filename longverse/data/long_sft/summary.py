@@ -6,12 +6,13 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from itertools import pairwise
 
 from longverse.data.long_sft.context import Context, Spec
 from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn
 from longverse.data.long_sft.multi_doc import Stand, make_elastic
 from longverse.data.long_sft.offline_en import names_in, speakers
-from longverse.data.long_sft.offline_zh import articles, book, find_chinese, is_law, law_title
+from longverse.data.long_sft.offline_zh import articles, book, chinese_number, find_chinese, is_law, law_title
 from longverse.data.long_sft.pool import Opened, PoolDocument
 from longverse.data.long_sft.prompts import prompt, variants
 from longverse.data.text import paragraphs, sentences, squash, squash_zh
@@ -96,6 +97,8 @@ _HEADING = {
 }
 
 
+# A line that looks like a heading, its number in any form ("Chapter ll", "CHAPTER THE LAST").
+_LIKE_A_HEADING = re.compile(r"^[ \t]*((?:CHAPTER|Chapter|BOOK|PART) \S[^\n]{0,40})$", re.MULTILINE)
 _SHOUTED = re.compile(r"\n[ \t]*\n[ \t]*([A-Z][A-Z0-9 ,.:;'’-]{5,78})\n[ \t]*\n")
 
 
@@ -106,14 +109,23 @@ def _headings(text: str, start: int, end: int, language: str) -> list[tuple[int,
     names = Counter(squash(text[a:b]) for a, b in spans)
     if any(n > 1 for n in names.values()):
         return []  # a table of contents, or numbers that begin anew: the outline would be ambiguous
-    for other in _SHOUTED.finditer(text, start, end):  # a heading of another form, which the outline would leave out
-        if not any(a <= other.start(1) < b for a, b in spans):
+    for form in (_SHOUTED, _LIKE_A_HEADING):  # headings of another form, which the outline would leave out
+        if any(not any(a <= other.start(1) < b for a, b in spans) for other in form.finditer(text, start, end)):
             return []
+    numbers = [_volume(text[a:b]) for a, b in spans]
+    if any(one and two and two not in (one, one + 1, 1) for one, two in pairwise(numbers)):
+        return []  # one between them was not seen
     least = 60 if language == "zh" else 300
     for i, (_, b) in enumerate(spans):
         if (spans[i + 1][0] if i + 1 < len(spans) else end) - b < least:
             return []
     return spans
+
+
+def _volume(heading: str) -> int | None:
+    """The number of 卷十二, 卷十二上 and the like; None without one."""
+    number = re.search(r"卷([一二三四五六七八九十百]+)", heading)
+    return chinese_number(number[1]) if number else None
 
 
 def _outline(
