@@ -179,6 +179,7 @@ def test_a_digest_says_only_what_is_certain(context):
     assert digest(text.rsplit("自", 1)[0] + "的施行另行规定。") is None
     assert digest(text.replace("第九条", "第八条")) is None  # the number of articles is in doubt
     assert digest(text.replace("，根据有关法律，制定本条例", "。")) is None  # a purpose of another form
+    assert digest(text.replace("，根据有关", ",根据有关"))[0].split("；")[0] == line.split("；")[0]  # a narrow comma
     assert digest("一、为了统一办法，现作如下解释。\n\n二、本解释自2001年3月1日起施行。\n") is None  # no articles
 
 

@@ -119,7 +119,7 @@ def _sentences(text: str) -> Iterator[Found]:
         known = [
             m
             for m in _NAME.finditer(one)
-            if names[m[1]] >= 3 and one.count(m[1]) == 1 and not re.search(r"\b(?:the|a|an)\s$", one[: m.start()])
+            if names[m[1]] >= 3 and one.count(m[1]) == 1 and not re.search(r"\b(?i:the|an?)\s$", one[: m.start()])
         ]
         if known and 60 <= len(one) <= 300 and _plain(one):
             match = known[turn % len(known)]

@@ -236,8 +236,10 @@ def _openings(context: Context, spec: Spec, rng: random.Random, opened: Opened, 
     before: tuple[int, int] | None = None
     for a, b in paragraphs(text[start:end]):
         spans = [(start + a + c, start + a + d) for c, d in sentences(text[start + a : start + b], spec.language)]
-        if before and len(spans) > 1 and all(whole.fullmatch(fold_lines(text[x:y])) for x, y in (before, spans[0])):
-            found.append((before, spans[0]))
+        if before and len(spans) > 1:
+            both = [fold_lines(text[x:y]) for x, y in (before, spans[0])]
+            if all(whole.fullmatch(one) and not one.isupper() for one in both):  # in capitals it is a heading
+                found.append((before, spans[0]))
         before = spans[-1] if spans else None
     count = rng.randint(4, 8)
     size = (end - start) / count
@@ -268,7 +270,7 @@ def _openings(context: Context, spec: Spec, rng: random.Random, opened: Opened, 
 
 
 _PURPOSE = re.compile(
-    r"^[ \u3000]*第一条[ \u3000]+(为[^。\n]{6,160}?)，(?=根据|依据|依照|按照|制定|结合|遵照)", re.MULTILINE
+    r"^[ \u3000]*第一条[ \u3000]+(为[^。\n]{6,160}?)[，,](?=根据|依据|依照|按照|制定|结合|遵照)", re.MULTILINE
 )
 _IN_FORCE = re.compile(r"自(?:公布|发布|颁布|批准|通过)之日起(?:施行|实施|执行|生效)")
 
