@@ -128,9 +128,11 @@ def show_overview(found: Overview, engine: Engine, *, quiet: bool) -> None:
     for row in found.rows:
         place = f"{row.pages:,} {row.unit}{'' if row.pages == 1 else 's'}, " if row.pages is not None else ""
         console.note(f"{row.name}: {place}{row.words:,} words, {row.tokens:,} tokens.", quiet=quiet)
-    fit = "fits" if found.fits(engine.window) else "is longer than"
+    fit = "fits" if found.fits(engine.window) else "does not fit"
     what = "It" if len(found.rows) == 1 else f"All of it, {found.tokens:,} tokens,"
-    console.note(f"{what} {fit} {engine.name}'s window of {engine.window:,} tokens.", quiet=quiet)
+    console.note(
+        f"{what} {fit} {engine.name}'s window of {engine.window:,} tokens, with a question and its answer.", quiet=quiet
+    )
 
 
 # ---- library -------------------------------------------------------------------------------------------------

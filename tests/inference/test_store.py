@@ -25,12 +25,13 @@ from longverse.inference.engine import Engine, Session
 from longverse.inference.sampling import Sampling
 from longverse.inference.store import Store
 from longverse.inference.store_keys import checksum, planned_length, weights_digest
-from longverse.models import kernels
 from longverse.models.cache import FORMATS
 from longverse.models.chat import ChatFormat
 from longverse.models.tokenizer import Tokenizer
 from tests.helpers import random_network, tiny_config
 from tests.models.folders import save_tokenizer
+
+pytestmark = pytest.mark.usefixtures("no_compiling")
 
 LENGTH = 150
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0}
@@ -66,16 +67,6 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "CHUNK", 7)
     monkeypatch.setattr(store_entry, "STRETCH", 28)
     monkeypatch.setattr(store_reading, "FLUSH_SECONDS", 0.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_compiling() -> Iterator[None]:
-    """torch computes: the kernels have tests of their own, and compiling them takes longer than all of these."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LONGVERSE_KERNELS", "torch")
-        kernels.unavailable.cache_clear()
-        yield
-    kernels.unavailable.cache_clear()
 
 
 @pytest.fixture
