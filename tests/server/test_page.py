@@ -29,6 +29,8 @@ The mill stands in Ost. It was built by Ada Rell in 1871. 它由石头建成。
 
 A storm took the roof in 1902. The mill of Ost was sold to Bo Finn for 900 crowns.
 """
+# The document given in this tab: the shelf shows those of earlier tests too, read long ago and not chosen here.
+READ = "#shelf li.chosen >> text=fits · read"
 ANSWERS = {
     "Who built the mill?": "It was built by Ada Rell in 1871.",
     "What happened to the roof in 1902?": "A storm took the roof in 1902.",
@@ -112,7 +114,7 @@ def ask(page: Any, question: str) -> None:
 def test_upload_question_citation_stop_reload(page: Any, site: Running) -> None:
     give(page)
     page.wait_for_selector("#shelf li.chosen >> text=mill.md")
-    page.wait_for_selector("text=fits · read")
+    page.wait_for_selector(READ)
     assert page.inner_text("#scope") == "About mill.md"
     ask(page, "Who built the mill?")
     page.wait_for_selector(".turn.answer .sources")
@@ -150,7 +152,7 @@ def test_upload_question_citation_stop_reload(page: Any, site: Running) -> None:
 
 def test_what_the_document_does_not_say_is_said(page: Any) -> None:
     give(page)
-    page.wait_for_selector("text=fits · read")
+    page.wait_for_selector(READ)
     ask(page, "Who is Zed Quorl?")
     page.wait_for_selector(".turn.answer .notice")
     assert "Not found in the document." in page.inner_text(".turn.answer")
@@ -161,7 +163,7 @@ def test_what_the_document_does_not_say_is_said(page: Any) -> None:
 
 def test_markup_in_documents_answers_names_and_questions_stays_text(page: Any) -> None:
     give(page, "<b onclick=alert(1)>.md")
-    page.wait_for_selector("text=fits · read")
+    page.wait_for_selector(READ)
     page.click('#shelf button:has-text("Open")')
     page.wait_for_selector("#passages p")
     assert EVIL in page.inner_text("#passages")
@@ -208,7 +210,7 @@ def test_chinese_dark_and_a_phone(page: Any) -> None:
 
 def test_the_keyboard_alone_reaches_everything(page: Any) -> None:
     give(page)
-    page.wait_for_selector("text=fits · read")
+    page.wait_for_selector(READ)
     page.evaluate("document.activeElement.blur()")
     page.evaluate("window.scrollTo(0, 0)")
     reached = []
