@@ -26,7 +26,7 @@ from common import RESULTS, table, write_results
 from longverse.data.config import build
 from longverse.data.long_sft.builder import build_sft
 from longverse.data.long_sft.plan import SftConfig
-from longverse.documents.ask import messages
+from longverse.documents.prompts import messages
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 

@@ -272,7 +272,7 @@ def document_end(engine: Engine, prompts: Prompts) -> int:
     Told from short prompts about the last words alone, since encoding a book twice takes seconds: what stands after
     the document is as long in them.
     """
-    from .documents.ask import messages
+    from .documents.prompts import messages
     from .inference.engine import common_prefix
 
     if any(places is not None for places in prompts.places):

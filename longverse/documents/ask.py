@@ -4,7 +4,6 @@ them once and every further question pays only for itself.
 Each question is a conversation of its own: no answer depends on an earlier one.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,34 +13,11 @@ from ..inference.engine import Engine, Session
 from .citations import NOT_FOUND, Cited, cite
 from .document import Document
 from .evidence import attend_to
+from .prompts import language_of, messages
 from .words import Index, groups, names, terms
 
-_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 WAYS = ("auto", "attention", "numbers", "off")
 FOLLOWS = 3e9  # parameters from which a model is taken to follow the numbering of paragraphs
-
-# The wording was chosen by trying variants with the embedded model on generated reports: asked for the sentence, a
-# small model copies what is written; asked for a few words, it makes them up.
-SYSTEM = {
-    "en": "You answer questions about a document. Every answer is a sentence copied from the document.",
-    "zh": "你根据文档回答问题。",
-}
-_DOCUMENT = {"en": "Document:\n{text}\n\n", "zh": "文档：\n{text}\n\n"}
-_QUESTION = {
-    "en": "Question: {question}\nAnswer with the exact sentence of the document.",
-    "zh": "问题：{question}\n请用文档中的原话回答。",
-}
-SYSTEM_NUMBERS = {
-    "en": (
-        "You answer questions about a document whose paragraphs are numbered. After every statement give the number of"
-        " the paragraph it rests on in square brackets, like [12]. Where the document does not hold the answer, say so."
-    ),
-    "zh": "你根据文档回答问题，文档的段落有编号。每句话后用方括号注明所依据的段落编号，例如[12]。没有答案时请说明。",
-}
-_QUESTION_NUMBERS = {
-    "en": "Question: {question}\nAnswer, and give the numbers of the paragraphs in square brackets.",
-    "zh": "问题：{question}\n请回答，并用方括号注明段落编号。",
-}
 
 
 @dataclass(frozen=True)
@@ -61,20 +37,6 @@ class Prompts:
     def index(self) -> Index:
         """The words of the documents, made when first asked for."""
         return self.made_index or Index(self.documents)
-
-
-def messages(text: str, question: str, *, system: str | None = None, numbered: bool = False) -> list[dict[str, str]]:
-    """The conversation that asks `question` about `text`. The instructions before the document are in its language and
-    those after it in the question's, so that questions in two languages share the document."""
-    document = _language(text[:10_000])
-    asked = (_QUESTION_NUMBERS if numbered else _QUESTION)[_language(question)].format(question=question)
-    content = _DOCUMENT[document].format(text=text.strip("\n")) + asked
-    own = (SYSTEM_NUMBERS if numbered else SYSTEM)[document]
-    return [{"role": "system", "content": system or own}, {"role": "user", "content": content}]
-
-
-def _language(text: str) -> str:
-    return "zh" if len(_CHINESE.findall(text)) * 5 > len(text) else "en"
 
 
 def text_of(documents: Sequence[Document], *, numbered: bool = False) -> str:
@@ -166,4 +128,4 @@ def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Seq
 
 def not_found(prompts: Prompts, number: int) -> str:
     """What stands in place of an answer that the documents do not bear out, in the question's language."""
-    return NOT_FOUND[_language(prompts.questions[number])]
+    return NOT_FOUND[language_of(prompts.questions[number])]

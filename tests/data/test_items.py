@@ -18,13 +18,17 @@ from longverse.data.long_sft.builder import build_sft, make_context
 from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn, fit
 from longverse.data.long_sft.gates import Contamination
 from longverse.data.long_sft.item import TASKS, parse_item, read_items
+from longverse.data.long_sft.offline_en import find_english
+from longverse.data.long_sft.offline_zh import find_chinese
 from longverse.data.long_sft.plan import SftConfig, plan_items, quotas
 from longverse.data.long_sft.pool import write_pool
 from longverse.data.long_sft.prompts import fill, variants
+from longverse.data.long_sft.real import real_questions
 from longverse.data.long_sft.stated import SPLITS, FactMaker, draw_facts, rivals
 from longverse.data.sources import SourceConfig
 from longverse.data.text import squash
 from longverse.data.vocabulary import ChatCounter, load_vocabulary
+from longverse.documents.prompts import messages
 from longverse.errors import UserError
 from tests.data.texts import code_tree, history, law, novel, tokenizer_folder, write_jsonl
 
@@ -142,6 +146,8 @@ import sys
 from pathlib import Path
 from longverse.data.config import build
 from longverse.data.long_sft.builder import build_sft
+from longverse.data.long_sft.offline_en import find_english
+from longverse.data.long_sft.offline_zh import find_chinese
 from longverse.data.long_sft.plan import SftConfig
 import json
 build_sft(build(SftConfig, json.loads(sys.argv[1])), Path(sys.argv[2]), on_progress=lambda *_: print("x", flush=True))
@@ -249,6 +255,74 @@ def test_near_misses_are_of_the_same_kind_about_another(language):
                 if fact.kind == one.kind and fact.sort != "hop":
                     assert one.answers[0] not in fact.answers
                     assert fact.question != one.question
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_world_has_hundreds_of_relations_each_true_of_its_sentence(language):
+    kinds, questions, given_away = set(), set(), []
+    for seed in range(150):
+        maker = FactMaker(language, "train", random.Random(seed), "", ("world",))
+        for fact in [*(maker.plain() for _ in range(12)), maker.absent()]:
+            assert "{" not in fact.question + fact.reply + "".join(fact.sentences)
+            if fact.sort == "absent":
+                assert fact.sentences == ()
+                continue
+            [sentence] = fact.sentences
+            assert fact.answers[0].casefold() in sentence.casefold()
+            if fact.answers[0].casefold() in fact.question.casefold():
+                given_away.append(fact)  # somebody called Ravenscroft, nicknamed the Raven: the gates drop the item
+            kinds.add(fact.kind)
+            questions.add(fact.question)
+    assert len(kinds) > 180
+    assert len(given_away) < 10
+    assert len(questions) > 1_500
+
+
+def test_real_questions_name_what_stands_once():
+    for language, text in (("en", novel(3, 120)), ("zh", law(5, 14)[1])):
+        finds = (find_english if language == "en" else find_chinese)(text, "A title")
+        made = real_questions(text, language, 12, random.Random(1), finds, text)
+        assert len(made) >= 3
+        assert len({real.sentence for real in made}) == len(made)
+        for real in made:
+            assert text.count(real.sentence) == 1
+            assert all(text.count(words) == 1 for words in real.once)
+            if real.kind in ("phrase", "words"):
+                assert any(words in real.question and words in real.sentence for words in real.once)
+                assert real.sentence not in real.question
+
+
+def test_items_in_the_words_of_ask(sources, tmp_path):
+    """The very messages that `longverse ask` sends, for the first question; the same wording for those that follow."""
+    made = config(
+        sources, tmp_path / "out", items=8, tasks={"stated_facts": 1}, recite=0, quote=True, facts=["life", "world"],
+        real=0.4, ask=1.0, lengths=[{"low": 1500, "high": 4000}], questions_low=6, questions_high=12,
+    )  # fmt: skip
+    sorts = set()
+    for _, item, _ in read_items(build_sft(made, sources).path):
+        [shown] = item.documents
+        text = item.messages[shown.message]["content"][shown.start : shown.end]
+        first = item.messages[1]["content"].split("\n")[-2].removeprefix("Question: ").removeprefix("问题：")
+        expected = messages(text, first)
+        assert item.messages[0] == expected[0]
+        assert item.messages[1]["content"].replace(text, text.strip("\n")) == expected[1]["content"]
+        for asked in item.messages[3::2]:
+            assert asked["content"].startswith(("Question: ", "问题："))
+        replies = [m["content"] for m in item.messages if m["role"] == "assistant"]
+        for sort, reply, answers in zip(item.notes["sorts"], replies, item.answers, strict=True):
+            sorts.add(sort)
+            if sort in ("plain", "real"):  # copied from the text
+                assert squash(reply).replace(" ", "") in squash(text).replace(" ", "")
+            if sort == "plain":
+                assert answers[0].casefold() in reply.casefold()
+        for evidence in item.evidence:
+            assert text[evidence.start : evidence.end] == evidence.text
+    assert {"plain", "real"} <= sorts
+
+
+def test_real_and_ask_need_quote(sources, tmp_path):
+    with pytest.raises(UserError, match="need quote"):
+        config(sources, tmp_path, ask=0.5)
 
 
 def test_absent_facts_are_absent():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from longverse.documents.ask import messages, prepare
+from longverse.documents.ask import prepare
+from longverse.documents.prompts import messages
 from longverse.documents.reader import decode
 from longverse.errors import UserError
 from longverse.inference.engine import Engine

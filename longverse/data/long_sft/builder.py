@@ -223,7 +223,8 @@ def _claim(
     values = json.loads(json.dumps(dataclasses.asdict(config) | {"tokenizer": vocabulary.fingerprint}))
     for free in ("processes", "out"):
         values.pop(free)
-    for younger, usual in (("quote", False), ("facts", ["life"]), ("rivals", 0.0)):  # than folders that may exist
+    usual_values = (("quote", False), ("facts", ["life"]), ("rivals", 0.0), ("real", 0.0), ("ask", 0.0))
+    for younger, usual in usual_values:  # younger than folders that may exist
         if values[younger] == usual:
             values.pop(younger)
     if values["teacher"]:

@@ -42,6 +42,8 @@ class Spec:
     quote: bool = False  # stated facts: the reply is the stating sentences themselves
     facts: tuple[str, ...] = ("life",)  # which sets of invented facts
     rivals: float = 0.0  # stated facts: share of the questions with a near miss in the text
+    real: float = 0.0  # stated facts: share of the questions about sentences that the text has of its own
+    ask: float = 0.0  # stated facts: share of the items in the words in which `longverse ask` asks
 
     @property
     def rng(self) -> random.Random:
@@ -80,7 +82,8 @@ class Context:
             (draft.separator if i else "") + (p.label + "\n" if p.label else "") + p.after
             for i, p in enumerate(draft.parts)
         )
-        messages = [{"role": "user", "content": draft.turns[0].user.replace("{documents}", lead)}]
+        messages = [{"role": "system", "content": draft.system}] if draft.system else []
+        messages.append({"role": "user", "content": draft.turns[0].user.replace("{documents}", lead)})
         messages.append({"role": "assistant", "content": draft.turns[0].reply})
         for turn in draft.turns[1:]:
             messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.reply}]

@@ -1,6 +1,6 @@
 """From a task's draft to an item of exactly the wanted number of tokens.
 
-A draft is a conversation whose first message shows parts of documents; one part is *elastic*: it may go on into the
+A draft is a conversation whose first question shows parts of documents; one part is *elastic*: it may go on into the
 text that follows it in its source, and stops where the conversation reaches its target. Where it stops inside a
 sentence a mark shows it ("[…]").
 """
@@ -89,6 +89,7 @@ class Draft:
     notes: dict[str, Any] = field(default_factory=dict)
     unique: list[str] = field(default_factory=list)  # must stand once in all that is shown
     separator: str = "\n\n"
+    system: str = ""  # a message before the first, if any
     code: bool = False  # the documents are source code: what is left out is marked by a comment
 
     def elastic_index(self) -> int:
@@ -116,7 +117,8 @@ def _lay_out(draft: Draft, ending: str) -> _Layout:
         pieces.append(lead + text + part.after)
         place += len(lead) + len(text) + len(part.after)
     content = before + "".join(pieces) + behind
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": draft.turns[0].reply}]
+    messages = [{"role": "system", "content": draft.system}] if draft.system else []
+    messages += [{"role": "user", "content": content}, {"role": "assistant", "content": draft.turns[0].reply}]
     for turn in draft.turns[1:]:
         messages.append({"role": "user", "content": turn.user})
         messages.append({"role": "assistant", "content": turn.reply})
@@ -161,7 +163,7 @@ def fit(draft: Draft, target: int, identity: str, seed: int, chat: ChatCounter, 
             off = target - chat.count(layout.messages)
             if off == 0:
                 item = _item(draft, layout, target, identity, seed, chat, counter)
-                shown = [item.messages[0]["content"][d.start : d.end] for d in item.documents]
+                shown = [item.messages[d.message]["content"][d.start : d.end] for d in item.documents]
                 if any(sum(text.count(words) for text in shown) != 1 for words in draft.unique):
                     raise Reject("question is ambiguous")
                 return item
@@ -232,8 +234,9 @@ def _endings(
 def _item(
     draft: Draft, layout: _Layout, target: int, identity: str, seed: int, chat: ChatCounter, counter: UnitCounter
 ) -> Item:
+    place = 1 if draft.system else 0  # of the message that shows the documents
     documents = tuple(
-        ShownDocument(part.source, part.id, part.title, 0, start, end, part.origin, part.whole and not part.tail)
+        ShownDocument(part.source, part.id, part.title, place, start, end, part.origin, part.whole and not part.tail)
         for part, (start, end) in zip(draft.parts, layout.spans, strict=True)
     )
     total = sum(end - start for start, end in layout.spans) or 1
@@ -252,7 +255,7 @@ def _item(
         language=draft.language,
         seed=seed,
         tokens=target,
-        prompt_tokens=chat.count(layout.messages[:1], add_generation_prompt=True, counter=counter.count),
+        prompt_tokens=chat.count(layout.messages[: place + 1], add_generation_prompt=True, counter=counter.count),
         target_tokens=target,
         messages=layout.messages,
         documents=documents,

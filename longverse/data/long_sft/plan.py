@@ -58,6 +58,8 @@ class SftConfig:
     quote: bool = False  # stated facts are answered by the very sentences that state them, and by nothing else
     facts: tuple[str, ...] = ("life",)  # sets of invented facts: life (of old novels), work (of reports)
     rivals: float = 0.0  # share of stated-facts questions beside whose fact one of the same kind stands about another
+    real: float = 0.0  # share of stated-facts questions that ask for sentences the text has of its own; needs quote
+    ask: float = 0.0  # share of stated-facts items put in the words of `longverse ask`; needs quote
     questions_low: int = 3  # questions in items of several turns, and on stated facts
     questions_high: int = 8
     split: str = "train"  # of stated facts: which kinds, names and values may appear
@@ -86,14 +88,16 @@ class SftConfig:
             raise UserError("out is empty; give the folder that the items are to be written to.")
         if not self.lengths:
             raise UserError("lengths needs at least one bucket of low, high and weight.")
-        for name, share in (("recite", self.recite), ("rivals", self.rivals)):
+        for name, share in (("recite", self.recite), ("rivals", self.rivals), ("real", self.real), ("ask", self.ask)):
             if not 0 <= share <= 1:
                 raise UserError(f"{name} must be in 0 to 1, not {share}.")
+        if (self.real or self.ask) and not self.quote:
+            raise UserError("real and ask need quote: true, because their answers are sentences of the text.")
         for name in self.facts or ("",):
             if name not in FACT_SETS:
                 raise UserError(f"there is no set of facts {name!r}{nearest(name, FACT_SETS)}")
-        if not 1 <= self.questions_low <= self.questions_high <= 24:
-            raise UserError("questions_low and questions_high must be 1 to 24, the low one not above the high one.")
+        if not 1 <= self.questions_low <= self.questions_high <= 48:
+            raise UserError("questions_low and questions_high must be 1 to 48, the low one not above the high one.")
         if self.split not in SPLITS:
             raise UserError(f"split must be train or heldout, not {self.split!r}.")
         for name in ("items", "attempts", "processes", "decontaminate_hits"):
@@ -152,6 +156,8 @@ def plan_items(config: SftConfig) -> list[Spec]:
                 config.quote,
                 config.facts,
                 config.rivals,
+                config.real,
+                config.ask,
             )
         )
     return specs

@@ -1,9 +1,9 @@
 """Stated facts: invented facts of many kinds written into natural documents, and questions about them.
 
 The kinds, names and values stand in facts/: en.json and zh.json of life in old novels, work.*.json of reports (sums,
-dates, shares, rooms; lines of lists and tables too). Kinds marked "heldout", and every fourth entry of
-each list, belong to the held-out set: with split="train" an item never shows them, with split="heldout" it shows only
-them, so that a model can be tested on kinds, names and values it never saw.
+dates, shares, rooms; lines of lists and tables too), world.*.json of hundreds of relations (see `world`). Kinds marked
+"heldout", and every fourth entry of each list, belong to the held-out set: with split="train" an item never shows them,
+with split="heldout" it shows only them, so that a model can be tested on kinds, names and values it never saw.
 
 An item has plain facts, facts in two sentences that only together answer, questions that ask for several facts at once,
 and questions whose answer is *not* in the text (about a person or place that other facts do name).
@@ -22,10 +22,11 @@ from typing import Any
 
 from longverse.data.long_sft.item import SPLITS
 from longverse.data.long_sft.prompts import variants
+from longverse.data.long_sft.world import world
 from longverse.errors import UserError
 
 HELD_OUT_EVERY = 4
-SETS = ("life", "work")
+SETS = ("life", "work", "world")
 _MONTH_NAMES = "January February March April May June July August September October November December"
 _MONTHS = _MONTH_NAMES.split()
 
@@ -51,7 +52,12 @@ def _table(language: str, sets: tuple[str, ...]) -> dict[str, Any]:
         "life": json.loads((folder / f"{name}.json").read_text(encoding="utf-8")),
         "work": json.loads((folder / f"work.{name}.json").read_text(encoding="utf-8")),
     }
-    return {"lists": tables["work"]["lists"] | tables["life"]["lists"]} | {
+    if "world" in sets:
+        tables["world"] = world(folder, name)
+    lists: dict[str, Any] = {}
+    for table in reversed(tables.values()):  # where two have a list of one name, that of life is taken
+        lists |= table["lists"]
+    return {"lists": lists, "sorts": tables.get("world", {}).get("sorts", {})} | {
         group: [kind for one in sets for kind in tables[one][group]] for group in ("kinds", "hops", "several")
     }
 
@@ -77,13 +83,13 @@ class FactMaker:
 
     def plain(self, name: str = "") -> Fact:
         """A fact in one sentence, of the kind with this name where one is given."""
-        kind = next(k for k in self._table["kinds"] if k["kind"] == name) if name else self._kind("kinds")
+        kind = self._named(name) if name else self._kind("kinds")
         bearer, value = self._bearer(kind), self._value(kind["kind"], kind["value"])
-        words = {"e": bearer, "v": value}
+        words = {"e": bearer, "v": value} | self._others(kind)
         return Fact(
             "plain", kind["kind"],
             (self._say(self.rng.choice(kind["statements"]), words),),
-            self._say(self.rng.choice(kind["questions"]), words), (value,), self._say(kind["answer"], words),
+            self._say(self.rng.choice(kind["questions"]), words), (value,), self._say(kind.get("answer", "{v}"), words),
         )  # fmt: skip
 
     def hop(self) -> Fact:
@@ -119,13 +125,22 @@ class FactMaker:
         others = [b for t, b, k in self._bearers if t == kind["entity"] and b not in stated]
         bearer = self.rng.choice(others) if others and self.rng.random() < 0.6 else self._bearer(kind, state=False)
         self._used.add((kind["kind"], bearer))
-        question = self._say(self.rng.choice(kind["questions"]), {"e": bearer})
+        question = self._say(self.rng.choice(kind["questions"]), {"e": bearer} | self._others(kind))
         reply = variants("not_stated", self.language)[0]  # always the same words, which a reader can rely on
         return Fact("absent", kind["kind"], (), question, (reply,), reply)
 
     def _kind(self, group: str) -> dict[str, Any]:
         held = self.split == "heldout"
         return self.rng.choice([kind for kind in self._table[group] if kind["heldout"] == held])
+
+    def _named(self, name: str) -> dict[str, Any]:
+        """A kind of this name: one asks for one part of it, another for another."""
+        same = [kind for kind in self._table["kinds"] if kind["kind"] == name]
+        return same[0] if len(same) == 1 else self.rng.choice(same)
+
+    def _others(self, kind: dict[str, Any]) -> dict[str, str]:
+        """What else a kind's sentences name, beside the bearer and the value."""
+        return {name: self._draw(sort) for name, sort in kind.get("others", {}).items()}
 
     def _bearer(self, kind: dict[str, Any], *, state: bool = True) -> str:
         """One that this kind has not had. Two kinds that could answer each other's question share no bearer: a question
@@ -149,6 +164,8 @@ class FactMaker:
 
     def _draw(self, sort: str) -> str:
         rng = self.rng
+        if sort in self._table["sorts"]:
+            return re.sub(r"\{(\w+)\}", lambda match: self._draw(match[1]), self._table["sorts"][sort])
         if sort == "person":
             first, last = rng.choice(self._entries("first")), rng.choice(self._entries("last"))
             return last + first if self.language == "zh" else f"{first} {last}"
