@@ -110,7 +110,7 @@ def unanswerable(report: Report, questions: int, seed: int = 0) -> tuple[str, ..
                 said = attribute.sentence.replace("{name}", named["name"]).split("{value}")
                 if attribute.question and not re.search(".+?".join(map(re.escape, said)), report.text):
                     unsaid.append(attribute.question.replace("{name}", named["name"]))
-    size = _count_words(report.text, report.language)
+    size = max(_count_words(report.text, report.language), 1_500)  # a short one may not hold ten facts
     foreign = []
     for other in range(20):
         strange = generate_report(seed + 7919 * (other + 1), target_words=size, questions=10, language=report.language)

@@ -28,7 +28,7 @@ from .rope import RopePlan
 from .shards import Progress, TensorFolder, TensorInfo, read_json
 
 if TYPE_CHECKING:
-    from .converted import MemoryTensors
+    from .converted import MemoryTensors, _FileTensors
 
 CONFIG, WEIGHTS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", "longverse.json"
 PREFIX = "base_model.model."
@@ -143,7 +143,7 @@ class AdaptedTensors:
     Raises UserError, naming file and tensor, for an adapter of another model.
     """
 
-    def __init__(self, base: TensorFolder | MemoryTensors | AdaptedTensors, adapter: Path) -> None:
+    def __init__(self, base: TensorFolder | MemoryTensors | AdaptedTensors | _FileTensors, adapter: Path) -> None:
         self.base, self.adapter = base, adapter
         self.config, tensors = read_adapter(adapter)
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}  # name of the weight: A [r, in], B [out, r]
@@ -237,6 +237,13 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     context_window); empty for an adapter that PEFT wrote."""
     path = folder / SETTINGS
     return dict(read_json(path).get("config") or {}) if path.exists() else {}
+
+
+def adapted_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A model's config with the RoPE plan and the window that the adapter in `folder` was trained for."""
+    settings = adapter_settings(folder)
+    old = ("rope_theta", "rope_scaling") if "rope_parameters" in settings else ()
+    return {key: value for key, value in config.items() if key not in old} | settings
 
 
 def _apply_settings(network: CausalLM, folder: Path) -> list[str]:

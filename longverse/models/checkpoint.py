@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError, expand
 from . import embedded, hub, releases
-from .adapters import AdaptedTensors, adapter_settings, base_of, is_adapter
+from .adapters import AdaptedTensors, adapted_config, base_of, is_adapter
 from .chat import ChatFormat
 from .converted import MemoryTensors, cache_folder, convert_once
 from .network import CausalLM, NetworkConfig, skeleton
@@ -143,9 +143,11 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
     name, path = locate(model, on_progress)
     if path.is_dir() and is_adapter(path):
         return _adapted(open_model(base_of(path), on_progress), path, name)
+    shipped = embedded.adapter(name) if name == model else None
     tensors: Tensors
     if path.is_file():
-        converted = convert_once(path, embedded.plain(name), on_progress)
+        converted = convert_once(path, name, on_progress, adapter=shipped)
+        shipped = None  # it is in what was converted
         notes += converted.notes
         if converted.folder is None:
             assert converted.tensors is not None
@@ -181,16 +183,13 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
         if (licence := releases.licence_note(release)) is not None:
             notes.append(licence)
     opened = Opened(name, path, config, tokenizer, tensors, read_form(config), release, notes)
-    shipped = embedded.adapter(name) if name == model else None
     return opened if shipped is None else _adapted(opened, shipped, name)
 
 
 def _adapted(base: Opened, adapter: Path, name: str) -> Opened:
     """A model with an adapter merged into its tensors, and the RoPE plan and window the adapter was trained for."""
-    settings = adapter_settings(adapter)
-    old = ("rope_theta", "rope_scaling") if "rope_parameters" in settings else ()
-    config = {key: value for key, value in base.config.items() if key not in old} | settings
-    return replace(base, name=name, config=config, tensors=AdaptedTensors(base.tensors, adapter))
+    tensors = AdaptedTensors(base.tensors, adapter)
+    return replace(base, name=name, config=adapted_config(base.config, adapter), tensors=tensors)
 
 
 def build(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .adapters import SETTINGS, WEIGHTS, AdaptedTensors, adapted_config
 from .network import NetworkConfig
 from .places import cache_folder
 from .shards import Progress, SafetensorsWriter, TensorInfo, numel, read_json, write_json
@@ -76,25 +77,31 @@ class Converted:
     reason: str = ""
 
 
-def convert_once(path: Path, name: str, on_progress: Progress | None = None) -> Converted:
-    """The conversion of a GGUF file: from the cache when it is there and whole, else made now.
+def convert_once(
+    path: Path, name: str, on_progress: Progress | None = None, *, adapter: Path | None = None
+) -> Converted:
+    """The conversion of a GGUF file: from the cache when it is there and whole, else made now. An adapter is
+    merged into what is written, so that later starts map the merged weights.
 
     `on_progress(done, total)` counts bytes of the converted weights; it is not called on a cache hit.
     A cache folder that cannot be written (read-only, full) is no error: the weights then stay in memory.
     Raises UserError when the file is no GGUF, truncated, or of a foreign architecture.
     """
-    target = cache_folder() / "converted" / f"{safe_name(name)}-{fingerprint(path)}"
+    state = fingerprint(path) if adapter is None else fingerprint(path, adapter / WEIGHTS, adapter / SETTINGS)
+    target = cache_folder() / "converted" / f"{safe_name(name)}-{state}"
     if is_whole(target):
         return Converted(target, read_json(target / "config.json"), read_json(target / MARKER).get("notes", []))
     from .gguf import read_gguf
 
     model = read_gguf(path)
+    if adapter is not None:
+        model.config = adapted_config(model.config, adapter)
     aside = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         aside.mkdir(parents=True)
-        _write(model, path, aside, on_progress)
+        _write(model, path, aside, on_progress, adapter)
         _put_in_place(aside, target)
-        _sweep(target, path)
+        _sweep(target, path, adapter)
         return Converted(target, model.config, model.notes)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -108,7 +115,7 @@ def convert_once(path: Path, name: str, on_progress: Progress | None = None) -> 
             errno.EEXIST,
         ):
             raise
-        tensors = MemoryTensors(dict(_checked(model, stored_as(model), on_progress)))
+        tensors = MemoryTensors(dict(_merged(model, stored_as(model), on_progress, adapter)))
         reason = f"the cache folder {cache_folder()} cannot be written ({error.strerror})"
         return Converted(None, model.config, model.notes, model.tokenizer, tensors, reason)
     except BaseException:
@@ -121,11 +128,13 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
-def fingerprint(path: Path) -> str:
-    """16 hexadecimal digits that change when the file does: of its real path, size, time of change and our version."""
-    real = path.resolve()
-    stat = real.stat()
-    return hashlib.sha256(f"{CONVERTER}\0{real}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+def fingerprint(*paths: Path) -> str:
+    """16 hexadecimal digits that change when a file does: of real paths, sizes, times of change and our version."""
+    words = [str(CONVERTER)]
+    for real in (path.resolve() for path in paths if path.exists()):
+        stat = real.stat()
+        words += [str(real), str(stat.st_size), str(stat.st_mtime_ns)]
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 
 def is_whole(folder: Path) -> bool:
@@ -168,13 +177,54 @@ def _checked(model: GgufModel, dtype: torch.dtype, on_progress: Progress | None)
             on_progress(done, total)
 
 
-def _write(model: GgufModel, path: Path, folder: Path, on_progress: Progress | None) -> None:
+@dataclass
+class _FileTensors:
+    """The tensors of a GGUF file in the type they are to be kept in, read once and in order, for an adapter to be
+    merged into."""
+
+    model: GgufModel
+    dtype: torch.dtype
+    on_progress: Progress | None
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Shape and dtype by name."""
+        shapes = NetworkConfig.from_dict(self.model.config).parameter_shapes()
+        return {name: TensorInfo(shape, self.dtype) for name, shape in shapes.items()}
+
+    def get(self, name: str) -> Tensor:
+        """One tensor: not needed here."""
+        raise NotImplementedError
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, checked."""
+        yield from _checked(self.model, self.dtype, self.on_progress)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Nothing: a tensor is of ordinary memory."""
+
+    def origin(self, name: str) -> str:
+        """What an error message calls the place of a tensor."""
+        return "the GGUF file"
+
+
+def _merged(
+    model: GgufModel, dtype: torch.dtype, on_progress: Progress | None, adapter: Path | None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor in dtype) of every weight, with the adapter merged in where there is one."""
+    base = _FileTensors(model, dtype, on_progress)
+    yield from base.stream() if adapter is None else AdaptedTensors(base, adapter).stream()
+
+
+def _write(
+    model: GgufModel, path: Path, folder: Path, on_progress: Progress | None, adapter: Path | None = None
+) -> None:
     dtype = stored_as(model)
     shapes = NetworkConfig.from_dict(model.config).parameter_shapes()
     infos = {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}
     writer = SafetensorsWriter(folder / "model.safetensors", infos)
     try:
-        for name, tensor in _checked(model, dtype, on_progress):
+        for name, tensor in _merged(model, dtype, on_progress, adapter):
             writer.write(name, tensor)
     except BaseException:
         writer.abort()
@@ -191,6 +241,7 @@ def _write(model: GgufModel, path: Path, folder: Path, on_progress: Progress | N
         {
             "converter": CONVERTER,
             "source": {"path": str(path.resolve()), "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns},
+            "adapter": None if adapter is None else str(adapter.resolve()),
             "notes": model.notes,
             "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
         },
@@ -215,17 +266,20 @@ def _put_in_place(aside: Path, target: Path) -> None:
             shutil.rmtree(broken, ignore_errors=True) if broken.is_dir() else broken.unlink()
 
 
-def _sweep(target: Path, source: Path) -> None:
+def _sweep(target: Path, source: Path, adapter: Path | None = None) -> None:
     """Drop what this conversion replaces (an older state of the same file) and what killed processes left."""
-    real = str(source.resolve())
+    real = str(source.resolve()), None if adapter is None else str(adapter.resolve())
     for other in target.parent.iterdir():
         if other == target or not other.is_dir():
             continue
+        if not other.name.startswith(".") and other.name.rpartition("-")[0] != target.name.rpartition("-")[0]:
+            continue  # the same file under another name
         try:
             if other.name.startswith("."):
                 stale = time.time() - other.stat().st_mtime > DAY
             else:
-                stale = read_json(other / MARKER)["source"]["path"] == real
+                marker = read_json(other / MARKER)
+                stale = (marker["source"]["path"], marker.get("adapter")) == real
         except (UserError, OSError, KeyError, TypeError):
             continue
         if stale:

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from longverse.errors import UserError
 from longverse.models import checkpoint, converted, embedded, hub
-from longverse.models.checkpoint import Loaded, known_models, load
+from longverse.models.adapters import WEIGHTS, merge_adapter
+from longverse.models.checkpoint import Loaded, known_models, load, open_model
 from longverse.models.network import NetworkConfig
 from longverse.models.shards import TensorFolder
 from longverse.models.tokenizer import Tokenizer
 from tests.helpers import random_tensors, tiny_config
 from tests.models.folders import save_folder, save_tokenizer
+from tests.models.test_adapters import adapter_folder
 
 IDS = torch.arange(1, 41).view(2, 20)
 
@@ -338,6 +340,39 @@ def test_plain_files_keep_every_bit(gguf: Path, monkeypatch: pytest.MonkeyPatch,
     whole = random_tensors(NetworkConfig.from_dict(tiny_config(tie_word_embeddings=True)))
     assert all(torch.equal(stored[name], tensor.to(dtype)) for name, tensor in whole.items())
     assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_shipped_adapter_is_merged_when_its_file_is_converted(
+    gguf: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_folder(tmp_path / "adapter", "tiny-plain")
+    entries = {
+        name: embedded.Embedded(name, "", "", 512, "none", "", "", "", adapter=own, plain="tiny-plain")
+        for name, own in (("tiny", str(adapter)), ("tiny-plain", None))
+    }
+    monkeypatch.setattr(embedded, "EMBEDDED", entries)
+    monkeypatch.setattr(embedded, "find", lambda name: gguf)
+    plain = load("tiny-plain", dtype="float32", device="cpu")
+    first = load("tiny", dtype="float32", device="cpu")
+    expected = load("tiny-plain", dtype="float32", device="cpu").network
+    merge_adapter(expected, adapter)
+    ids = torch.arange(40)[None] % 100
+    merged = first.network(ids)
+    assert torch.allclose(merged, expected(ids), atol=0.05)  # the cache keeps bfloat16
+    assert not torch.allclose(merged, plain.network(ids), atol=0.05)
+    assert first.network.config.rope.theta == 70000
+    assert first.network.config.window == 512
+    reads = FakeGguf.reads
+    assert torch.equal(load("tiny", dtype="float32", device="cpu").network(ids), merged)
+    assert torch.equal(load(str(gguf), dtype="float32", device="cpu").network(ids), plain.network(ids))
+    assert FakeGguf.reads == reads + 1  # the file by its path is converted under its own name, beside both
+    os.utime(adapter / WEIGHTS, (1, 1))  # another version of longverse brings another adapter
+    load("tiny", dtype="float32", device="cpu")
+    assert sorted(folder.name.rpartition("-")[0] for folder in (own_cache / "converted").iterdir()) == [
+        "tiny", "tiny", "tiny-plain"
+    ]  # fmt: skip
+    assert embedded.plain("tiny") == "tiny-plain"
+    assert open_model("tiny").tensors.get("model.norm.weight").dtype == torch.bfloat16
 
 
 def test_a_changed_file_is_converted_again_and_the_old_result_dropped(gguf: Path, own_cache: Path) -> None:
