@@ -285,14 +285,22 @@ class KVCache:
 
     def _compiled(self, q: Tensor) -> bool:
         """Whether the CPU kernel for many queries runs for this cache's layout, too."""
-        return compiled_fits(q) and self._kernel(q.shape[1]) is not None
+        return self.device.type == "cpu" and compiled_fits(q) and self._kernel(q.shape[1]) is not None
 
     def _kernel(self, heads: int) -> Any:
-        """The CPU kernel for one query of `heads` heads, or None where it cannot run."""
-        if self.device.type != "cpu" or kernels.unavailable():
+        """The kernel for one query of `heads` heads on this device, or None where there is none that can run."""
+        cpu = self.device.type == "cpu"
+        if not cpu and self.device.type != "cuda":
+            return None
+        if cpu and kernels.unavailable():
             return None
         if heads not in self._kernels:
-            from .kernels.one_token import OneQuery
+            if cpu:
+                from .kernels.one_token import OneQuery
 
-            self._kernels[heads] = OneQuery.of(self, heads)
+                self._kernels[heads] = OneQuery.of(self, heads)
+            else:
+                from .kernels.gpu_decode import SplitK
+
+                self._kernels[heads] = SplitK.of(self, heads)
         return self._kernels[heads]

@@ -2,7 +2,8 @@
 
 `simd.py` and `team.py` hold the tools, `cpu_decode.py` one token's attention and decoder, `build.py` what binds them to
 a model and a cache. They need numba, which compiles them once for this processor and keeps the result on disk, so no
-compiler has to be installed. Nothing here is imported before it is used.
+compiler has to be installed. `gpu_decode.py` and `split_k.py` are one token's attention on a card, in Triton. Nothing
+here is imported before it is used.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ import os
 from functools import lru_cache
 
 
+def turned_off() -> bool:
+    """Whether the user asked for plain torch."""
+    return os.environ.get("LONGVERSE_KERNELS", "").lower() in ("torch", "off", "0")
+
+
 @lru_cache(maxsize=1)
 def unavailable() -> str:
     """Why the CPU kernels cannot run on this machine, as half a sentence; "" when they can."""
-    if os.environ.get("LONGVERSE_KERNELS", "").lower() in ("torch", "off", "0"):
+    if turned_off():
         return "LONGVERSE_KERNELS turns them off"
     from importlib.util import find_spec
 

@@ -1,0 +1,86 @@
+"""One token's attention over a cache on a card: split-K in Triton, straight from the cache's own layout.
+
+Plain torch turns a stretch of an int8 or int4 past into floating point, writes it to memory and reads it again for the
+products. Here each program reads a stretch of one key/value head as it is kept, turns it into floating point in
+registers, and keeps a running softmax (flash decoding, Dao et al. 2023,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html); the stretches' results are joined by their log-sum-exps.
+
+Shapes: q [1, H, 1, D]; a layer's rows [G, C, row] (C capacity, G key/value heads, R = H / G queries share one), scales
+[G, C, groups] for int8 and [G, C, groups, 2] for int4, the ends kept in full [G, 64, D]; see `cache.py`, `packing.py`.
+The kernel itself is `split_k.py`; the reference is `KVCache._attend_past`.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import turned_off
+
+if TYPE_CHECKING:
+    from ..cache import KVCache
+
+BLOCK = 64  # tokens at a time
+WAVES = 4  # programs for each of the card's processors
+RING = 64  # slots of the newest tokens kept in full: token t in slot t % RING
+_FORMS = {"full": 0, "int8": 1, "int4": 2}
+
+
+def available() -> bool:
+    """Whether Triton is installed (torch's CUDA builds bring it) and kernels are wanted."""
+    return not turned_off() and find_spec("triton") is not None
+
+
+class SplitK:
+    """Attention of one token over one cache, for queries of H heads."""
+
+    def __init__(self, cache: KVCache, heads: int) -> None:
+        self.cache = cache
+        self.group = heads // cache.kv_heads
+        card = cache.device.type == "cuda"
+        processors = torch.cuda.get_device_properties(cache.device).multi_processor_count if card else 4
+        self.most = max(1, WAVES * processors // cache.kv_heads)  # stretches of a head
+
+    @classmethod
+    def of(cls, cache: KVCache, heads: int) -> SplitK | None:
+        """None where it cannot run."""
+        return cls(cache, heads) if available() else None
+
+    def attend(self, layer: int, q: Tensor, spans: tuple[int, int, int]) -> Tensor:
+        """q [1, H, 1, D] after RoPE over the tokens of `layer`, the last of which is its own; returns [1, H, 1, D].
+        spans: `KVCache.spans`."""
+        cache, packing = self.cache, self.cache.packing
+        queries = q if packing is None else packing.rotate(q)
+        end, first, recent = spans
+        blocks = -(-end // BLOCK)
+        per_stretch = -(-blocks // self.most)
+        stretches = -(-blocks // per_stretch)
+        heads, size = cache.kv_heads, cache.head_dim
+        mixed = torch.empty((heads, stretches, self.group, size), dtype=torch.float32, device=q.device)
+        weight = torch.empty((heads, stretches, self.group), dtype=torch.float32, device=q.device)
+        storage = {name: part[layer, 0] for name, part in cache.storage().items() if name != "recent_tokens"}
+        unused = mixed  # stands for the arrays that this format has not; no program reads it
+        names = ("keys", "key_scales", "values", "value_scales")
+        ends = ("first_keys", "first_values", "recent_keys", "recent_values")
+        if packing is None:  # everything is in full, in `keys` and `values`
+            first, recent = 0, end
+        from .split_k import split_k
+
+        split_k[heads, stretches](
+            queries.contiguous(),
+            *(storage.get(name, unused) for name in (*names, *ends)),
+            mixed, weight, end, first, recent, per_stretch, cache.capacity, size**-0.5,
+            FORM=_FORMS[cache.format], SIZE=size, PADDED=_power(size), GROUP=self.group,
+            ROWS=max(16, _power(self.group)), SCALED=packing.group if packing else size, BLOCK=BLOCK, RING=RING,
+        )  # fmt: skip
+        share = torch.softmax(weight, dim=1)[..., None]
+        out = (share * mixed).sum(1).view(q.shape).to(q.dtype)
+        return out if packing is None else packing.rotate(out)
+
+
+def _power(number: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
