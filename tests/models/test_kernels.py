@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,3 +163,29 @@ def test_kernels_kept_on_disk_do_not_run_with_anothers_constants(tmp_path: Any) 
             [sys.executable, "-c", script, *order], env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr[-500:]
+
+
+@needs_kernels
+def test_the_process_that_compiles_computes_the_same_bits(tmp_path: Path) -> None:
+    """A machine's first process and all later ones: a resumed run must not differ from one that was not broken off."""
+    program = (
+        "import hashlib, torch\n"
+        "from longverse.models.cache import KVCache\n"
+        "cache = KVCache(1, 3, 64, 400, torch.bfloat16)\n"
+        "draw = lambda heads, tokens: torch.randn(1, heads, tokens, 64, generator=rng).bfloat16()\n"
+        "rng = torch.Generator().manual_seed(0)\n"
+        "cache.attend(0, draw(9, 300), draw(3, 300), draw(3, 300))\n"
+        "cache.advance(300)\n"
+        "kernel = cache._kernel(9)\n"
+        "queries = torch.randn(1, 9, 1, 64, generator=rng)\n"
+        "out = [kernel.attend(0, queries * n, cache.spans(300)) for n in range(1, 40)]\n"
+        "print(hashlib.sha256(torch.stack(out).numpy().tobytes()).hexdigest())\n"
+    )
+    environment = os.environ | {"LONGVERSE_CACHE": str(tmp_path), "LONGVERSE_COMPILES": ""}
+    seen = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        seen.append(done.stdout)
+    assert seen[0] == seen[1]
+    assert list((tmp_path / "kernels").rglob("*.nbc"))

@@ -88,14 +88,17 @@ def _bound(constants: dict[str, Any]) -> dict[str, Any]:
 @lru_cache(maxsize=32)
 def attention_kernel(form: CacheForm) -> Any:
     """`cpu_decode.attend_one` for a cache, compiled or loaded at its first call."""
-    return specialise(cpu_decode.attend_one, f"attend_{form.name}", **_bound(form.constants()))
+    return specialise(
+        cpu_decode.attend_one, f"attend_{form.name}", ("attention_kernel", form), **_bound(form.constants())
+    )
 
 
 @lru_cache(maxsize=32)
 def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
     """`cpu_decode.decode_one` for a cache and a model."""
     constants = {**cache.constants(), **decoder.constants()}
-    return specialise(cpu_decode.decode_one, f"decode_{cache.name}_{decoder.name}", **_bound(constants))
+    name = f"decode_{cache.name}_{decoder.name}"
+    return specialise(cpu_decode.decode_one, name, ("decoder_kernel", cache, decoder), **_bound(constants))
 
 
 @lru_cache(maxsize=32)
@@ -107,7 +110,7 @@ def chunk_kernel(cache: CacheForm, name: str = "fold_stretch") -> Any:
     bound = {name: everything[name] for name in ("SIZE", "HEADS", "QUANTISED", "PACKED", "GROUP")}
     for piece in ("restore_row", "gather_block", "lay_keys", "lay_values", "lay_block", "row_mass"):
         bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
-    return specialise(getattr(cpu_prefill, name), f"{name}_{cache.name}", **bound)
+    return specialise(getattr(cpu_prefill, name), f"{name}_{cache.name}", ("chunk_kernel", cache, name), **bound)
 
 
 @lru_cache(maxsize=4)

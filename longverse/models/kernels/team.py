@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
+import subprocess
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from .simd import arrive, give_way, look
 njit: Any = numba.njit
 config: Any = _config
 _placing = threading.Lock()
+CHILD = "LONGVERSE_COMPILES"  # set in a process that only compiles
 SPINS = 20_000  # looks at the counter before giving the processor away, some ten microseconds
 
 
@@ -41,11 +45,14 @@ def meet(counter: np.ndarray, team: int) -> None:
             give_way()
 
 
-def specialise(function: Callable[..., Any], name: str = "", **bound: Any) -> Callable[..., Any]:
+def specialise(
+    function: Callable[..., Any], name: str = "", maker: tuple[Any, ...] = (), **bound: Any
+) -> Callable[..., Any]:
     """Compile `function` with some of its global names bound to constants or to other compiled functions.
 
     The constants shape the machine code: loops of known length, no branches for what a model has not. With a `name`
-    the code is kept on disk for later starts; only what Python calls needs one.
+    the code is kept on disk for later starts; only what Python calls needs one. maker: the function of `build` that
+    makes this kernel, by name, and its arguments.
 
     Every function's name ends in a digest of what it was bound to. numba tells functions apart by name and a count
     within the process, and code from the disk brings the count of the process that compiled it: of two pieces with one
@@ -59,10 +66,54 @@ def specialise(function: Callable[..., Any], name: str = "", **bound: Any) -> Ca
             before, config.CACHE_DIR = config.CACHE_DIR, config.CACHE_DIR or str(_code_folder())
             try:
                 with suppress(RuntimeError):  # no folder can be written: it is compiled at every start
-                    return njit(cache=True, **options)(copy)
+                    return Kept(njit(cache=True, **options)(copy), maker)
             finally:
                 config.CACHE_DIR = before
     return njit(**options)(copy)
+
+
+class Kept:
+    """A compiled function whose code is on disk, so that every process runs the very same.
+
+    The process that compiles a function also holds its pieces, each compiled by itself, and the linker takes those for
+    the copies that were optimised within it: such code rounds otherwise, in the last bits, than what is kept. So a
+    child process compiles, and this one loads. Where the child cannot, this process compiles.
+    """
+
+    def __init__(self, function: Any, maker: tuple[Any, ...]) -> None:
+        self.function, self.maker = function, maker
+        self._known: set[tuple[Any, ...]] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        types = tuple(self.function.typeof_pyval(value) for value in args)
+        if types not in self._known:
+            with self._lock:
+                if types not in self._known:
+                    self._fetch(types)
+                    self._known.add(types)
+        return self.function(*args)
+
+    def _fetch(self, types: tuple[Any, ...]) -> None:
+        """See that code for these types is on the disk."""
+        compiles_here = os.environ.get(CHILD) or not self.maker
+        if compiles_here or self.function._cache.load_overload(types, self.function.targetctx) is not None:
+            return
+        program = f"from {__package__}.team import compile_as_told; compile_as_told()"
+        told = pickle.dumps((self.maker, types))
+        with suppress(OSError):
+            subprocess.run(
+                [sys.executable, "-c", program], input=told, env=os.environ | {CHILD: "1"}, check=False,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+
+
+def compile_as_told() -> None:
+    """In a child of `Kept`: compile a kernel for the types that its parent writes to our standard input."""
+    from . import build
+
+    (name, *arguments), types = pickle.load(sys.stdin.buffer)
+    getattr(build, name)(*arguments).function.compile(types)
 
 
 def _digest(bound: dict[str, Any]) -> str:
