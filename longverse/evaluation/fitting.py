@@ -31,6 +31,9 @@ CHINESE_PAD = PadWords("就这样", "过去", ("了", "吧", "呢", "啊", "的"
 PADS = {"en": ENGLISH_PAD, "zh": CHINESE_PAD}
 
 
+ROOM = 40  # tokens: more than the shortest pad text and its finest steps take
+
+
 def largest_that_fits(fits: Callable[[int], bool], guess: int, limit: int) -> int:
     """The largest n in [0, limit] for which `fits(n)` holds, for a monotone `fits`; -1 if not even 0 does.
 
@@ -136,7 +139,10 @@ def fit(
         total += prices[guess]
         guess += 1
     most = largest_that_fits(lambda n: count(n, "") <= target, guess, len(prices))
-    for sentences in range(most, max(-1, most - 6), -1):
+    # Six of them leave room for the shortest pad text where they are sentences; where they are words it takes more.
+    for sentences in range(most, max(-1, most - 60), -1):
+        if sentences <= most - 6 and target - count(sentences, "") > ROOM:
+            break
         padding = padding_for(lambda text, n=sentences: count(n, text), target, pad)  # type: ignore[misc]
         if padding is not None:
             return sentences, padding

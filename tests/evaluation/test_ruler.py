@@ -14,6 +14,7 @@ from longverse.errors import UserError
 from longverse.evaluation.backends import Request
 from longverse.evaluation.endpoint import EndpointBackend
 from longverse.evaluation.engine_backend import EngineBackend, prompt_ids
+from longverse.evaluation.fitting import ENGLISH_PAD, fit
 from longverse.evaluation.ruler import (
     RulerResult,
     RulerRow,
@@ -134,6 +135,17 @@ def test_lengths_are_exact(echo: Echo, task: str) -> None:
     request = fit_draft(echo, draft, length)
     assert request.lead == draft.lead
     assert echo.count(request) + draft.new_tokens == length
+
+
+def test_pieces_of_a_token_and_less_leave_room_for_the_padding() -> None:
+    """fwe's pieces may be shorter than a token, so that many have to give way to the shortest pad text."""
+
+    def count(pieces: int, padding: str) -> int:
+        return 20 + pieces * 2 // 3 + (4 + len(padding.split()) if padding else 0)
+
+    for target in range(300, 340):
+        pieces, padding = fit(count, target, [1] * 2_000, 20, ENGLISH_PAD)
+        assert count(pieces, padding) == target
 
 
 def test_the_lead_stands_in_the_models_own_turn(engine: Engine) -> None:
