@@ -141,7 +141,7 @@ def test_pieces_of_a_token_and_less_leave_room_for_the_padding() -> None:
     """fwe's pieces may be shorter than a token, so that many have to give way to the shortest pad text."""
 
     def count(pieces: int, padding: str) -> int:
-        return 20 + pieces * 2 // 3 + (4 + len(padding.split()) if padding else 0)
+        return 20 + pieces // 3 * 2 + (4 + len(padding.split()) if padding else 0)
 
     for target in range(300, 340):
         pieces, padding = fit(count, target, [1] * 2_000, 20, ENGLISH_PAD)
