@@ -220,10 +220,13 @@ def demo(
     loading: Loading = Loading(),
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed writes another report.")] = 1,
     tokens: Annotated[
-        int, typer.Option("--tokens", min=1000, help="How long the report is at least, in tokens.")
-    ] = 4000,
+        int | None,
+        typer.Option(
+            "--tokens", min=1000, help="How long the report is at least, in tokens; by default 16,000, or what fits."
+        ),
+    ] = None,
     questions: Annotated[int, typer.Option("--questions", min=1, max=100, help="How many questions to ask.")] = 10,
-    language: Annotated[str, typer.Option("--language", help="en or zh; smol speaks English only.")] = "en",
+    language: Annotated[str, typer.Option("--language", help="en or zh.")] = "en",
     folder: Annotated[Path, typer.Option("--folder", help="Where the report is written.")] = Path("."),
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -239,11 +242,11 @@ def demo(
 
     longverse demo --seed 7 --tokens 6000 --questions 20
     """
-    from .commands_demo import check, run
+    from .commands_demo import check, run, usual_tokens
 
     check(folder, language)
     engine = loading.engine(quiet)
-    run(engine, seed, tokens, questions, language, folder, as_json=as_json, quiet=quiet)
+    run(engine, seed, tokens or usual_tokens(engine.window), questions, language, folder, as_json=as_json, quiet=quiet)
 
 
 app.add_typer(commands_eval.app, name="eval")

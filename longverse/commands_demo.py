@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .inference.engine import Engine, Stats
 
 ANSWER_TOKENS = 40  # an answer is one sentence
+USUAL_TOKENS = 16_000
+WHOLE_WORDS = 250_000  # of the long document whose reading time is told
 
 
 @dataclass
@@ -37,6 +39,11 @@ class Row:
     stats: Stats
     cited: Cited
     cites_it: bool  # whether a citation is the sentence that states the fact
+
+
+def usual_tokens(window: int) -> int:
+    """How long a report is when nobody says: USUAL_TOKENS, or what a smaller window leaves beside a question."""
+    return min(USUAL_TOKENS, max(1000, window * 3 // 4))
 
 
 def check(folder: Path, language: str) -> None:
@@ -96,6 +103,10 @@ def run(
     if refused is not None:
         show_refused(absent[0], refused, language)
     totals(rows, length, path)
+    if (line := whole(engine, length / document.words)) is not None:
+        console.line(line)
+    console.line("\nIn the browser: longverse serve, and open http://127.0.0.1:8000/")
+    console.line(f'Next: longverse ask {path} "{rows[-1].question}"')
 
 
 def show(number: int, row: Row) -> None:
@@ -163,8 +174,29 @@ def totals(rows: list[Row], length: int, path: Path) -> None:
     console.line(f"memory {memory:.1f} GiB at most; attention {first.attention}")
     cites = sum(row.cited.found and row.cites_it for row in rows)
     console.line(f"{cites} of {len(rows)} citations are the sentence that states the answer")
-    console.line("\nIn the browser: longverse serve, and open http://127.0.0.1:8000/")
-    console.line(f'Next: longverse ask {path} "{rows[-1].question}"')
+
+
+def whole(engine: Engine, tokens_per_word: float) -> str | None:
+    """A line on what WHOLE_WORDS words like these would take here; None where no rates are known."""
+    import torch
+
+    from .commands_plan import predict, requirements
+    from .plan import say_bytes
+
+    tokens = int(WHOLE_WORDS * tokens_per_word)
+
+    def nothing(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")  # only its plan is wanted
+
+    session = engine.session(tokens, attention="pages", allocate=nothing)
+    foreseen = predict(engine, session, tokens)
+    if foreseen is None:
+        return None
+    needs, _ = requirements(engine, tokens)
+    return (
+        f"{WHOLE_WORDS:,} words like these, {tokens:,} tokens, would be read by pages in about"
+        f" {console.duration(foreseen[0])} and take {say_bytes(needs[session.cache_format])}; longverse read keeps them"
+    )
 
 
 def record(report: Report, rows: list[Row], path: Path, length: int, model: str) -> dict[str, object]:
