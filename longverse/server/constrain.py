@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.tokenizer import Tokenizer
-from .grammar import Grammar, State
+from .grammar import Grammar
+from .schema import SchemaGrammar
 
 NEVER = 2**15 - 1
 KEPT = 128  # states whose costs are kept
@@ -85,11 +86,12 @@ def _plain(text: bytes) -> bool:
 class Costs:
     """Costs of a grammar's states over a vocabulary; shared by all answers of that grammar."""
 
-    def __init__(self, grammar: Grammar, vocabulary: Vocabulary) -> None:
-        self.grammar, self.vocabulary = grammar, vocabulary
-        self._kept: OrderedDict[State, Tensor] = OrderedDict()
+    def __init__(self, grammar: Grammar | SchemaGrammar, vocabulary: Vocabulary) -> None:
+        self.grammar: Any = grammar  # its states are its own affair
+        self.vocabulary = vocabulary
+        self._kept: OrderedDict[Any, Tensor] = OrderedDict()
 
-    def of(self, state: State) -> Tensor:
+    def of(self, state: Any) -> Tensor:
         """int16 [V]: tokens that an ending takes after each token; NEVER where it cannot follow."""
         found = self._kept.get(state)
         if found is None:
@@ -99,7 +101,7 @@ class Costs:
         self._kept.move_to_end(state)
         return found
 
-    def _computed(self, state: State) -> Tensor:
+    def _computed(self, state: Any) -> Tensor:
         grammar, words = self.grammar, self.vocabulary
         costs = torch.full((words.size,), NEVER, dtype=torch.int16)
         texts, ids = words.texts, words.ids

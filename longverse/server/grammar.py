@@ -72,6 +72,18 @@ def step(state: State, byte: int) -> State | None:
     return _begin_value(mode, stack, byte)
 
 
+def number_step(mode: str, byte: int) -> str | None:
+    """The mode of a number after one more character; mode "" before its first. None when it cannot follow."""
+    if not mode:
+        return "-" if byte == ord("-") else {ord("0"): "0"}.get(byte, "1" if byte in b"123456789" else None)
+    return _NUMBER[mode].get(byte)
+
+
+def whole_number(mode: str) -> bool:
+    """Whether a number may end in a mode."""
+    return mode in _WHOLE
+
+
 def _begin_value(mode: str, stack: str, byte: int) -> State | None:
     character = chr(byte)
     if mode == "d" or (mode == "{" and character != "{"):

@@ -106,8 +106,22 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+class NamedSchema(Strict):
+    name: Annotated[str, Field(max_length=64)]
+    description: Text | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
 class ResponseFormat(Strict):
-    type: Literal["text", "json_object"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, and that type needs it")
+        return self
 
 
 class StreamOptions(Strict):
@@ -183,12 +197,19 @@ class ChatRequest(Drawing):
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice needs tools")
         if self.json_mode and names and self.tool_choice != "none":
-            raise ValueError("response_format json_object and tools exclude each other")
+            raise ValueError(f"response_format {self.response_format.type} and tools exclude each other")  # type: ignore[union-attr]
         return self
 
     @property
     def json_mode(self) -> bool:
-        return self.response_format is not None and self.response_format.type == "json_object"
+        """Whether the answer must be JSON, of a schema or any object."""
+        return self.response_format is not None and self.response_format.type != "text"
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The schema that the answer must fit."""
+        named = self.response_format.json_schema if self.response_format is not None else None
+        return named.schema_ if named is not None else None
 
     @property
     def longest(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +25,14 @@ from .keeping import Keeping
 from .library import About, Library
 from .metrics import Metrics
 from .prompts import Prompts
+from .schema import SchemaGrammar
 from .schemas import ChatRequest, CompletionRequest, Drawing
 from .stream import EventStream, gone
 from .worker import QueueFull, Stopping, Worker
 
 ROOM = 2048  # tokens kept free behind a document, for questions and answers: they share one plan
 READERS = 2  # uploads read at once
+KEPT_SCHEMAS = 16  # whose costs are kept
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Service:
         self.uploads = asyncio.Semaphore(READERS)
         self._vocabulary: Vocabulary | None = None
         self._json: Costs | None = None
+        self._schemas: dict[str, Costs] = {}
 
     def sampling(self, request: Drawing, prompt: int, asked: int | None) -> Sampling:
         """The engine's settings for a request. Raises ApiError when prompt and answer exceed the window."""
@@ -142,7 +146,9 @@ class Service:
     def _constraint(self, request: ChatRequest, max_new_tokens: int) -> Callable[[], Any] | None:
         functions = [tool.function.name for tool in request.tools or []]
         choice = request.tool_choice or "auto"
-        if request.json_mode:
+        if request.json_mode and (schema := request.schema_wanted) is not None:
+            costs = self._schema_costs(schema)
+        elif request.json_mode:
             self._json = self._json or Costs(JSON_OBJECT, self.vocabulary())
             costs = self._json
         elif functions and choice != "none":
@@ -155,6 +161,20 @@ class Service:
             return None
         Forced(costs, max_new_tokens)  # says at once when the answer's limit is too short for its form
         return partial(Forced, costs, max_new_tokens)
+
+    def _schema_costs(self, schema: dict[str, Any]) -> Costs:
+        """The costs of a schema; those of the latest schemas are kept, since clients send the same one again."""
+        key = json.dumps(schema, sort_keys=True)
+        if key not in self._schemas:
+            try:
+                self._schemas[key] = Costs(SchemaGrammar(schema), self.vocabulary())
+            except UserError as error:
+                raise ApiError(400, str(error), param="response_format") from None
+            except RecursionError:
+                raise ApiError(400, "The schema is nested too deeply.", param="response_format") from None
+            while len(self._schemas) > KEPT_SCHEMAS:
+                self._schemas.pop(next(iter(self._schemas)))
+        return self._schemas[key]
 
     def _costs(self, grammar: Grammar) -> Costs:
         return Costs(grammar, self.vocabulary())

@@ -9,6 +9,7 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
+from pydantic import BaseModel
 
 from longverse.documents import ask
 from longverse.documents.reader import Document, decode
@@ -166,6 +167,25 @@ def test_json_mode(client: OpenAI) -> None:
         client.chat.completions.create(
             model="tiny", messages=HELLO, response_format={"type": "json_object"}, max_tokens=1
         )
+
+
+class Verdict(BaseModel):
+    guilty: bool
+    reasons: list[str]
+    years: int | None
+
+
+def test_json_of_a_schema(client: OpenAI) -> None:
+    for seed in range(3):
+        done = client.chat.completions.parse(
+            model="tiny", messages=HELLO, response_format=Verdict, temperature=1.3, seed=seed, max_tokens=80
+        )
+        assert isinstance(done.choices[0].message.parsed, Verdict)
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "oneOf": []}}}
+    with pytest.raises(openai.BadRequestError, match="'oneOf', which is not supported"):
+        client.chat.completions.create(model="tiny", messages=HELLO, response_format=wrong)
+    with pytest.raises(openai.BadRequestError, match="that type needs it"):
+        client.chat.completions.create(model="tiny", messages=HELLO, response_format={"type": "json_schema"})  # type: ignore[typeddict-item]
 
 
 @pytest.mark.parametrize("stream", [False, True])
