@@ -51,23 +51,27 @@ def first_light(chinese: bool) -> str:
 
 
 def needle(chinese: bool) -> str:
-    """Facts found by depth and length, and at 16K under three RoPE plans without training; per cent."""
+    """Facts found by length over all depths, per cent: smol, and the model it was made from."""
     results = load("needle")
-    inside = results["within the window"]
-    header, columns = (
-        [f"{n // 1000}K" for n in inside["settings"]["lengths"]],
-        list(zip(*inside["grids"]["en"], strict=True)),
-    )
-    plans = {"plain base": "原基数", "ABF x5": "ABF ×5", "dynamic NTK": "动态 NTK"}
-    for plan, name in plans.items():
-        columns.append([row[0] for row in results[f"16,000 tokens, {plan}"]["grids"]["en"]])
-        header.append(f"16K {name if chinese else plan}")
-    rows = [
-        [f"{100 * depth:.0f} %", *("–" if column[n] is None else f"{100 * column[n]:.0f}" for column in columns)]
-        for n, depth in enumerate(inside["settings"]["depths"])
-    ]
-    first = "深度 \\ 长度（找到的 %）" if chinese else "depth \\ length (% found)"
-    return f"{table([first, *header], rows)}\n\n{machine_line(results, chinese)}\n"
+    lengths = results["smol"]["settings"]["lengths"]
+    names = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
+    untrained = {"ABF x5": "只改基数 ×5", "dynamic NTK": "只加动态 NTK"}
+    rows = []
+    for name, result in results.items():
+        if not isinstance(result, dict) or "grids" not in result:
+            continue
+        for language, grid in result["grids"].items():
+            found = dict(zip(result["settings"]["lengths"], zip(*grid, strict=True), strict=True))
+            cells = []
+            for length in lengths:
+                depths = [share for share in found.get(length, ()) if share is not None]
+                cells.append(f"{100 * sum(depths) / len(depths):.0f}" if depths else "–")
+            shown = name
+            for plan, translated in untrained.items():
+                shown = shown.replace(f", {plan}", f"，{translated}") if chinese else shown
+            rows.append([shown, names[language][chinese], *cells])
+    first = ["模型", "语言"] if chinese else ["model", "language"]
+    return f"{table([*first, *(f'{n // 1000}K' for n in lengths)], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
 def transcript(chinese: bool) -> str:

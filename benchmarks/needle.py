@@ -1,10 +1,11 @@
-"""What smol finds in long texts as it comes, and what a change of RoPE alone does at twice its window.
+"""What smol finds in long texts, beside the model it was made from.
 
     python benchmarks/needle.py [--repeats 2] [--keep FOLDER]
 
-Facts of eight kinds in generated prose, 1,000 to 8,000 tokens at five depths; beside it 16,000 tokens with the
-plain base, with ABF (base 100,000 to 500,000) and with dynamic NTK, each without any training: the picture that
-the recipe is to change. Writes benchmarks/results/needle.json and docs/needle_smol.png. A stopped run goes on.
+Facts of eight kinds in generated texts at five depths: `smol` in English and Chinese, `smol-8k` (the same model before
+it was read further) in English, and at twice its window with ABF (base 100,000 to 500,000) and with dynamic NTK alone:
+what a change of RoPE does without training. None of the texts and kinds are of the training's data. Writes
+benchmarks/results/needle.json and docs/needle_smol.png. A stopped run goes on.
 """
 
 import argparse
@@ -19,18 +20,26 @@ from longverse.evaluation.plots import heatmaps
 from longverse.inference.engine import Engine
 
 NEW_TOKENS = 24
-LONG = 16_000
-ROPES = {"plain base": None, "ABF x5": "abf:500000", "dynamic NTK": "dynamic:2"}
+SHORT, LONG = (1000, 2000, 4000, 6000, 8000), (16_000, 32_000)
+# name: model, RoPE, lengths, languages
+RUNS: dict[str, tuple[str, str | None, tuple[int, ...], tuple[str, ...]]] = {
+    "smol": ("smol", None, (*SHORT, *LONG), ("en", "zh")),
+    "smol-8k": ("smol-8k", None, SHORT, ("en",)),
+    "smol-8k, ABF x5": ("smol-8k", "abf:500000", LONG[:1], ("en",)),
+    "smol-8k, dynamic NTK": ("smol-8k", "dynamic:2", LONG[:1], ("en",)),
+}
 
 
-def run(rope: str | None, settings: NeedleSettings, journal: Path) -> NeedleResult:
-    longest = max(settings.lengths) + NEW_TOKENS
-    engine = Engine.load("smol", rope=rope, window=longest if longest > 8192 else None)
+def run(name: str, repeats: int, folder: Path) -> NeedleResult:
+    model, rope, lengths, languages = RUNS[name]
+    settings = NeedleSettings(lengths=lengths, languages=languages, repeats=repeats, max_new_tokens=NEW_TOKENS)
+    longest = max(lengths) + NEW_TOKENS
+    engine = Engine.load(model, rope=rope, window=longest)
     result = run_needle(
         EngineBackend(engine),
         settings,
-        journal=journal,
-        on_progress=lambda done, total: print(f"\r{journal.stem}: {done} of {total}", end="", flush=True),
+        journal=folder / f"{name.replace(', ', '_').replace(' ', '_')}.jsonl",
+        on_progress=lambda done, total: print(f"\r{name}: {done} of {total}", end="", flush=True),
     )
     print()
     return result
@@ -41,35 +50,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="facts a cell")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "longverse-needle", help="journals")
     options = parser.parse_args()
-    common = {"repeats": options.repeats, "max_new_tokens": NEW_TOKENS}
-    lengths = tuple(range(1000, 8001, 1000))
-    window = run(None, NeedleSettings(lengths=lengths, **common), options.keep / "window.jsonl")
-    print(window.markdown())
-    results = {"within the window": window.to_dict()}
-    columns = []
-    for name, rope in ROPES.items():
-        journal = options.keep / f"{name.replace(' ', '_')}.jsonl"
-        beyond = run(rope, NeedleSettings(lengths=(LONG,), **common), journal)
-        print(name, beyond.markdown(), sep="\n")
-        results[f"{LONG:,} tokens, {name}"] = beyond.to_dict()
-        columns.append([row[0] for row in beyond.grid("en")])
-    print(f"written: {write_results('needle', results)}")
+    results = {}
+    for name in RUNS:
+        results[name] = run(name, options.repeats, options.keep)
+        print(results[name].markdown())
+    print(f"written: {write_results('needle', {name: result.to_dict() for name, result in results.items()})}")
     picture = Path(__file__).parent.parent / "docs" / "needle_smol.png"
-    panels = [
-        window.panels()[0] | {"title": "its window: 8,192 tokens"},
-        {
-            "title": f"{LONG:,} tokens, untrained",
-            "columns": list(ROPES),
-            "rows": window.panels()[0]["rows"],
-            "cells": [list(row) for row in zip(*columns, strict=True)],
-            "x": "RoPE",
-        },
+    titles = [
+        ("smol", 0, "smol, English"),
+        ("smol", 1, "smol, Chinese"),
+        ("smol-8k", 0, "smol-8k: as it came, English"),
     ]
     heatmaps(
-        panels,
+        [results[name].panels()[number] | {"title": title} for name, number, title in titles],
         picture,
-        title="smol as it comes: facts found, per cent",
-        subtitle=f"{options.repeats} facts a cell, eight kinds · generated prose · greedy, exact prompt lengths",
+        title="Facts found by depth and length, per cent",
+        subtitle=f"{options.repeats} facts a cell, eight kinds · generated texts · greedy, exact prompt lengths",
     )
     print(f"written: {picture}")
 
