@@ -26,9 +26,9 @@ from common import RESULTS, table, write_results
 from longverse.data.config import build
 from longverse.data.long_sft.builder import build_sft
 from longverse.data.long_sft.plan import SftConfig
-from longverse.documents.prompts import messages
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
+from longverse.wording import messages
 
 SHARED = Path(os.environ.get("LONGVERSE_SHARED", Path(__file__).parent.parent / "../shared")) / "corpora"
 SORTS = ("plain", "hop", "several", "absent")

@@ -272,8 +272,8 @@ def document_end(engine: Engine, prompts: Prompts) -> int:
     Told from short prompts about the last words alone, since encoding a book twice takes seconds: what stands after
     the document is as long in them.
     """
-    from .documents.prompts import messages
     from .inference.engine import common_prefix
+    from .wording import messages
 
     if any(places is not None for places in prompts.places):
         return 0

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from longverse.data.long_sft.prompts import variants
-from longverse.documents.prompts import asked, messages
 from longverse.documents.report import generate_report, unanswerable
 from longverse.models.shards import replacing
+from longverse.wording import asked, messages
 
 FIRST_SEED = 5_000
 WORDS = {"en": ((500, 1_200, 90), (1_200, 2_700, 70), (2_700, 5_400, 45), (5_400, 10_500, 35))}  # from, to, reports

@@ -10,10 +10,10 @@ from functools import cached_property
 
 from ..errors import UserError
 from ..inference.engine import Engine, Session
+from ..wording import language_of, messages
 from .citations import NOT_FOUND, Cited, cite
 from .document import Document
 from .evidence import attend_to
-from .prompts import language_of, messages
 from .words import Index, groups, names, terms
 
 WAYS = ("auto", "attention", "numbers", "off")

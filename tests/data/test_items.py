@@ -28,8 +28,8 @@ from longverse.data.long_sft.stated import SPLITS, FactMaker, draw_facts, rivals
 from longverse.data.sources import SourceConfig
 from longverse.data.text import squash
 from longverse.data.vocabulary import ChatCounter, load_vocabulary
-from longverse.documents.prompts import messages
 from longverse.errors import UserError
+from longverse.wording import messages
 from tests.data.texts import code_tree, history, law, novel, tokenizer_folder, write_jsonl
 
 SOURCES = [

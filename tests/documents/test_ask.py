@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from longverse.documents.ask import prepare
-from longverse.documents.prompts import messages
 from longverse.documents.reader import decode
 from longverse.errors import UserError
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
+from longverse.wording import messages
 from tests.helpers import tiny_config
 from tests.models.folders import save_folder
 

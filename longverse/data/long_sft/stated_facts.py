@@ -13,8 +13,8 @@ from longverse.data.long_sft.prompts import prompt
 from longverse.data.long_sft.real import Real, real_questions
 from longverse.data.long_sft.stated import Fact, FactMaker, draw_facts, plain_facts, rivals
 from longverse.data.text import paragraphs, sentences, squash, squash_zh
-from longverse.documents.prompts import DOCUMENT, SYSTEM
-from longverse.documents.prompts import asked as asked_as
+from longverse.wording import DOCUMENT, SYSTEM
+from longverse.wording import asked as asked_as
 
 
 def stated_facts(context: Context, spec: Spec) -> Draft:
