@@ -88,7 +88,8 @@ def _show(result: Any, folder: Path, as_json: bool) -> None:
 @with_options()
 def needle(
     lengths: Annotated[
-        str | None, typer.Option("--lengths", help="Prompt lengths in tokens; by default eight up to the window.")
+        str | None,
+        typer.Option("--lengths", help="Prompt lengths in tokens, like 4K,16K; by default eight up to 8,000."),
     ] = None,
     depths: Annotated[int, typer.Option("--depths", help="How many depths, from first to last sentence.")] = 5,
     language: Annotated[str, typer.Option("--language", "-l", help="en, zh or en,zh.")] = "en",
@@ -134,6 +135,8 @@ def needle(
     with who.ask() as backend:
         if lengths is None:
             settings = replace(settings, lengths=default_lengths(backend.window, max_new_tokens))
+            if backend.window is not None and backend.window > 2 * settings.lengths[-1]:
+                console.note(f"up to {settings.lengths[-1]:,} of {backend.window:,} tokens: --lengths goes further")
         folder = _out(out, "needle", backend.name)
         with _progress("Asking", "questions", folder) as task:
             result = run_needle(backend, settings, journal=folder / "needle.jsonl", on_progress=task)

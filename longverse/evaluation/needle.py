@@ -141,11 +141,15 @@ class _Question:
     prompt_tokens: int
 
 
+USUAL_LONGEST = 8000
+
+
 def default_lengths(window: int | None, max_new_tokens: int) -> tuple[int, ...]:
-    """Eight lengths in even steps up to the last whole thousand (below 4,000: hundred) that leaves the answer room."""
+    """Eight lengths in even steps up to the last whole thousand (below 4,000: hundred) that leaves the answer room, and
+    up to USUAL_LONGEST: what a laptop measures in minutes. Longer ones are asked for."""
     if window is None:
         raise UserError("The model's window is not known here: say which prompts to try with --lengths.")
-    room = window - max_new_tokens
+    room = min(window - max_new_tokens, USUAL_LONGEST)
     unit = 1000 if room >= 4000 else 100 if room >= 400 else 10
     top = room // unit * unit
     if top < 10:
