@@ -89,7 +89,7 @@ def _show(result: Any, folder: Path, as_json: bool) -> None:
 def needle(
     lengths: Annotated[
         str | None,
-        typer.Option("--lengths", help="Prompt lengths in tokens, like 4K,16K; by default eight up to 8,000."),
+        typer.Option("--lengths", help="Prompt lengths in tokens, like 4K,16K; by default eight to 8,000."),
     ] = None,
     depths: Annotated[int, typer.Option("--depths", help="How many depths, from first to last sentence.")] = 5,
     language: Annotated[str, typer.Option("--language", "-l", help="en, zh or en,zh.")] = "en",
