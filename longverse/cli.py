@@ -222,7 +222,7 @@ def demo(
     tokens: Annotated[
         int | None,
         typer.Option(
-            "--tokens", min=1000, help="How long the report is at least, in tokens; by default 16,000, or what fits."
+            "--tokens", min=1000, help="How long the report is at least, in tokens; by default 8,000, or what fits."
         ),
     ] = None,
     questions: Annotated[int, typer.Option("--questions", min=1, max=100, help="How many questions to ask.")] = 10,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .inference.engine import Engine, Stats
 
 ANSWER_TOKENS = 40  # an answer is one sentence
-USUAL_TOKENS = 16_000
+USUAL_TOKENS = 8_000
 WHOLE_WORDS = 250_000  # of the long document whose reading time is told
 
 
