@@ -74,6 +74,50 @@ def needle(chinese: bool) -> str:
     return f"{table([*first, *(f'{n // 1000}K' for n in lengths)], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
+def _share(cell: dict[str, Any] | None, chinese: bool) -> str:
+    if not cell:
+        return "–"
+    return f"{100 * cell['right']:.0f} %（{cell['of']}）" if chinese else f"{100 * cell['right']:.0f} % of {cell['of']}"
+
+
+def smol_facts(chinese: bool) -> str:
+    """Facts of kinds never trained on, by length, language and sort."""
+    results = load("smol_facts")
+    names = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
+    sorts = ("plain", "absent", "hop", "several")
+    rows = []
+    for cell in results["cells"]:
+        if cell["model"] != "smol":
+            continue
+        for language, found in cell["found"].items():
+            cells = [_share(found.get(sort), chinese) for sort in sorts]
+            length = f"{cell['length']:,}" + (f", {cell['rope']}" if cell["rope"] else "")
+            rows.append([length, names[language][chinese], *cells])
+    header = ["token 数", "语言"] if chinese else ["tokens", "language"]
+    return f"{table([*header, *sorts], rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def citations(chinese: bool) -> str:
+    """Answers and citations over generated reports."""
+    results = load("citations")
+    names = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
+    columns = {
+        "answerable right": ("answered rightly", "答对"),
+        "answerable cited": ("right paragraph cited", "引用段落正确"),
+        "answerable refused": ("refused wrongly", "误拒"),
+        "unanswerable refused": ("no answer there: refused", "无答案时拒答"),
+        "reworded right": ("reworded: answered rightly", "换说法：答对"),
+        "reworded cited": ("reworded: right paragraph", "换说法：段落正确"),
+    }
+    rows = []
+    for row in results["rows"]:
+        cells = [f"{100 * row[key]:.0f} %" if row.get(key) is not None else "–" for key in columns]
+        counts = f"{row['answerable questions']} + {row['unanswerable questions']} + {row['reworded questions']}"
+        rows.append([f"{row['tokens']:,}", names[row["language"]][chinese], counts, *cells])
+    header = ["token 数", "语言", "问题数"] if chinese else ["tokens", "language", "questions"]
+    return f"{table([*header, *(name[chinese] for name in columns.values())], rows)}\n"
+
+
 def transcript(chinese: bool) -> str:
     """The README's opening: what one run of the command printed."""
     return f"```text\n{load('transcript')['text']}\n```\n"
@@ -136,6 +180,8 @@ def round_trip(chinese: bool) -> str:
 WRITERS: dict[str, Callable[[bool], str]] = {
     "first_light": first_light,
     "needle": needle,
+    "smol_facts": smol_facts,
+    "citations": citations,
     "transcript": transcript,
     "demo_seeds": demo_seeds,
     "load_convert": load_convert,
