@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .adapters import SETTINGS, WEIGHTS, AdaptedTensors, adapted_config
+from .adapters import CONFIG, SETTINGS, WEIGHTS, AdaptedTensors, adapted_config
 from .network import NetworkConfig
 from .places import cache_folder
 from .shards import Progress, SafetensorsWriter, TensorInfo, numel, read_json, write_json
@@ -87,7 +87,11 @@ def convert_once(
     A cache folder that cannot be written (read-only, full) is no error: the weights then stay in memory.
     Raises UserError when the file is no GGUF, truncated, or of a foreign architecture.
     """
-    state = fingerprint(path) if adapter is None else fingerprint(path, adapter / WEIGHTS, adapter / SETTINGS)
+    state = (
+        fingerprint(path)
+        if adapter is None
+        else fingerprint(path, *(adapter / name for name in (WEIGHTS, CONFIG, SETTINGS)))
+    )
     target = cache_folder() / "converted" / f"{safe_name(name)}-{state}"
     if is_whole(target):
         return Converted(target, read_json(target / "config.json"), read_json(target / MARKER).get("notes", []))

@@ -19,6 +19,7 @@ from .schema import SchemaGrammar
 
 NEVER = 2**15 - 1
 KEPT = 128  # states whose costs are kept
+COUNTED, COUNTED_BYTES = 20_000, 400  # texts whose count is remembered, and the longest of them
 
 
 class Vocabulary:
@@ -52,14 +53,21 @@ class Vocabulary:
         self.unsafe_ids = [token for token, ok in zip(self.ids, safe, strict=True) if not ok]
 
     def count(self, text: bytes) -> int:
-        """Tokens that spell `text`, the longest first. What they spell so can also be written so: after the first of
-        them the rest takes one less."""
-        if text not in self._counts:
-            size = (
-                next(n for n in range(min(self._longest, len(text)), 0, -1) if text[:n] in self._known) if text else 0
-            )
-            self._counts[text] = 1 + self.count(text[size:]) if text else 0
-        return self._counts[text]
+        """Tokens that spell `text`, the longest first, and at most NEVER. What they spell so can also be written so:
+        after the first of them the rest takes one less."""
+        known = self._counts.get(text)
+        if known is not None:
+            return known
+        count = place = 0
+        while place < len(text) and count < NEVER:
+            longest = min(self._longest, len(text) - place)
+            place += next(n for n in range(longest, 0, -1) if text[place : place + n] in self._known)
+            count += 1
+        if len(text) <= COUNTED_BYTES:
+            if len(self._counts) >= COUNTED:
+                self._counts.clear()
+            self._counts[text] = count
+        return count
 
     def bytes_of(self, token: int) -> bytes:
         """What the token adds to the text; nothing for special tokens."""

@@ -29,6 +29,9 @@ Stack = tuple[Frame, ...]
 Readings = frozenset[Stack]
 
 MOST_NODES = 2_000
+MOST_CHOICES = 64  # alternatives at one place
+MOST_READINGS = 64  # side by side; of more, some are given up, which narrows the answer and keeps it valid
+LONGEST = 20_000  # bytes of the shortest value a schema may ask for
 KEPT = 20_000  # states whose following ones are remembered
 ITEMS = 1_000  # of a list without maxItems
 _SAID = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "readOnly"}
@@ -47,11 +50,16 @@ class SchemaGrammar:
         self.nodes: list[tuple[Any, ...]] = []
         self._places: dict[str, int] = {}  # of what a $ref names
         first = self._node(schema, "the schema")
-        self.shortest = self._shortest()
-        if not self._is_object(first):
+        self.choices = [self._choices(place) for place in range(len(self.nodes))]
+        outermost = [self.nodes[place] for place in self.choices[first]]
+        if not all(node[0] == "object" or node == ("frames", (("text", START),)) for node in outermost):
             raise UserError("The schema's outermost type must be object.")
+        self.shortest = self._shortest()
         if self.shortest[first] is None:
-            raise UserError("The schema asks for a value that never ends: it must hold itself.")
+            raise UserError(
+                f"The schema asks for a value that never ends, or of over {LONGEST:,} bytes: it must hold itself, or"
+                " very many things."
+            )
         self.start: Readings = self._expanded((("node", first),))
         self._following: dict[tuple[Readings, int], Readings | None] = {}
 
@@ -72,13 +80,19 @@ class SchemaGrammar:
         words = set(schema) - _SAID - {"$defs", "definitions"}
         for alone in ("$ref", "const", "enum", "anyOf"):
             if alone in words:
-                if others := words - {alone, "type"}:
+                kept = {alone, "type"} if alone in ("const", "enum") else {alone}
+                if others := words - kept:
                     raise UserError(f"{where} has {alone} and {min(others)}: only one of them is taken.")
-                return self._alone(alone, schema[alone], where)
+                return self._alone(alone, schema[alone], where, schema.get("type"))
         kind = schema.get("type", "object" if "properties" in schema else None)
         if isinstance(kind, list):
-            kinds = [self._node({**schema, "type": one}, where) for one in kind]
-            return ("any", tuple(kinds))
+            if not kind or not all(isinstance(one, str) for one in kind):
+                raise UserError(f"{where} has the type {kind!r}: a list of types names at least one.")
+            taken = {word for one in kind for word in _WORDS.get(one, set())}
+            if others := words - {"type"} - taken:
+                raise UserError(f"{where} asks for {min(others)!r}, which is not supported.")
+            own = [{"type": one} | {w: schema[w] for w in _WORDS.get(one, set()) if w in schema} for one in kind]
+            return ("any", tuple(self._node(one, where) for one in own))
         if others := words - {"type"} - _WORDS.get(str(kind), set()):
             raise UserError(f"{where} asks for {min(others)!r}, which is not supported.")
         if kind == "object":
@@ -93,7 +107,9 @@ class SchemaGrammar:
             return ("words", (b"true", b"false") if kind == "boolean" else (b"null",))
         raise UserError(f"{where} has the type {kind!r}: use one of JSON's, or enum, const or anyOf.")
 
-    def _alone(self, word: str, value: Any, where: str) -> tuple[Any, ...]:
+    def _alone(self, word: str, value: Any, where: str, kind: Any) -> tuple[Any, ...]:
+        if word == "$ref" and not isinstance(value, str):
+            raise UserError(f"$ref {value!r} is not supported: name a part of the schema itself, like #/$defs/Name.")
         if word == "$ref":
             if value not in self._places:
                 self._places[value] = -1 - len(self.nodes)  # found again while it is being read
@@ -101,11 +117,14 @@ class SchemaGrammar:
             place = self._places[value]
             return ("any", (place if place >= 0 else -place - 1,))
         if word == "const":
-            return ("words", (_dumped(value),))
+            value = [value]
         if not isinstance(value, list) or not value:
             raise UserError(f"{where} has {word} {value!r}: it must be a list of at least one.")
-        if word == "enum":
-            return ("words", tuple(dict.fromkeys(map(_dumped, value))))
+        if word in ("const", "enum"):
+            fitting = [one for one in value if kind is None or _is_of(one, kind)]
+            if not fitting:
+                raise UserError(f"{where} has the type {kind!r}, which no value of its {word} is of.")
+            return ("words", tuple(dict.fromkeys(map(_dumped, fitting))))
         return ("any", tuple(self._node(one, f"{where}, anyOf") for one in value))
 
     def _named(self, ref: Any) -> Any:
@@ -122,7 +141,8 @@ class SchemaGrammar:
     def _object(self, schema: dict[str, Any], where: str) -> tuple[Any, ...]:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         free = schema.get("additionalProperties", not properties)
-        if not isinstance(properties, dict) or not isinstance(required, list):
+        named = isinstance(required, list) and all(isinstance(name, str) for name in required)
+        if not isinstance(properties, dict) or not named:
             raise UserError(f"{where}: properties must be an object and required a list of names.")
         if not isinstance(free, bool):
             raise UserError(f"{where}: additionalProperties can be true or false.")
@@ -146,11 +166,19 @@ class SchemaGrammar:
             raise UserError(f"{where} is a list and does not say of what: add items.")
         return ("array", self._node(schema["items"], f"{where}, items"), least, most)
 
-    def _is_object(self, place: int) -> bool:
-        node = self.nodes[place]
-        if node[0] == "any":
-            return len(node[1]) == 1 and node[1][0] != place and self._is_object(node[1][0])
-        return bool(node[0] == "object" or node == ("frames", (("text", START),)))
+    def _choices(self, place: int) -> tuple[int, ...]:
+        """The nodes that a node stands for: itself, or what its anyOf and $ref lead to, each once."""
+        found, seen, waiting = [], {place}, [place]
+        while waiting:
+            node = self.nodes[one := waiting.pop()]
+            if node[0] != "any":
+                found.append(one)
+                continue
+            waiting += [part for part in node[1] if part not in seen]
+            seen.update(node[1])
+        if len(found) > MOST_CHOICES:
+            raise UserError(f"The schema leaves a choice of {len(found)} at one place: {MOST_CHOICES} are taken.")
+        return tuple(sorted(found))
 
     def _shortest(self) -> list[bytes | None]:
         """A shortest text of each node; None for one that can never end."""
@@ -158,8 +186,8 @@ class SchemaGrammar:
         changed = True
         while changed:
             changed = False
-            for place, node in enumerate(self.nodes):
-                text = self._shortest_of(node, found)
+            for place in reversed(range(len(self.nodes))):  # what is named stands behind what names it
+                text = self._shortest_of(self.nodes[place], found)
                 if text is not None and (found[place] is None or len(text) < len(found[place] or b"")):
                     found[place], changed = text, True
         return found
@@ -168,18 +196,21 @@ class SchemaGrammar:
     def _shortest_of(node: tuple[Any, ...], found: list[bytes | None]) -> bytes | None:
         kind, parts = node[0], node[1]
         if kind == "words":
-            return min(parts, key=len)  # type: ignore[no-any-return]
+            word: bytes = min(parts, key=len)
+            return word if len(word) <= LONGEST else None
         if kind == "any":
             texts = [text for text in (found[part] for part in parts) if text is not None]
             return min(texts, key=len) if texts else None
         if kind == "array":
             inner = found[parts]
-            if node[2] and inner is None:
+            if node[2] and (inner is None or node[2] * (len(inner) + 2) > LONGEST):
                 return None
             return b"[" + b", ".join([inner or b""] * node[2]) + b"]"
         if kind == "object":
             needed = [(key, found[part]) for key, part, required in parts if required]
             if any(text is None for _, text in needed):
+                return None
+            if sum(len(key) + len(text or b"") + 2 for key, text in needed) > LONGEST:
                 return None
             return b"{" + b", ".join(key + (text or b"") for key, text in needed) + b"}"
         return b"".join(map(_frame_ends, reversed(parts)))
@@ -193,6 +224,8 @@ class SchemaGrammar:
             if len(self._following) >= KEPT:
                 self._following.clear()
             readings = frozenset(reading for stack in state for reading in self._after(stack, byte))
+            if len(readings) > MOST_READINGS:
+                readings = frozenset(sorted(readings, key=repr)[:MOST_READINGS])
             self._following[key] = readings or None
         return self._following[key]
 
@@ -233,7 +266,8 @@ class SchemaGrammar:
         if node[0] == "words":
             return frozenset((*below, ("lit", word)) for word in node[1])
         if node[0] == "any":
-            return frozenset(reading for part in node[1] for reading in self._expanded((*below, ("node", part))))
+            parts = self.choices[frame[1]]
+            return frozenset(reading for part in parts for reading in self._expanded((*below, ("node", part))))
         if node[0] == "frames":
             return frozenset([(*below, *node[1])])
         opening = b"{" if node[0] == "object" else b"["
@@ -298,6 +332,17 @@ def _frame_ends(frame: Frame) -> bytes:
     if frame[0] == "text":
         return closing(frame[1])
     return b"" if whole_number(frame[1]) else b"0"
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a JSON type, or of one of a list of them."""
+    if isinstance(kind, list):
+        return any(_is_of(value, one) for one in kind)
+    if isinstance(value, bool) or value is None:
+        return bool(kind == ("boolean" if isinstance(value, bool) else "null"))
+    if isinstance(value, (int, float)):
+        return kind == "number" or (kind == "integer" and float(value).is_integer())
+    return isinstance(value, {"string": str, "array": list, "object": dict}.get(str(kind), ()))
 
 
 def _dumped(value: Any) -> bytes:

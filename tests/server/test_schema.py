@@ -142,6 +142,48 @@ def test_a_model_of_pydantic_with_references_to_itself() -> None:
     assert grammar.complete(state)
 
 
+def nested(levels: int, schema: Any) -> Any:
+    """Lists of a thousand within one another, or alternatives that double."""
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema, "minItems": 1000, "maxItems": 1000}
+    return schema
+
+
+DOUBLING = {
+    "$defs": {
+        **{f"A{n}": {"anyOf": [{"$ref": f"#/$defs/A{n + 1}"}] * 2} for n in range(40)},
+        "A40": {"type": "string"},
+        "L": {"anyOf": [{"$ref": "#/$defs/L"}, {"type": "null"}]},
+    },
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/A0"}, "l": {"$ref": "#/$defs/L"}},
+    "required": ["a", "l"],
+}
+
+
+def test_schemas_that_would_grow_without_end_stay_small() -> None:
+    grammar = SchemaGrammar(DOUBLING)
+    assert json.loads(drawn(grammar, random.Random(0), 30))["l"] is None
+    for _ in range(3):
+        with pytest.raises(UserError, match="over 20,000 bytes"):
+            SchemaGrammar({"properties": {"a": nested(3, {"type": "null"})}, "required": ["a"]})
+
+
+def test_nullable_objects_and_lists() -> None:
+    inner = {"c": {"type": "integer", "enum": ["x", 3]}}
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"type": ["array", "null"], "items": {"type": "integer"}},
+            "b": {"type": ["object", "null"], "properties": inner, "required": ["c"]},
+        },
+        "required": ["a", "b"],
+    }  # fmt: skip
+    for seed in range(30):
+        text = drawn(SchemaGrammar(schema), random.Random(seed), 3 * seed)
+        assert jsonschema_rs.is_valid(schema, json.loads(text)), text
+
+
 ENDLESS = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"]}}}
 
 
@@ -158,6 +200,11 @@ ENDLESS = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"$ref": "#/
         ({"properties": {"a": {"enum": []}}}, "at least one"),
         ({"properties": {"a": {"type": "array", "items": {}, "minItems": 3, "maxItems": 1}}}, "in that order"),
         (ENDLESS, "never ends"),
+        ({"properties": {"a": {"$ref": []}}}, "part of the schema itself"),
+        ({"properties": {"a": {}}, "required": [{}]}, "a list of names"),
+        ({"properties": {"a": {"type": "integer", "enum": ["x"]}}}, "no value of its enum"),
+        ({"properties": {"a": {"type": "integer", "anyOf": [{"type": "null"}]}}}, "only one of them"),
+        ({"properties": {"a": {"type": []}}}, "names at least one"),
     ],
 )  # fmt: skip
 def test_what_is_not_taken_is_said(schema: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ The kernel itself is `split_k.py`; the reference is `KVCache._attend_past`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ class SplitK:
     @classmethod
     def of(cls, cache: KVCache, heads: int) -> SplitK | None:
         """None where it cannot run."""
-        return cls(cache, heads) if available() else None
+        return cls(cache, heads) if available() and cache.head_dim >= 16 else None
 
     def attend(self, layer: int, q: Tensor, spans: tuple[int, int, int]) -> Tensor:
         """q [1, H, 1, D] after RoPE over the tokens of `layer`, the last of which is its own; returns [1, H, 1, D].
@@ -69,13 +70,14 @@ class SplitK:
             first, recent = 0, end
         from .split_k import split_k
 
-        split_k[heads, stretches](
-            queries.contiguous(),
-            *(storage.get(name, unused) for name in (*names, *ends)),
-            mixed, weight, end, first, recent, per_stretch, cache.capacity, size**-0.5,
-            FORM=_FORMS[cache.format], SIZE=size, PADDED=_power(size), GROUP=self.group,
-            ROWS=max(16, _power(self.group)), SCALED=packing.group if packing else size, BLOCK=BLOCK, RING=RING,
-        )  # fmt: skip
+        arrays = [storage.get(name, unused) for name in (*names, *ends)]
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton launches on the current card
+            split_k[heads, stretches](
+                queries.contiguous(), *arrays, mixed, weight,
+                end, first, recent, per_stretch, cache.capacity, size**-0.5,
+                FORM=_FORMS[cache.format], SIZE=size, PADDED=_power(size), GROUP=self.group,
+                ROWS=max(16, _power(self.group)), SCALED=packing.group if packing else size, BLOCK=BLOCK, RING=RING,
+            )  # fmt: skip
         share = torch.softmax(weight, dim=1)[..., None]
         out = (share * mixed).sum(1).view(q.shape).to(q.dtype)
         return out if packing is None else packing.rotate(out)
