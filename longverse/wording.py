@@ -27,6 +27,9 @@ _QUESTION_NUMBERS = {
     "zh": "问题：{question}\n请回答，并用方括号注明段落编号。",
 }
 
+# What smol says where a document does not answer: the words its training used (data/long_sft/prompts).
+NOT_STATED = ("The text does not say.", "文中没有提到。")
+
 
 def messages(text: str, question: str, *, system: str | None = None, numbered: bool = False) -> list[dict[str, str]]:
     """The conversation that asks `question` about `text`. The instructions before the document are in its language and

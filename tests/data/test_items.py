@@ -29,7 +29,7 @@ from longverse.data.sources import SourceConfig
 from longverse.data.text import squash
 from longverse.data.vocabulary import ChatCounter, load_vocabulary
 from longverse.errors import UserError
-from longverse.wording import messages
+from longverse.wording import NOT_STATED, messages
 from tests.data.texts import code_tree, history, law, novel, tokenizer_folder, write_jsonl
 
 SOURCES = [
@@ -318,6 +318,10 @@ def test_items_in_the_words_of_ask(sources, tmp_path):
         for evidence in item.evidence:
             assert text[evidence.start : evidence.end] == evidence.text
     assert {"plain", "real"} <= sorts
+
+
+def test_what_is_not_stated_is_said_in_the_words_that_ask_knows():
+    assert tuple(variants("not_stated", language)[0] for language in ("en", "zh")) == NOT_STATED
 
 
 def test_real_and_ask_need_quote(sources, tmp_path):
