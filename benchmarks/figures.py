@@ -130,11 +130,11 @@ def demo_seeds(chinese: bool) -> str:
     shortest = min(run["tokens"] for run in results["runs"])
     if chinese:
         return (
-            f"在 {len(right)} 份不同的报告（每份至少 {shortest:,} token、各十个问题）上，`smol` 平均答对"
+            f"在 {len(right)} 份较短的报告（每份至少 {shortest:,} token、各十个问题）上，`smol` 平均答对"
             f" {results['mean']:.1f} 个，最少 {min(right)} 个，最多 {max(right)} 个。\n"
         )
     return (
-        f"Over {len(right)} such reports of at least {shortest:,} tokens, `smol` answers {results['mean']:.1f} of ten"
+        f"Over {len(right)} shorter ones, of at least {shortest:,} tokens, `smol` answers {results['mean']:.1f} of ten"
         f" questions on average, {min(right)} at worst and {max(right)} at best.\n"
     )
 

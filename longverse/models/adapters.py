@@ -28,7 +28,7 @@ from .rope import RopePlan
 from .shards import Progress, TensorFolder, TensorInfo, read_json
 
 if TYPE_CHECKING:
-    from .converted import MemoryTensors, _FileTensors
+    from .converted import MemoryTensors
 
 CONFIG, WEIGHTS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", "longverse.json"
 PREFIX = "base_model.model."
@@ -143,7 +143,7 @@ class AdaptedTensors:
     Raises UserError, naming file and tensor, for an adapter of another model.
     """
 
-    def __init__(self, base: TensorFolder | MemoryTensors | AdaptedTensors | _FileTensors, adapter: Path) -> None:
+    def __init__(self, base: TensorFolder | MemoryTensors | AdaptedTensors, adapter: Path) -> None:
         self.base, self.adapter = base, adapter
         self.config, tensors = read_adapter(adapter)
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}  # name of the weight: A [r, in], B [out, r]

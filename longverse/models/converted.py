@@ -181,43 +181,13 @@ def _checked(model: GgufModel, dtype: torch.dtype, on_progress: Progress | None)
             on_progress(done, total)
 
 
-@dataclass
-class _FileTensors:
-    """The tensors of a GGUF file in the type they are to be kept in, read once and in order, for an adapter to be
-    merged into."""
-
-    model: GgufModel
-    dtype: torch.dtype
-    on_progress: Progress | None
-
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        """Shape and dtype by name."""
-        shapes = NetworkConfig.from_dict(self.model.config).parameter_shapes()
-        return {name: TensorInfo(shape, self.dtype) for name, shape in shapes.items()}
-
-    def get(self, name: str) -> Tensor:
-        """One tensor: not needed here."""
-        raise NotImplementedError
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, checked."""
-        yield from _checked(self.model, self.dtype, self.on_progress)
-
-    def forget(self, tensor: Tensor) -> None:
-        """Nothing: a tensor is of ordinary memory."""
-
-    def origin(self, name: str) -> str:
-        """What an error message calls the place of a tensor."""
-        return "the GGUF file"
-
-
 def _merged(
     model: GgufModel, dtype: torch.dtype, on_progress: Progress | None, adapter: Path | None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor in dtype) of every weight, with the adapter merged in where there is one."""
-    base = _FileTensors(model, dtype, on_progress)
-    yield from base.stream() if adapter is None else AdaptedTensors(base, adapter).stream()
+    tensors = _checked(model, dtype, on_progress)
+    # An adapter is checked against every shape before it is merged, so the model it belongs to is held meanwhile.
+    yield from tensors if adapter is None else AdaptedTensors(MemoryTensors(dict(tensors)), adapter).stream()
 
 
 def _write(

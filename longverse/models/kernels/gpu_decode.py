@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..cache import FIRST, RECENT
 from . import turned_off
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # tokens at a time
 WAVES = 4  # programs for each of the card's processors
-RING = 64  # slots of the newest tokens kept in full: token t in slot t % RING
 _FORMS = {"full": 0, "int8": 1, "int4": 2}
 
 
@@ -76,7 +76,8 @@ class SplitK:
                 queries.contiguous(), *arrays, mixed, weight,
                 end, first, recent, per_stretch, cache.capacity, size**-0.5,
                 FORM=_FORMS[cache.format], SIZE=size, PADDED=_power(size), GROUP=self.group,
-                ROWS=max(16, _power(self.group)), SCALED=packing.group if packing else size, BLOCK=BLOCK, RING=RING,
+                ROWS=max(16, _power(self.group)), SCALED=packing.group if packing else size, BLOCK=BLOCK,
+                FIRST=FIRST, RING=RECENT,
             )  # fmt: skip
         share = torch.softmax(weight, dim=1)[..., None]
         out = (share * mixed).sum(1).view(q.shape).to(q.dtype)

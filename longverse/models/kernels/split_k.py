@@ -11,7 +11,7 @@ import triton.language as tl
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
     rows, scales, first_rows, recent_rows, head, tokens, columns, inside, end, first, recent, capacity,
-    FORM: tl.constexpr, SIZE: tl.constexpr, SCALED: tl.constexpr, RING: tl.constexpr,
+    FORM: tl.constexpr, SIZE: tl.constexpr, SCALED: tl.constexpr, FIRST: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Keys or values of `tokens` of one head in floating point: [BLOCK, PADDED]."""
     at = head * capacity + tokens
@@ -38,11 +38,10 @@ def _tile(  # type: ignore[no-untyped-def]
     if FORM != 0:
         early = (tokens < first)[:, None] & inside[None, :]
         late = ((tokens >= recent) & (tokens < end))[:, None] & inside[None, :]
-        fixed = head * RING
-        x += tl.load(first_rows + (fixed + tokens)[:, None] * SIZE + columns[None, :], mask=early, other=0.0).to(
+        x += tl.load(first_rows + (head * FIRST + tokens)[:, None] * SIZE + columns[None, :], mask=early, other=0.0).to(
             tl.float32
         )
-        slot = fixed + tokens % RING
+        slot = head * RING + tokens % RING
         x += tl.load(recent_rows + slot[:, None] * SIZE + columns[None, :], mask=late, other=0.0).to(tl.float32)
     return x
 
@@ -52,7 +51,7 @@ def split_k(  # type: ignore[no-untyped-def]
     q, keys, key_scales, values, value_scales, first_keys, first_values, recent_keys, recent_values,
     mixed, weight, end, first, recent, per_stretch, capacity, scale,
     FORM: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """A program's stretch of one head: the normalised mix of values and the log-sum-exp of its scores."""
     head = tl.program_id(0).to(tl.int64)
@@ -72,7 +71,7 @@ def split_k(  # type: ignore[no-untyped-def]
         if begin < end:
             k = _tile(
                 keys, key_scales, first_keys, recent_keys, head, tokens, columns, inside, end, first, recent,
-                capacity, FORM, SIZE, SCALED, RING,
+                capacity, FORM, SIZE, SCALED, FIRST, RING,
             )  # fmt: skip
             scores = tl.dot(query, tl.trans(k), input_precision="tf32x3")
             scores = tl.where((tokens < end)[None, :], scores, float("-inf"))
@@ -81,7 +80,7 @@ def split_k(  # type: ignore[no-untyped-def]
             old = tl.exp(highest - peak)
             v = _tile(
                 values, value_scales, first_values, recent_values, head, tokens, columns, inside, end, first,
-                recent, capacity, FORM, SIZE, SCALED, RING,
+                recent, capacity, FORM, SIZE, SCALED, FIRST, RING,
             )  # fmt: skip
             sums = sums * old[:, None] + tl.dot(part, v, input_precision="tf32x3")
             total = total * old + tl.sum(part, 1)
