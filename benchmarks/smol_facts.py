@@ -98,7 +98,7 @@ def measure(engine: Engine, options: argparse.Namespace, folder: Path) -> list[d
                         prompt = engine.chat.encode(messages(text, question_of(item, turn)))
                         session = session or engine.session(min(engine.window, len(prompt) + 600))
                         started = time.perf_counter()
-                        answer = session.complete(prompt, Sampling(max_new_tokens=48))
+                        answer = session.complete(prompt, Sampling(max_new_tokens=160))
                         record = {
                             **key,
                             "language": language,

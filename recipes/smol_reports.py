@@ -1,6 +1,7 @@
 """Conversations about invented annual reports, as `longverse ask` holds them: what smol's recipe learns reports from.
 
     python recipes/smol_reports.py build/smol-reports.jsonl
+    python recipes/smol_reports.py build/smol-reports-much.jsonl --scale 10 --questions 48
 
 Half of the questions are put in other words than the report's (REWORDED): people do not know what words it uses. The
 rewordings that benchmarks/citations.py asks with are none of them. The reports are those of `longverse demo`, from
@@ -9,10 +10,10 @@ reports measure what smol does in a field it knows; kinds of fact that it never 
 benchmarks/smol_facts.py.
 """
 
+import argparse
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 from longverse.data.long_sft.prompts import variants
@@ -21,8 +22,12 @@ from longverse.models.shards import replacing
 from longverse.wording import asked, messages
 
 FIRST_SEED = 5_000
-WORDS = {"en": ((500, 1_200, 90), (1_200, 2_700, 70), (2_700, 5_400, 45), (5_400, 10_500, 35))}  # from, to, reports
+# From, to (words), reports; 21,000 words are 32K tokens.
+WORDS = {
+    "en": ((500, 1_200, 90), (1_200, 2_700, 70), (2_700, 5_400, 40), (5_400, 10_500, 28), (10_500, 21_000, 12)),
+}
 WORDS["zh"] = tuple((low * 10 // 11, high * 10 // 11, count * 4 // 5) for low, high, count in WORDS["en"])
+UNANSWERABLE = 0.25
 
 # What follows "the" in a question of the report's kind, and how else it may be asked; {} is what it is asked about.
 NOUNS = {
@@ -140,11 +145,12 @@ def reworded(question: str, rng: random.Random) -> str:
     return question
 
 
-def conversation(seed: int, words: int, language: str) -> list[dict[str, str]]:
-    """One report, a question for every 130 words and as many as 36; one in five has no answer there."""
+def conversation(seed: int, words: int, language: str, most: int) -> list[dict[str, str]]:
+    """One report, a question for every 130 words and at most `most`; one in four has no answer there."""
     rng = random.Random(seed)
-    wanted = min(36, max(4, words // 130))
-    absent = unanswerable(generate_report(seed, target_words=words, questions=1, language=language), wanted // 5, seed)
+    wanted = min(most, max(4, words // 130))
+    without = round(wanted * UNANSWERABLE)
+    absent = unanswerable(generate_report(seed, target_words=words, questions=1, language=language), without, seed)
     report = generate_report(seed, target_words=words, questions=wanted - len(absent), language=language)
     turns = [(fact.question, fact.sentence) for fact in report.facts]
     turns += [(question, variants("not_stated", language)[0]) for question in absent]
@@ -158,21 +164,26 @@ def conversation(seed: int, words: int, language: str) -> list[dict[str, str]]:
     return talk
 
 
-def main(target: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--scale", type=float, default=1, help="how many times the reports of WORDS")
+    parser.add_argument("--questions", type=int, default=36, help="at most so many a report")
+    options = parser.parse_args()
     rng = random.Random(7)
     seed = FIRST_SEED
     lines = []
     for language, buckets in WORDS.items():
         for low, high, count in buckets:
-            for _ in range(count):
-                talk = conversation(seed, rng.randint(low, high), language)
+            for _ in range(round(count * options.scale)):
+                talk = conversation(seed, rng.randint(low, high), language, options.questions)
                 lines.append(json.dumps({"messages": talk}, ensure_ascii=False))
                 seed += 1
     rng.shuffle(lines)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as beside:
+    options.target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.target) as beside:
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

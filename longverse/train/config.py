@@ -95,6 +95,8 @@ class Source:
     texts     made facts only: the files that the facts are put into
     build     the configuration (`longverse data sft` or `corpus`) that makes `messages` or `store` when it is absent
     weight    its share of the examples, relative to the stage's other sources
+    first     messages only: the weight of a conversation's first answer, beside 1 of every later one: it stands right
+              below the document, as an answer to a single question does
     keep      text only: whether documents packed into a sequence stay invisible to each other
     """
 
@@ -104,6 +106,7 @@ class Source:
     texts: tuple[str, ...] = ()
     build: str | None = None
     weight: float = 1.0
+    first: float = 1.0
     keep: bool = True
 
     def __post_init__(self) -> None:
@@ -113,6 +116,8 @@ class Source:
             raise UserError("A made source is not built: leave 'build' out.")
         if not self.weight > 0:
             raise UserError(f"The weight of a data source is {self.weight:g} and must be above 0.")
+        if not self.first > 0:
+            raise UserError(f"The weight of a data source's first answers is {self.first:g} and must be above 0.")
 
     @property
     def label(self) -> str:

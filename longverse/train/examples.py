@@ -167,6 +167,7 @@ class Conversations:
     _spans: np.ndarray = field(repr=False)  # float64 [spans, 4]: line, first, end, weight
     _numbers: np.ndarray = field(repr=False)  # int64 [lines]: number of the line in the file
     _kept: np.ndarray = field(repr=False)  # int64 [n]: which lines
+    first: float = 1.0  # weight of a conversation's first answer, times its own
 
     @classmethod
     def open(
@@ -177,10 +178,11 @@ class Conversations:
         *,
         min_tokens: int = 2,
         max_tokens: int | None = None,
+        first: float = 1.0,
         cache: Path | None = None,
         on_progress: Progress | None = None,
     ) -> Conversations:
-        """Tokenise a JSON-lines file. cache: a folder in which the result is kept, and found again as long as neither
+        """Tokenise a JSON-lines file. first: see Source. cache: a folder in which the result is kept, and found again as long as neither
         the file nor the tokenizer nor the template changed. Raises UserError naming the line."""
         path = Path(path)
         try:
@@ -211,15 +213,16 @@ class Conversations:
         left_out = {"longer": int((lengths > longest).sum()), "shorter": int((lengths < min_tokens).sum())}
         return cls(
             path.name, lengths[fits], {k: v for k, v in left_out.items() if v}, identity, arrays["ids"],
-            arrays["starts"], arrays["spans"], arrays["numbers"], np.flatnonzero(fits),
+            arrays["starts"], arrays["spans"], arrays["numbers"], np.flatnonzero(fits), first,
         )  # fmt: skip
 
     def get(self, index: int) -> Example:
         line = int(self._kept[index])
         first, last = np.searchsorted(self._spans[:, 0], [line, line + 1])
-        spans = tuple((int(a), int(b), float(w)) for _, a, b, w in self._spans[first:last])
+        spans = [(int(a), int(b), float(w)) for _, a, b, w in self._spans[first:last]]
+        spans[:1] = [(a, b, w * self.first) for a, b, w in spans[:1]]
         ids = self._ids[self._starts[line] : self._starts[line + 1]].astype(np.int64)
-        return Example(ids, spans, f"{self.label}, line {self._numbers[line]}")
+        return Example(ids, tuple(spans), f"{self.label}, line {self._numbers[line]}")
 
 
 def _load_arrays(path: Path | None) -> dict[str, np.ndarray] | None:

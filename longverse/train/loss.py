@@ -18,15 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 256  # positions whose logits are held at once: 50 MB in float32 at a vocabulary of 49,152
+# Positions whose logits are held at once: 50 MB in float32 at a vocabulary of 49,152. A card works on more at a time.
+CHUNK, CHUNK_ON_CARD = 256, 2048
 
 
-def weighted_nll(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int = CHUNK) -> Tensor:
+def weighted_nll(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int | None = None) -> Tensor:
     """sum over n of weights[n] * -log softmax(hidden[n] @ head.T)[targets[n]], as a float32 scalar.
 
     hidden   [N, C]; head [V, C]; both of one dtype, products in it and everything after in float32
     targets  int64 [N]; weights float32 [N]; no gradient flows to either
     """
+    chunk = chunk or (CHUNK if hidden.device.type == "cpu" else CHUNK_ON_CARD)
     return _WeightedNll.apply(hidden, head, targets, weights, chunk)  # type: ignore[no-any-return]
 
 

@@ -118,10 +118,15 @@ def document_attention(bounds: tuple[int, ...]) -> Attend:
     """Causal attention within each document of a row, block by block: exact, without a mask, and without touching what
     a mask would only throw away."""
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    starts: dict[torch.device, Tensor] = {}  # int32 [documents + 1], once a row on its device
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # q [1, H, T, D]; k, v [1, G, T, D]
         if fast_here(q):
             return causal_attention(q, k, v, list(bounds))
+        if q.is_cuda and q.dtype == torch.bfloat16 and len(lengths) > 1:
+            if q.device not in starts:
+                starts[q.device] = torch.tensor(bounds, dtype=torch.int32, device=q.device)
+            return flash_documents(q, k, v, starts[q.device], max(lengths))
         grouped = q.shape[1] != k.shape[1]
         if len(lengths) == 1:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -136,3 +141,11 @@ def document_attention(bounds: tuple[int, ...]) -> Attend:
         return torch.cat(parts, dim=2)
 
     return attend
+
+
+def flash_documents(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """All documents of a row in one call of the card's flash attention (Dao 2023, arXiv 2307.08691, with sequences of
+    different lengths): q [1, H, T, D], k and v [1, G, T, D] in bfloat16, starts int32 [documents + 1] on the card."""
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H or G, D]
+    out = torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, longest, longest, 0.0, True, False)[0]
+    return out.transpose(0, 1)[None]  # type: ignore[no-any-return]

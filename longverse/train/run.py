@@ -435,6 +435,7 @@ def open_mixture(recipe: Recipe, stage: Stage, loaded: Loaded, out: Path, watch:
                 loaded.chat,
                 min_tokens=stage.min_tokens,
                 max_tokens=stage.max_tokens,
+                first=source.first,
                 cache=out / "tokens",
                 on_progress=watch.until_stopped(f"Tokenising {Path(source.messages).name}", "bytes"),
             )

@@ -97,7 +97,7 @@ class FactMaker:
         kind = self._kind("hops")
         middle = self._value(kind["kind"] + " middle", kind["middle"])
         bearer, value = self._bearer(kind), self._value(kind["kind"], kind["value"])
-        words = {"e": bearer, "m": middle, "v": value}
+        words = {"e": bearer, "m": middle, "v": value} | self._others(kind)
         return Fact(
             "hop", kind["kind"],
             tuple(self._say(self.rng.choice(kind[part]), words) for part in ("first", "second")),

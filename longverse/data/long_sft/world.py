@@ -4,6 +4,9 @@ kinds of sentence by heart.
 facts/world.{en,zh}.json holds attributes (a noun, what has it, what its value is like, questions and sentences of its
 own), patterns that every attribute can be said and asked in (also as lines of lists and tables), and events, each with
 several roles, any of which may be asked for by another. What comes out has the form of the other sets' kinds.
+
+Facts in two sentences are made of two of these: what an attribute or an event leads to (the captain of a ship, the
+person who sold a thing) is what another attribute is asked of. "collections" are attributes with several values.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ def world(folder: Path, language: str) -> dict[str, Any]:
     table = json.loads((folder / f"world.{language}.json").read_text(encoding="utf-8"))
     kinds = [kind for row in table["attributes"] for kind in _attribute(row, table, language)]
     kinds += [kind for number, event in enumerate(table["events"]) for kind in _event(number, event)]
-    return {"lists": table["lists"], "sorts": table["sorts"], "kinds": kinds, "hops": [], "several": []}
+    hops = _hops(table, language)
+    several = [kind for row in table["collections"] for kind in _collection(row, table)]
+    return {"lists": table["lists"], "sorts": table["sorts"], "kinds": kinds, "hops": hops, "several": several}
 
 
 def _attribute(row: list[Any], table: dict[str, Any], language: str) -> list[dict[str, Any]]:
@@ -80,3 +85,103 @@ def _renamed(text: str, entity: str, value: str) -> str:
     """Roles as `stated` calls them: e, v, and capitals for the others."""
     names = {entity: "e", value: "v"}
     return re.sub(r"\{(\w)\}", lambda match: "{" + names.get(match[1], match[1].upper()) + "}", text)
+
+
+def _hops(table: dict[str, Any], language: str) -> list[dict[str, Any]]:
+    """Every way from an entity over a middle, by an attribute or an event, to an attribute of the middle."""
+    ways = [way for row in table["attributes"] for way in _attribute_ways(row, table, language)]
+    ways += [way for number, event in enumerate(table["events"]) for way in _event_ways(number, event, language)]
+    hops = []
+    for way in ways:
+        for row in table["attributes"]:
+            noun, entities, values = row[0], row[1].split(), row[2].split()
+            if way["middle"] not in entities or noun == way["name"]:
+                continue
+            word = row[3] if language == "zh" else ""
+            shared = [ask.replace("{a}", noun).replace("{w}", word) for ask in table["questions"][:2]]
+            questions = [ask.replace("{e}", phrase) for ask in [*row[-2], *shared] for phrase in way["phrases"]]
+            second = [*row[-1], table["patterns"][0].replace("{a}", noun)]
+            for value in values:
+                hops.append(
+                    {
+                        "kind": f"{way['name']}, {noun}",
+                        "entity": way["entity"],
+                        "middle": way["middle"],
+                        "value": value,
+                        "others": way["others"],
+                        "first": way["statements"],
+                        "second": [say.replace("{e}", "{m}") for say in second],
+                        "questions": questions,
+                        "answer": "{v}",
+                        "heldout": False,
+                    }
+                )
+    return hops
+
+
+def _attribute_ways(row: list[Any], table: dict[str, Any], language: str) -> list[dict[str, Any]]:
+    """What has the attribute leads to its value: "the captain of {e}", "the person who commands {e}"."""
+    noun, entities, values = row[0], row[1].split(), row[2].split()
+    known = {entity for other in table["attributes"] for entity in other[1].split()}
+    phrases = [f"{{e}}的{noun}" if language == "zh" else f"the {noun} of {{e}}"]
+    phrases += [phrase for ask in row[-2] if (phrase := _relative(ask, language))]
+    says = [say.replace("{v}", "{m}") for say in [*row[-1], table["patterns"][0].replace("{a}", noun)]]
+    return [
+        {"name": noun, "entity": entity, "middle": value, "others": {}, "phrases": phrases, "statements": says}
+        for value in values
+        if value in known
+        for entity in entities
+    ]
+
+
+def _event_ways(number: int, event: dict[str, Any], language: str) -> list[dict[str, Any]]:
+    """Who took part in an event is known by the other role that the question names."""
+    ways = []
+    for role, questions in event["asks"].items():
+        for question in questions:
+            known = re.findall(r"\{(\w)\}", question)
+            phrase = _relative(question, language)
+            if not phrase or len(known) != 1:
+                continue
+            others = {name.upper(): sort for name, sort in event["roles"].items() if name not in (role, known[0])}
+            says = [_renamed(text, known[0], role).replace("{v}", "{m}") for text in event["statements"]]
+            ways.append(
+                {
+                    "name": f"event {number}",
+                    "entity": event["roles"][known[0]],
+                    "middle": event["roles"][role],
+                    "others": others,
+                    "phrases": [_renamed(phrase, known[0], role)],
+                    "statements": says,
+                }
+            )
+    return ways
+
+
+def _relative(question: str, language: str) -> str:
+    """What a question asks for, as a phrase: "Who sold {o}?" gives "the person who sold {o}". Empty for other forms."""
+    if language == "zh":
+        match = re.fullmatch(r"谁(.+)？", question)
+        return f"{match[1]}的人" if match else ""
+    if match := re.fullmatch(r"Who (.+)\?", question):
+        return f"the person who {match[1]}"
+    if match := re.fullmatch(r"Where (is|was) (\{\w\}) (.+)\?", question):
+        return f"the place where {match[2]} {match[1]} {match[3]}"
+    return ""
+
+
+def _collection(row: list[Any], table: dict[str, Any]) -> list[dict[str, Any]]:
+    """A kind for each thing of which several values are stated, one a sentence."""
+    noun, entities, value, statements = row
+    questions = [ask.replace("{a}", noun) for ask in table["collection_questions"]]
+    return [
+        {
+            "kind": f"{noun} of {entity}",
+            "entity": entity,
+            "value": value,
+            "statements": statements,
+            "questions": questions,
+            "heldout": False,
+        }
+        for entity in entities.split()
+    ]

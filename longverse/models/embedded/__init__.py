@@ -44,7 +44,7 @@ EMBEDDED = {
         _SMOL,
         name="smol",
         summary="SmolLM2-135M-Instruct read further: long documents, English and Chinese",
-        window=16_384,
+        window=32_768,
         adapter="smol_adapter",
         plain="smol-8k",
     ),

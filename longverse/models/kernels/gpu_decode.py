@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from ..cache import KVCache
 
 BLOCK = 64  # tokens at a time
-WAVES = 4  # programs for each of the card's processors
+WAVES = 8  # programs for each of the card's processors
 _FORMS = {"full": 0, "int8": 1, "int4": 2}
+_ARRAYS = (
+    "keys", "key_scales", "values", "value_scales", "first_keys", "first_values", "recent_keys", "recent_values",
+)  # fmt: skip
 
 
 def available() -> bool:
@@ -44,6 +47,7 @@ class SplitK:
         card = cache.device.type == "cuda"
         processors = torch.cuda.get_device_properties(cache.device).multi_processor_count if card else 4
         self.most = max(1, WAVES * processors // cache.kv_heads)  # stretches of a head
+        self._layers: dict[int, list[Tensor | None]] = {}
 
     @classmethod
     def of(cls, cache: KVCache, heads: int) -> SplitK | None:
@@ -56,32 +60,37 @@ class SplitK:
         cache, packing = self.cache, self.cache.packing
         queries = q if packing is None else packing.rotate(q)
         end, first, recent = spans
-        blocks = -(-end // BLOCK)
-        per_stretch = -(-blocks // self.most)
-        stretches = -(-blocks // per_stretch)
+        if packing is None:  # everything is in full, in `keys` and `values`
+            first, recent = 0, end
+        blocks = max(1, -(-(recent - first) // BLOCK))
+        per_stretch = -(-blocks // self.most) * BLOCK
+        ends = packing is not None  # one program more for what is kept in full
+        stretches = max(1, -(-(recent - first) // per_stretch)) + ends
         heads, size = cache.kv_heads, cache.head_dim
         mixed = torch.empty((heads, stretches, self.group, size), dtype=torch.float32, device=q.device)
         weight = torch.empty((heads, stretches, self.group), dtype=torch.float32, device=q.device)
-        storage = {name: part[layer, 0] for name, part in cache.storage().items() if name != "recent_tokens"}
-        unused = mixed  # stands for the arrays that this format has not; no program reads it
-        names = ("keys", "key_scales", "values", "value_scales")
-        ends = ("first_keys", "first_values", "recent_keys", "recent_values")
-        if packing is None:  # everything is in full, in `keys` and `values`
-            first, recent = 0, end
         from .split_k import split_k
 
-        arrays = [storage.get(name, unused) for name in (*names, *ends)]
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton launches on the current card
             split_k[heads, stretches](
-                queries.contiguous(), *arrays, mixed, weight,
+                queries.contiguous(), *self._arrays(layer, mixed), mixed, weight,
                 end, first, recent, per_stretch, cache.capacity, size**-0.5,
                 FORM=_FORMS[cache.format], SIZE=size, PADDED=_power(size), GROUP=self.group,
                 ROWS=max(16, _power(self.group)), SCALED=packing.group if packing else size, BLOCK=BLOCK,
-                FIRST=FIRST, RING=RECENT,
+                FIRST=FIRST, RING=RECENT, EXACT=q.dtype == torch.float32,
             )  # fmt: skip
-        share = torch.softmax(weight, dim=1)[..., None]
+        share = torch.exp2(weight - weight.amax(1, keepdim=True))[..., None]
+        share = share / share.sum(1, keepdim=True)
         out = (share * mixed).sum(1).view(q.shape).to(q.dtype)
         return out if packing is None else packing.rotate(out)
+
+    def _arrays(self, layer: int, unused: Tensor) -> list[Tensor]:
+        """A layer's arrays in the kernel's order. unused: stands for those that this format has not; no program reads
+        it."""
+        if layer not in self._layers:
+            storage = {name: part[layer, 0] for name, part in self.cache.storage().items() if name != "recent_tokens"}
+            self._layers[layer] = [storage.get(name) for name in _ARRAYS]
+        return [unused if array is None else array for array in self._layers[layer]]
 
 
 def _power(number: int) -> int:
