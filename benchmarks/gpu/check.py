@@ -56,8 +56,7 @@ def documents(lengths: list[int]) -> dict[str, float]:
     together, one_by_one = run(document_attention(bounds)), run(apart)
     names = ("result", "dq", "dk", "dv")
     return {
-        name: float((a - b).abs().max() / b.abs().max())
-        for name, a, b in zip(names, together, one_by_one, strict=True)
+        name: float((a - b).abs().max() / b.abs().max()) for name, a, b in zip(names, together, one_by_one, strict=True)
     }
 
 

@@ -58,6 +58,7 @@ class Lora:
     alpha    the update is scaled by alpha / rank; twice the rank when left out
     targets  projections that get an adapter
     also     trained in full beside it: embeddings (with the head), norms
+    start    a folder with an adapter of this rank and these targets to begin with, instead of one that changes nothing
     bits     4 holds the frozen projections in int4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), a quarter of their
              memory, and makes each anew where it is used; when left out they stay as they are
     """
@@ -66,6 +67,7 @@ class Lora:
     alpha: float | None = None
     targets: tuple[str, ...] = PROJECTIONS
     also: tuple[str, ...] = ()
+    start: str | None = None
     bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -304,12 +306,14 @@ class Recipe:
         stages = tuple(
             dataclasses.replace(stage, data=tuple(place(source) for source in stage.data)) for stage in self.stages
         )
-        new, probe = self.new, self.probe
+        new, probe, lora = self.new, self.probe, self.lora
+        if lora.start is not None:
+            lora = dataclasses.replace(lora, start=_place(lora.start, base))
         if new is not None:
             new = dataclasses.replace(new, texts=tuple(_place(text, base) for text in new.texts))
         if probe.text is not None:
             probe = dataclasses.replace(probe, text=_place(probe.text, base))
-        return dataclasses.replace(self, stages=stages, new=new, probe=probe)
+        return dataclasses.replace(self, stages=stages, new=new, probe=probe, lora=lora)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -25,7 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longverse.errors import UserError
-from longverse.models.adapters import CONFIG, PREFIX, SETTINGS, WEIGHTS, low_rank
+from longverse.models.adapters import (
+    CONFIG,
+    PREFIX,
+    SETTINGS,
+    WEIGHTS,
+    adapter_scaling,
+    low_rank,
+    read_adapter,
+)
 from longverse.models.network import CausalLM, NetworkConfig
 from longverse.models.quant_linear import QuantLinear, quantize_network
 from longverse.models.shards import SafetensorsWriter, TensorInfo, replacing, write_json
@@ -115,6 +123,40 @@ def add_lora(network: CausalLM, lora: Lora, seed: int = 0) -> None:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     network.tie()
+
+
+def begin_with(network: CausalLM, folder: Path) -> None:
+    """Give the LoRA of a network the values of a saved adapter. Raises UserError when it has another rank, other
+    targets, another scaling, or parts trained in full that this one has not."""
+    config, tensors = read_adapter(folder)
+    layers = lora_layers(network)
+    wanted = {f"{name}.lora_{side}.weight" for name in layers for side in "AB"}
+    whole = {name: p for name, p in network.named_parameters() if p.requires_grad and ".lora_" not in name}
+    if odd := sorted(set(tensors) ^ (wanted | set(whole))):
+        raise UserError(
+            f"{folder} and this recipe's LoRA differ in {odd[0]}: give the recipe the adapter's targets and 'also', or"
+            " leave 'start' out."
+        )
+    for name, layer in layers.items():
+        if adapter_scaling(config, name) != layer.scaling:
+            raise UserError(
+                f"{folder} scales {name} by {adapter_scaling(config, name):g} and this recipe by {layer.scaling:g}:"
+                " give lora the adapter's rank and alpha."
+            )
+        for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
+            _put(parameter, tensors[f"{name}.lora_{side}.weight"], f"{name}.lora_{side}", folder)
+    for name, parameter in whole.items():
+        _put(parameter, tensors[name], name, folder)
+
+
+def _put(parameter: nn.Parameter, values: Tensor, name: str, folder: Path) -> None:
+    if parameter.shape != values.shape:
+        raise UserError(
+            f"{folder} has {name} as {list(values.shape)} and this recipe as {list(parameter.shape)}: give lora the"
+            " adapter's rank."
+        )
+    with torch.no_grad():
+        parameter.copy_(values)
 
 
 def _inputs(shape: NetworkConfig) -> tuple[int, int, int]:

@@ -45,7 +45,7 @@ from longverse.train.doctor import Finding, examine
 from longverse.train.examples import Conversations, Examples, Mixture, Texts
 from longverse.train.forecast import Forecast, forecast, peak_flops
 from longverse.train.forward import LossModel
-from longverse.train.lora import add_lora
+from longverse.train.lora import add_lora, begin_with
 from longverse.train.new import make_model
 from longverse.train.parallel import Ranks
 from longverse.train.probe import Figures, Prober, has_stopped_growing
@@ -398,6 +398,8 @@ def prepare(network: nn.Module, recipe: Recipe) -> None:
     """Make the weights that a recipe trains trainable; weights mapped from a file are copied first."""
     if recipe.method == "lora":
         add_lora(network, recipe.lora, recipe.seed)  # type: ignore[arg-type]
+        if recipe.lora.start is not None:
+            begin_with(network, Path(recipe.lora.start))  # type: ignore[arg-type]
         return
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

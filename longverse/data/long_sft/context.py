@@ -44,6 +44,7 @@ class Spec:
     rivals: float = 0.0  # stated facts: share of the questions with a near miss in the text
     real: float = 0.0  # stated facts: share of the questions about sentences that the text has of its own
     ask: float = 0.0  # stated facts: share of the items in the words in which `longverse ask` asks
+    sorts: dict[str, float] | None = None  # stated facts: shares of the sorts of question
 
     @property
     def rng(self) -> random.Random:

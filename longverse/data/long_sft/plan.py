@@ -12,6 +12,7 @@ from longverse.data.config import build, load_yaml, nearest
 from longverse.data.long_sft.context import Spec
 from longverse.data.long_sft.item import SPLITS, TASKS
 from longverse.data.long_sft.stated import SETS as FACT_SETS
+from longverse.data.long_sft.stated import SORTS
 from longverse.data.sources import SourceConfig
 from longverse.data.teacher import TeacherConfig
 from longverse.errors import UserError
@@ -57,6 +58,7 @@ class SftConfig:
     recite: float = 0.5  # share of the items whose answers first recite the evidence
     quote: bool = False  # stated facts are answered by the very sentences that state them, and by nothing else
     facts: tuple[str, ...] = ("life",)  # sets of invented facts: life (of old novels), work (of reports)
+    sorts: dict[str, float] = field(default_factory=lambda: dict(SORTS))  # of stated-facts questions, see `stated`
     rivals: float = 0.0  # share of stated-facts questions beside whose fact one of the same kind stands about another
     real: float = 0.0  # share of stated-facts questions that ask for sentences the text has of its own; needs quote
     ask: float = 0.0  # share of stated-facts items put in the words of `longverse ask`; needs quote
@@ -81,7 +83,10 @@ class SftConfig:
         for language in self.languages:
             if language not in ("en", "zh"):
                 raise UserError(f"languages can be en and zh, not {language!r}.")
-        for name, shares in (("tasks", self.tasks), ("languages", self.languages)):
+        for sort in self.sorts:
+            if sort not in SORTS:
+                raise UserError(f"there is no sort of question {sort!r}{nearest(sort, SORTS)}")
+        for name, shares in (("tasks", self.tasks), ("languages", self.languages), ("sorts", self.sorts)):
             if not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
                 raise UserError(f"{name} needs shares that are not negative and add up to more than 0.")
         if not self.out.strip():
@@ -158,6 +163,7 @@ def plan_items(config: SftConfig) -> list[Spec]:
                 config.rivals,
                 config.real,
                 config.ask,
+                config.sorts,
             )
         )
     return specs

@@ -224,22 +224,24 @@ class _UsedUp(Exception):
     """A list has no name or value left that this text has not used; another kind may have."""
 
 
-def draw_facts(maker: FactMaker, count: int) -> list[Fact]:
-    """`count` questions' worth of facts: about seven in ten plain, the rest of the other sorts. UserError when the
-    lists do not hold so many different ones."""
+SORTS = {"plain": 0.7, "hop": 0.11, "several": 0.08, "absent": 0.11}  # shares of the questions
+
+
+def draw_facts(maker: FactMaker, count: int, shares: dict[str, float] | None = None) -> list[Fact]:
+    """`count` questions' worth of facts, the first a plain one where any are; shares: of each sort, SORTS when left
+    out. UserError when the lists do not hold so many different ones."""
+    shares = shares or SORTS
     facts: list[Fact] = []
     refused = 0
     while len(facts) < count:
-        dice = maker.rng.random()
+        sort = maker.rng.choices(list(shares), list(shares.values()))[0]
+        if refused > 20 or (not facts and shares.get("plain", 0) > 0):
+            sort = "plain"
         try:
-            if not facts or dice < 0.7 or refused > 20:
-                facts.append(maker.plain())
-            elif dice < 0.81:
-                facts.append(maker.hop())
-            elif dice < 0.89:
+            if sort == "several":
                 facts.append(maker.several(maker.rng.randint(2, 3)))
             else:
-                facts.append(maker.absent())
+                facts.append(getattr(maker, sort)())
         except _UsedUp as error:
             refused += 1
             if refused > 200:

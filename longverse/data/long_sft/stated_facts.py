@@ -30,7 +30,7 @@ def stated_facts(context: Context, spec: Spec) -> Draft:
     opened = context.long_document(rng, spec.language, min(room + 400, spec.target))
     maker = FactMaker(spec.language, spec.split, rng, opened.text, spec.facts)
     own = round(count * spec.real)  # questions about sentences of the text itself
-    facts = draw_facts(maker, max(count - own, 1))
+    facts = draw_facts(maker, max(count - own, 1), spec.sorts)
     asked = facts[:1] + rng.sample(facts[1:], len(facts) - 1)  # asked in another order than drawn
     unasked = plain_facts(maker, rng.randint(0, len(facts)))
     if spec.rivals:

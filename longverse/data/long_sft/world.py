@@ -100,6 +100,7 @@ def _hops(table: dict[str, Any], language: str) -> list[dict[str, Any]]:
             word = row[3] if language == "zh" else ""
             shared = [ask.replace("{a}", noun).replace("{w}", word) for ask in table["questions"][:2]]
             questions = [ask.replace("{e}", phrase) for ask in [*row[-2], *shared] for phrase in way["phrases"]]
+            questions += [_in_two_parts(way, ask, language) for ask in row[-2]]
             second = [*row[-1], table["patterns"][0].replace("{a}", noun)]
             for value in values:
                 hops.append(
@@ -117,6 +118,16 @@ def _hops(table: dict[str, Any], language: str) -> list[dict[str, Any]]:
                     }
                 )
     return hops
+
+
+def _in_two_parts(way: dict[str, Any], ask: str, language: str) -> str:
+    """The question after the way to what it asks of: "Think of the captain of {e}: where was that person born?\""""
+    phrase = way["phrases"][0]
+    person = way["middle"] == "person"
+    if language == "zh":
+        return f"先找到{phrase}：" + ask.replace("{e}", "那个人" if person else "那里")
+    asked = ask.replace("{e}", "that person" if person else "that place or thing")
+    return f"Think of {phrase}: {asked[:1].lower()}{asked[1:]}"
 
 
 def _attribute_ways(row: list[Any], table: dict[str, Any], language: str) -> list[dict[str, Any]]:
