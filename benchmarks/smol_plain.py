@@ -2,8 +2,9 @@
 
     python benchmarks/smol_plain.py [--models smol-8k smol] [--texts 12]
 
-The middle 1,000 tokens of each of TEXTS English novels ($LONGVERSE_SHARED, or ../shared), each read by itself, without
-a chat format. Writes benchmarks/results/smol_plain.json.
+1,000 tokens each of TEXTS texts, read by themselves and without a chat format: news articles (LongBench's multi_news;
+the training had no news), and the middles of English novels that were not among the fifth trained on as text. Both are
+of $LONGVERSE_SHARED, or ../shared. Writes benchmarks/results/smol_plain.json.
 """
 
 import argparse
@@ -17,18 +18,45 @@ from pathlib import Path
 import torch
 from common import table, write_results
 
+from longverse.data.corpus import chosen, load_corpus_config
 from longverse.inference.engine import Engine
 
-SHARED = Path(os.environ.get("LONGVERSE_SHARED", Path(__file__).parent.parent / "../shared")) / "corpora"
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("LONGVERSE_SHARED", ROOT / "../shared"))
 TOKENS = 1000
 
 
-def perplexity(model: str, texts: list[str]) -> float:
-    engine = Engine.load(model)
+def novels(count: int) -> list[str]:
+    """From the middle of each novel that recipes/smol_corpus.yaml leaves out."""
+    config = load_corpus_config(ROOT / "recipes" / "smol_corpus.yaml")
+    texts = []
+    with gzip.open(SHARED / "corpora" / "en_novels.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            novel = json.loads(line)
+            if not chosen(config, config.sources[0], novel["id"]):
+                texts.append(novel["text"][len(novel["text"]) // 2 :])
+            if len(texts) == count:
+                break
+    return texts
+
+
+def news(count: int) -> list[str]:
+    """The first article of each of the benchmark's first clusters that are long enough."""
+    texts = []
+    with (SHARED / "longbench" / "data" / "multi_news.jsonl").open(encoding="utf-8") as lines:
+        for line in islice(lines, 4 * count):
+            text = json.loads(line)["context"].replace(" NEWLINE_CHAR ", "\n")
+            text = text.partition("Passage 2:")[0].removeprefix("Passage 1:").strip()
+            if len(text) > 2000:
+                texts.append(text)
+    return texts[:count]
+
+
+def perplexity(engine: Engine, texts: list[str]) -> float:
     total, count = 0.0, 0
     with torch.inference_mode():
         for text in texts:
-            ids = engine.tokenizer.encode(text[len(text) // 2 :][: 5 * TOKENS])[:TOKENS]
+            ids = engine.tokenizer.encode(text[: 6 * TOKENS])[:TOKENS]
             logits = engine.network(torch.tensor([ids]))[0].float()
             total += float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum"))
             count += len(ids) - 1
@@ -40,11 +68,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["smol-8k", "smol"], help="compared to the first")
     parser.add_argument("--texts", type=int, default=12)
     options = parser.parse_args()
-    with gzip.open(SHARED / "en_novels.jsonl.gz", "rt", encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in islice(lines, options.texts)]
-    found = {model: perplexity(model, texts) for model in options.models}
+    kinds = {"news": news(options.texts), "novels": novels(options.texts)}
+    found: dict[str, dict[str, float]] = {}
+    for model in options.models:
+        engine = Engine.load(model)
+        found[model] = {kind: perplexity(engine, texts) for kind, texts in kinds.items()}
     first = found[options.models[0]]
-    print(table(["model", "perplexity", "ratio"], [[m, f"{p:.2f}", f"{p / first:.3f}"] for m, p in found.items()]))
+    rows = [[m, *(f"{p:.2f} ({p / first[kind]:.3f})" for kind, p in own.items())] for m, own in found.items()]
+    print(table(["perplexity (ratio)", *kinds], rows))
     print(f"written: {write_results('smol_plain', {'perplexity': found})}")
 
 

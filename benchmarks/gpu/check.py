@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/check.py
 
-Flash attention over the documents of a row against one call a document, with gradients; the split-K kernel for one token
-against the cache's own plain torch, for the three cache formats, at a short and at a long past, with the time of both.
-Writes benchmarks/results/gpu_check.json.
+Flash attention over the documents of a row against one call a document, with gradients; the split-K kernel for one
+token against the cache's own plain torch, for the three cache formats, at a short and at a long past, with the time of
+both. Writes benchmarks/results/gpu_check.json.
 """
 
 from __future__ import annotations

@@ -156,19 +156,23 @@ def _claim(folder: Path, config: CorpusConfig, base: Path, vocabulary: Vocabular
     (folder / "shards").mkdir(exist_ok=True)
 
 
+def chosen(config: CorpusConfig, source: SourceConfig, document: str) -> bool:
+    """Whether the fraction of a source takes the document of this id."""
+    fraction = config.fraction if source.fraction is None else source.fraction
+    return fraction >= 1 or unit_hash(document, f"{config.seed} {source.name}") < fraction
+
+
 def _jobs(config: CorpusConfig, base: Path, start: _Progress, skipped: dict[str, Skipped]) -> Iterator[Job]:
     """Documents in order from where `start` stands, in jobs of about a megabyte; unchosen ones as None."""
     for index, source in enumerate(config.sources):
-        fraction = config.fraction if source.fraction is None else source.fraction
-        salt = f"{config.seed} {source.name}"
         job: Job = []
         size = number = 0
         for number, document in enumerate(read_source(source, base, skipped[source.name]), start=1):
             if index < start.source or (index == start.source and number <= start.read):
                 continue
-            chosen = fraction >= 1 or unit_hash(document.id, salt) < fraction
-            job.append((index, number, document if chosen else None))
-            size += len(document.text) if chosen else 0
+            taken = chosen(config, source, document.id)
+            job.append((index, number, document if taken else None))
+            size += len(document.text) if taken else 0
             if size >= _JOB_CHARACTERS or len(job) >= 2_000:
                 yield job
                 job, size = [], 0

@@ -182,8 +182,8 @@ class Conversations:
         cache: Path | None = None,
         on_progress: Progress | None = None,
     ) -> Conversations:
-        """Tokenise a JSON-lines file. first: see Source. cache: a folder in which the result is kept, and found again as long as neither
-        the file nor the tokenizer nor the template changed. Raises UserError naming the line."""
+        """Tokenise a JSON-lines file. first: see Source. cache: a folder in which the result is kept, and found again
+        as long as neither the file nor the tokenizer nor the template changed. Raises UserError naming the line."""
         path = Path(path)
         try:
             data = path.read_bytes()

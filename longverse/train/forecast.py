@@ -148,8 +148,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def available_memory(device: torch.device) -> int:
     """Bytes that a process may still take on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch holds without using it is free, too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -278,6 +278,32 @@ def test_the_world_has_hundreds_of_relations_each_true_of_its_sentence(language)
     assert len(questions) > 1_500
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_world_has_facts_in_two_sentences_and_collections(language):
+    maker = FactMaker(language, "train", random.Random(5), "", ("world",))
+    hops = [maker.hop() for _ in range(150)]
+    assert len({fact.kind for fact in hops}) > 90
+    for fact in hops:
+        first, second = fact.sentences
+        assert fact.answers[0].casefold() in second.casefold()
+        assert not set("{}") & set(first + second + fact.question)
+        parts = {first[a : a + 2].casefold() for a in range(len(first) - 1)}
+        assert any(part in second.casefold() for part in parts), "nothing leads from the one sentence to the other"
+    for _ in range(40):
+        fact = FactMaker(language, "train", random.Random(_), "", ("world",)).several(3)
+        assert len(set(fact.answers)) == len(set(fact.sentences)) == 3
+
+
+def test_sorts_of_question_have_their_shares():
+    maker = FactMaker("en", "train", random.Random(1), "", ("life", "work", "world"))
+    facts = draw_facts(maker, 200, {"plain": 0.2, "hop": 0.5, "several": 0.3, "absent": 0})
+    counts = {sort: sum(fact.sort == sort for fact in facts) for sort in ("plain", "hop", "several", "absent")}
+    assert facts[0].sort == "plain"
+    assert counts["absent"] == 0
+    assert 80 <= counts["hop"] <= 120
+    assert 40 <= counts["several"] <= 80
+
+
 def test_real_questions_name_what_stands_once():
     for language, text in (("en", novel(3, 120)), ("zh", law(5, 14)[1])):
         finds = (find_english if language == "en" else find_chinese)(text, "A title")

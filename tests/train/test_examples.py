@@ -146,3 +146,13 @@ def test_mixture_is_a_function_of_the_step() -> None:
     assert sorted(first_epoch) == [f"a{n}" for n in range(7)]
     assert [name for name in names if name[0] == "c"] == [f"c{n}" for n in range(20)]
     assert [lengths.tolist() for lengths in make().lengths()] == [[3] * 4] * 20
+
+
+def test_the_first_answer_may_weigh_more(folder: Path, tmp_path: Path) -> None:
+    tokenizer, chat = tiny_chat(folder)
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps({"messages": conversation(random.Random(2), 3)}) + "\n")
+    plain = Conversations.open(path, tokenizer, chat).get(0)
+    heavy = Conversations.open(path, tokenizer, chat, first=3).get(0)
+    assert [(a, b) for a, b, _ in heavy.spans] == [(a, b) for a, b, _ in plain.spans]
+    assert [weight for *_, weight in heavy.spans] == [3, 1, 1]

@@ -12,7 +12,7 @@ from longverse.errors import UserError
 from longverse.models.adapters import CONFIG, WEIGHTS, is_adapter, merge_adapter
 from longverse.models.network import CausalLM
 from longverse.train.config import Lora
-from longverse.train.lora import add_lora, lora_layers, merge, merged, save_adapter
+from longverse.train.lora import add_lora, begin_with, lora_layers, merge, merged, save_adapter
 from tests.helpers import random_network, tiny_config, transformers_twin
 
 IDS = torch.randint(0, 151, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -157,3 +157,31 @@ def test_refuses_an_adapter_of_another_model(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(UserError, match="partner"):
         merge_adapter(random_network(tiny_config()), tmp_path)
+
+
+def test_begins_with_a_saved_adapter(tmp_path: Path) -> None:
+    lora = Lora(rank=4, also=("norms",))
+    before, network = adapted(lora)
+    save_adapter(network, lora, tmp_path, base="tiny")
+    again = copy.deepcopy(before)
+    add_lora(again, lora)
+    begin_with(again, tmp_path)
+    assert torch.equal(again.eval()(IDS), network.eval()(IDS))
+    assert all(p.requires_grad for name, p in again.named_parameters() if ".lora_" in name)
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        (Lora(rank=3, alpha=6), "the adapter's rank"),
+        (Lora(rank=4, alpha=4), "scales .* by 2 and this recipe by 1"),
+        (Lora(rank=4, targets=("q_proj",)), "differ in"),
+        (Lora(rank=4, also=("norms",)), "differ in"),
+    ],
+)
+def test_refuses_to_begin_with_another_form(lora: Lora, said: str, tmp_path: Path) -> None:
+    before, network = adapted(Lora(rank=4))
+    save_adapter(network, Lora(rank=4), tmp_path, base="tiny")
+    add_lora(before, lora)
+    with pytest.raises(UserError, match=said):
+        begin_with(before, tmp_path)

