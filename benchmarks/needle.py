@@ -19,11 +19,11 @@ from longverse.evaluation.needle import NeedleResult, NeedleSettings, run_needle
 from longverse.evaluation.plots import heatmaps
 from longverse.inference.engine import Engine
 
-NEW_TOKENS = 24
-SHORT, LONG = (1000, 2000, 4000, 6000, 8000), 16_000
+NEW_TOKENS = 64
+SHORT, LONG = (1000, 2000, 4000, 8000), 16_000
 # name: model, RoPE, lengths, languages
 RUNS: dict[str, tuple[str, str | None, tuple[int, ...], tuple[str, ...]]] = {
-    "smol": ("smol", None, (*SHORT, LONG), ("en", "zh")),
+    "smol": ("smol", None, (*SHORT, LONG, 32_000), ("en", "zh")),
     "smol-8k": ("smol-8k", None, SHORT, ("en",)),
     "smol-8k, ABF x5": ("smol-8k", "abf:500000", (LONG,), ("en",)),
     "smol-8k, dynamic NTK": ("smol-8k", "dynamic:2", (LONG,), ("en",)),

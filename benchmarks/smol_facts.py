@@ -3,6 +3,8 @@
     python benchmarks/smol_facts.py [--model smol] [--lengths 2048 8192 16384 32768] [--documents 6] [--journal FILE]
     python benchmarks/smol_facts.py --lengths 65536 --rope dynamic:2      past the window it was trained for
 
+Answers and cells belong to the weights that gave them: those of other weights are asked anew and dropped.
+
 A cell is a language and a length: DOCUMENTS texts (English novels, Chinese classics and laws; $LONGVERSE_SHARED, or
 ../shared) of that many tokens, ten questions each, asked one by one, dense attention, greedy. Counted apart: facts in
 one sentence (plain), facts that take two sentences (hop), several facts asked for at once (several; all must come) and
@@ -26,6 +28,7 @@ from common import RESULTS, table, write_results
 from longverse.data.config import build
 from longverse.data.long_sft.builder import build_sft
 from longverse.data.long_sft.plan import SftConfig
+from longverse.evaluation.engine_backend import fingerprint
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 from longverse.wording import messages
@@ -78,12 +81,15 @@ def right(reply: str, sort: str, answers: list[str]) -> bool:
 
 def measure(engine: Engine, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Every question's record; those in the journal are not asked again."""
-    key = {"model": options.model, "rope": options.rope, "documents": options.documents}
+    key = {
+        "model": options.model, "weights": fingerprint(engine.network), "rope": options.rope,
+        "documents": options.documents,
+    }  # fmt: skip
     done: dict[tuple[Any, ...], dict[str, Any]] = {}
     if options.journal.exists():
         for line in options.journal.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            if all(record[name] == value for name, value in key.items()):
+            if all(record.get(name) == value for name, value in key.items()):
                 done[record["language"], record["length"], record["item"], record["question"]] = record
     records = []
     for length in options.lengths:
@@ -147,12 +153,15 @@ def main() -> None:
         records = measure(engine, options, Path(folder))
     path = RESULTS / "smol_facts.json"
     cells = json.loads(path.read_text())["cells"] if path.exists() else []
+    weights = fingerprint(engine.network)
+    cells = [c for c in cells if c["model"] != options.model or c.get("weights") == weights]
     rows = []
     for length in options.lengths:
         here = [record for record in records if record["length"] == length]
-        cell = {"model": options.model, "rope": options.rope, "length": length, "found": summary(here)}
-        mine = (options.model, options.rope, length)
-        cells = [c for c in cells if (c["model"], c["rope"], c["length"]) != mine] + [cell]
+        mine = {"model": options.model, "weights": weights, "rope": options.rope, "length": length}
+        before = next((c for c in cells if mine.items() <= c.items()), None)
+        cell = {**mine, "found": (before["found"] if before else {}) | summary(here)}
+        cells = [c for c in cells if c is not before] + [cell]
         for language, sorts in cell["found"].items():
             shares = [f"{sorts[s]['right']:.0%} of {sorts[s]['of']}" if s in sorts else "" for s in SORTS]
             rows.append([f"{length:,}", language, *shares])

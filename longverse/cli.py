@@ -222,7 +222,10 @@ def demo(
     tokens: Annotated[
         int | None,
         typer.Option(
-            "--tokens", min=1000, help="How long the report is at least, in tokens; by default 8,000, or what fits."
+            "--tokens",
+            min=1000,
+            help="How long the report is at least, in tokens; by default 16,000, or what fits. Past the window it is"
+            " read by pages.",
         ),
     ] = None,
     questions: Annotated[int, typer.Option("--questions", min=1, max=100, help="How many questions to ask.")] = 10,
@@ -241,6 +244,8 @@ def demo(
     longverse demo
 
     longverse demo --seed 7 --tokens 6000 --questions 20
+
+    longverse demo --tokens 400000                 # 250,000 words and more, in some minutes
     """
     from .commands_demo import check, run, usual_tokens
 

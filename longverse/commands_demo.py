@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .documents.citations import Cited
     from .inference.engine import Engine, Stats
 
-ANSWER_TOKENS = 40  # an answer is one sentence
-USUAL_TOKENS = 8_000
+ANSWER_TOKENS = 64  # an answer is one sentence, in Chinese two tokens a character
+USUAL_TOKENS = 16_000
 WHOLE_WORDS = 250_000  # of the long document whose reading time is told
 
 
@@ -57,7 +57,7 @@ def check(folder: Path, language: str) -> None:
 def run(
     engine: Engine, seed: int, tokens: int, questions: int, language: str, folder: Path, *, as_json: bool, quiet: bool
 ) -> None:
-    """Write the report, ask, and show the table. Raises UserError when the report does not fit the model's window."""
+    """Write the report, ask, and show the table. A report past the model's window is read by pages."""
     from .documents.ask import cited, prepare
     from .inference.sampling import Sampling
 
@@ -65,8 +65,9 @@ def run(
     document = decode(report.text.encode(), f"longverse-report-{seed}.md")
     absent = unanswerable(report, 1, seed)
     asked = [fact.question for fact in report.facts]
-    prompts = prepare(engine, document, [*asked, *absent], ANSWER_TOKENS)
-    session = engine.session(prompts.planned_tokens)
+    prompts = prepare(engine, document, [*asked, *absent], ANSWER_TOKENS, limited=False)
+    attention = "exact" if prompts.planned_tokens <= engine.window else "pages"
+    session = engine.session(prompts.planned_tokens, attention=attention)
     path = write(report, folder, document.name)
     length = len(engine.tokenizer.encode(report.text))
     screen = console.out()
@@ -103,7 +104,7 @@ def run(
     if refused is not None:
         show_refused(absent[0], refused, language)
     totals(rows, length, path)
-    if (line := whole(engine, length / document.words)) is not None:
+    if document.words < WHOLE_WORDS and (line := whole(engine, length / document.words)) is not None:
         console.line(line)
     console.line("\nIn the browser: longverse serve, and open http://127.0.0.1:8000/")
     console.line(f'Next: longverse ask {path} "{rows[-1].question}"')

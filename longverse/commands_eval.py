@@ -102,7 +102,7 @@ def needle(
         bool, typer.Option("--one-per-document", help="A document for every fact: stricter, and slower.")
     ] = False,
     haystack: Annotated[Path | None, typer.Option("--haystack", help="Your own text to hide the facts in.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 64,
     seed: Seed = 0,
     out: Out = None,
     as_json: AsJson = False,

@@ -1,11 +1,12 @@
 """smol's own answers to everyday requests, as messages: what its recipe mixes in so that it keeps its manners.
 
     python recipes/smol_replay.py recipes/smol_replay.jsonl
-    python recipes/smol_replay.py build/smol-everyday.jsonl --each 12 --tokens 512 --batch 1600     on a card
+    python recipes/smol_replay.py build/smol-everyday.jsonl --each 12 --tokens 512 --batch 1405     on a card
 
 Long-document training shows a model short answers and nothing else, and a small one soon answers everything so. Its own
 answers to other requests, sampled before the training, hold it where it was (self-distillation; the idea is rehearsal,
-Robins 1995). Requests are put together from the lists below; answers that were cut off are left out.
+Robins 1995). Requests are put together from the lists below; answers that were cut off are left out. (The file beside
+this one is of an earlier, shorter list of subjects: 111 conversations.)
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Conversations about invented annual reports, as `longverse ask` holds them: what smol's recipe learns reports from.
 
     python recipes/smol_reports.py build/smol-reports.jsonl
-    python recipes/smol_reports.py build/smol-reports-much.jsonl --scale 10 --questions 48
+    python recipes/smol_reports.py build/smol-reports-much.jsonl --scale 5 --questions 48
 
 Half of the questions are put in other words than the report's (REWORDED): people do not know what words it uses. The
 rewordings that benchmarks/citations.py asks with are none of them. The reports are those of `longverse demo`, from

@@ -171,7 +171,7 @@ def test_models_lists_smol(run: Runner) -> None:
     assert code == 0
     assert "smol" in out
     assert "Apache-2.0" in out
-    assert json.loads(run("models", "--json")[1])["models"][0]["window"] == 16384
+    assert json.loads(run("models", "--json")[1])["models"][0]["window"] == 32768
 
 
 def test_rope_shows_the_base_by_length_without_weights(run: Runner, tmp_path: Path) -> None:
@@ -626,5 +626,5 @@ def test_a_long_document_is_refused_by_smol_before_it_is_read(tmp_path: Path) ->
     path.write_text("The mill stands in the town. " * 6000)
     done = subprocess_run("ask", str(path), "Where?", "--attention", "exact")
     assert done.returncode == 2
-    assert "smol reads 16,384" in done.stderr
+    assert "smol reads 32,768" in done.stderr
     assert done.stdout == ""

@@ -76,6 +76,12 @@ def one_token(format: str, heads: int, kv_heads: int, size: int, past: int) -> d
     expected = cache.attend(0, q, k, v)  # appends the token, too
     got = kernel.attend(0, q, cache.spans(past + 1))
 
+    def plain() -> Tensor:
+        """The same in torch, the token being held already."""
+        if cache.packing is None:
+            return cache._attend_past(0, q, past + 1)[0]
+        return cache.packing.rotate(cache._attend_past(0, cache.packing.rotate(q), past + 1)[0])
+
     def milliseconds(work: Callable[[], Any]) -> float:
         for _ in range(3):
             work()
@@ -89,12 +95,12 @@ def one_token(format: str, heads: int, kv_heads: int, size: int, past: int) -> d
     return {
         "difference": float((got - expected).abs().max() / expected.abs().max()),
         "kernel_ms": milliseconds(lambda: kernel.attend(0, q, cache.spans(past + 1))),
-        "torch_ms": milliseconds(lambda: cache.attend(0, q, k, v)),
+        "torch_ms": milliseconds(plain),
     }
 
 
 def main() -> None:
-    found: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "documents": {}}
+    found: dict[str, Any] = {"documents": {}}
     rows = []
     for lengths in ([700, 3, 1, 2048, 129], [512] * 8):
         found["documents"][str(lengths)] = differences = documents(lengths)
@@ -107,7 +113,7 @@ def main() -> None:
             rows.append([name, f"{one['difference']:.2e}", f"{one['kernel_ms']:.3f}", f"{one['torch_ms']:.3f}"])
     print(table(["", "difference", "kernel, ms", "torch, ms"], rows))
     print("written:", write_results("gpu_check", found))
-    worst = [one["difference"] for group in (found["one_token"],) for one in group.values()]
+    worst = [one["difference"] for one in found["one_token"].values()]
     worst += [value for one in found["documents"].values() for value in one.values()]
     assert max(worst) < 3e-2, "a kernel does not compute what its reference computes"
 

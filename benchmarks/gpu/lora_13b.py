@@ -4,7 +4,7 @@
     python benchmarks/gpu/lora_13b.py --tiny          a small shape, on the CPU: only shows that the script runs
 
 Weights are random, made on the card in bfloat16; rank 16 on all projections; one document a row, layers recomputed in
-the backward pass. A step is a forward and a backward pass; the second one of each length is timed. Recomputation is not
+the backward pass. A step is a forward and a backward pass, timed once after a shorter one. Recomputation is not
 counted as work, as in `log.jsonl`. Writes benchmarks/results/lora_13b.json after every length.
 """
 
@@ -39,7 +39,10 @@ def network_on(device: torch.device, tiny: bool) -> CausalLM:
     network.to_empty(device=device)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
-            tensor.fill_(1.0) if "norm" in name else tensor.normal_(0, 0.02)
+            if "norm" in name:
+                tensor.fill_(1.0)
+            else:
+                tensor.normal_(0, 0.02)
     add_lora(network, Lora(rank=16))
     return network
 

@@ -62,7 +62,7 @@ class NeedleSettings:
     kinds: tuple[str, ...] = ()
     repeats: int = 2
     one_per_document: bool = False
-    max_new_tokens: int = 32
+    max_new_tokens: int = 64
     seed: int = 0
     haystack: str | None = field(default=None, repr=False)
     haystack_name: str = "generated"

@@ -133,7 +133,7 @@ def merge_adapter(network: CausalLM, folder: str | Path, on_progress: Progress |
         if on_progress is not None:
             on_progress(done, total)
     network.tie()
-    return _apply_settings(network, folder)
+    return [f"The adapter {folder.name} is merged in.", *apply_settings(network, folder)]
 
 
 class AdaptedTensors:
@@ -246,16 +246,16 @@ def adapted_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in old} | settings
 
 
-def _apply_settings(network: CausalLM, folder: Path) -> list[str]:
+def apply_settings(network: CausalLM, folder: Path) -> list[str]:
+    """Give a network the RoPE plan and the window that an adapter was trained for, where it states them; notes for the
+    user."""
     settings = adapter_settings(folder)
-    notes = [f"The adapter {folder.name} is merged in."]
     if not settings:
-        return notes
+        return []
     shape = network.config
     plan = RopePlan.from_config({"head_dim": shape.head_dim, **settings})
     window = int(settings.get("context_window") or settings["max_position_embeddings"])
     network.config = replace(shape, rope=plan, window=window)
     network.model.rotary.plan = plan
     plan.verify(network)
-    notes.append(f"It brings {plan.describe()} and a window of {window:,} tokens.")
-    return notes
+    return [f"It brings {plan.describe()} and a window of {window:,} tokens."]

@@ -58,7 +58,8 @@ class Lora:
     alpha    the update is scaled by alpha / rank; twice the rank when left out
     targets  projections that get an adapter
     also     trained in full beside it: embeddings (with the head), norms
-    start    a folder with an adapter of this rank and these targets to begin with, instead of one that changes nothing
+    start    a folder with an adapter of this rank and these targets to begin with, instead of one that changes nothing;
+             its RoPE plan is that of the first stage unless that one changes it
     bits     4 holds the frozen projections in int4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), a quarter of their
              memory, and makes each anew where it is used; when left out they stay as they are
     """
@@ -97,8 +98,8 @@ class Source:
     texts     made facts only: the files that the facts are put into
     build     the configuration (`longverse data sft` or `corpus`) that makes `messages` or `store` when it is absent
     weight    its share of the examples, relative to the stage's other sources
-    first     messages only: the weight of a conversation's first answer, beside 1 of every later one: it stands right
-              below the document, as an answer to a single question does
+    first     messages only: the weight of a conversation's first learned answer, beside 1 of every later one: it stands
+              right below the document, as an answer to a single question does
     keep      text only: whether documents packed into a sequence stay invisible to each other
     """
 
@@ -120,6 +121,8 @@ class Source:
             raise UserError(f"The weight of a data source is {self.weight:g} and must be above 0.")
         if not self.first > 0:
             raise UserError(f"The weight of a data source's first answers is {self.first:g} and must be above 0.")
+        if self.first != 1 and self.messages is None:
+            raise UserError("Only conversations have a first answer: leave 'first' out where the source is a text.")
 
     @property
     def label(self) -> str:

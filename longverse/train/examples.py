@@ -167,7 +167,7 @@ class Conversations:
     _spans: np.ndarray = field(repr=False)  # float64 [spans, 4]: line, first, end, weight
     _numbers: np.ndarray = field(repr=False)  # int64 [lines]: number of the line in the file
     _kept: np.ndarray = field(repr=False)  # int64 [n]: which lines
-    first: float = 1.0  # weight of a conversation's first answer, times its own
+    first_weight: float = 1.0  # of a conversation's first learned answer, times its own
 
     @classmethod
     def open(
@@ -220,7 +220,7 @@ class Conversations:
         line = int(self._kept[index])
         first, last = np.searchsorted(self._spans[:, 0], [line, line + 1])
         spans = [(int(a), int(b), float(w)) for _, a, b, w in self._spans[first:last]]
-        spans[:1] = [(a, b, w * self.first) for a, b, w in spans[:1]]
+        spans[:1] = [(a, b, w * self.first_weight) for a, b, w in spans[:1]]
         ids = self._ids[self._starts[line] : self._starts[line + 1]].astype(np.int64)
         return Example(ids, tuple(spans), f"{self.label}, line {self._numbers[line]}")
 

@@ -31,6 +31,7 @@ from longverse.models.adapters import (
     SETTINGS,
     WEIGHTS,
     adapter_scaling,
+    apply_settings,
     low_rank,
     read_adapter,
 )
@@ -126,8 +127,9 @@ def add_lora(network: CausalLM, lora: Lora, seed: int = 0) -> None:
 
 
 def begin_with(network: CausalLM, folder: Path) -> None:
-    """Give the LoRA of a network the values of a saved adapter. Raises UserError when it has another rank, other
-    targets, another scaling, or parts trained in full that this one has not."""
+    """Give the LoRA of a network the values of a saved adapter, and the network its RoPE plan and window. Raises
+    UserError when the adapter has another rank, other targets, another scaling, or parts trained in full that this
+    LoRA has not."""
     config, tensors = read_adapter(folder)
     layers = lora_layers(network)
     wanted = {f"{name}.lora_{side}.weight" for name in layers for side in "AB"}
@@ -147,6 +149,7 @@ def begin_with(network: CausalLM, folder: Path) -> None:
             _put(parameter, tensors[f"{name}.lora_{side}.weight"], f"{name}.lora_{side}", folder)
     for name, parameter in whole.items():
         _put(parameter, tensors[name], name, folder)
+    apply_settings(network, folder)
 
 
 def _put(parameter: nn.Parameter, values: Tensor, name: str, folder: Path) -> None:

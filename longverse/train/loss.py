@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Positions whose logits are held at once: 50 MB in float32 at a vocabulary of 49,152. A card works on more at a time.
+# Positions whose logits are held at once; with a vocabulary of 49,152 50 MB in float32, on a card 400 MB.
 CHUNK, CHUNK_ON_CARD = 256, 2048
 
 
@@ -27,6 +27,7 @@ def weighted_nll(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
 
     hidden   [N, C]; head [V, C]; both of one dtype, products in it and everything after in float32
     targets  int64 [N]; weights float32 [N]; no gradient flows to either
+    chunk    positions at a time; when left out CHUNK, and on other devices than a CPU CHUNK_ON_CARD
     """
     chunk = chunk or (CHUNK if hidden.device.type == "cpu" else CHUNK_ON_CARD)
     return _WeightedNll.apply(hidden, head, targets, weights, chunk)  # type: ignore[no-any-return]

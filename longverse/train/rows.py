@@ -118,15 +118,15 @@ def document_attention(bounds: tuple[int, ...]) -> Attend:
     """Causal attention within each document of a row, block by block: exact, without a mask, and without touching what
     a mask would only throw away."""
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
-    starts: dict[torch.device, Tensor] = {}  # int32 [documents + 1], once a row on its device
+    starts: list[Tensor] = []  # int32 [documents + 1] on the card, made when the first layer asks
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # q [1, H, T, D]; k, v [1, G, T, D]
         if fast_here(q):
             return causal_attention(q, k, v, list(bounds))
-        if q.is_cuda and q.dtype == torch.bfloat16 and len(lengths) > 1:
-            if q.device not in starts:
-                starts[q.device] = torch.tensor(bounds, dtype=torch.int32, device=q.device)
-            return flash_documents(q, k, v, starts[q.device], max(lengths))
+        if len(lengths) > 1 and flash_fits(q):
+            if not starts:
+                starts.append(torch.tensor(bounds, dtype=torch.int32, device=q.device))
+            return flash_documents(q, k, v, starts[0], max(lengths))
         grouped = q.shape[1] != k.shape[1]
         if len(lengths) == 1:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -141,6 +141,13 @@ def document_attention(bounds: tuple[int, ...]) -> Attend:
         return torch.cat(parts, dim=2)
 
     return attend
+
+
+def flash_fits(q: Tensor) -> bool:
+    """Whether a card's flash attention takes such queries: bfloat16, heads of up to 256 in eights, Ampere or newer."""
+    if not q.is_cuda or q.dtype != torch.bfloat16:
+        return False
+    return q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def flash_documents(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:

@@ -27,6 +27,7 @@ from torch import nn
 from longverse.data.lock import FolderLock, disk_errors
 from longverse.data.vocabulary import fingerprint
 from longverse.errors import UserError, expand
+from longverse.models.adapters import read_adapter
 from longverse.models.checkpoint import (
     Loaded,
     build,
@@ -152,6 +153,8 @@ class _Run:
         self.original = network.config
         with ranks.leader_first():
             check_run(recipe, out, loaded, ranks)
+            if recipe.lora.start is not None:  # what is not there is said before data is built
+                read_adapter(Path(recipe.lora.start))
             for stage in recipe.stages:  # what cannot be built is said before hours of training, not after
                 for source in stage.data:
                     build_data(source, watch)

@@ -478,7 +478,7 @@ def test_smol_loads_twice_without_transformers(tmp_path: Path) -> None:
         "with torch.no_grad():\n"
         "    one, two = first.network(ids), second.network(ids)\n"
         "assert torch.equal(one, two)\n"
-        "assert first.network.config.window == 16384 and first.chat.kind\n"
+        "assert first.network.config.window == 32768 and first.chat.kind\n"
         "print(first.tokenizer.decode([int(one[0, -1].argmax())]))\n"
     )
     environment = {**os.environ, "LONGVERSE_CACHE": str(tmp_path / "cache"), "LONGVERSE_COMMAND": "1"}

@@ -34,8 +34,20 @@ for format in ("full", "int8", "int4"):
                 got = kernel.attend(layer, q, cache.spans(length))
                 worst[format] = max(worst.get(format, 0.0), float((got - expected[layer]).abs().max()))
 assert SplitK.of(cache, 6) is not None
+assert SplitK.of(KVCache(2, 2, 64, 64, torch.float32), 6) is None
 print(worst)
 assert max(worst.values()) < 2e-5, worst
+for format in ("full", "int8", "int4"):  # 16-bit products, as on cards (Triton interprets bfloat16 wrongly)
+    cache = KVCache(1, 2, 64, 512, torch.float16, format=format)
+    k, v = (torch.randn(1, 2, 300, 64, generator=generator).half() for _ in range(2))
+    cache.attend(0, torch.randn(1, 6, 300, 64, generator=generator).half(), k, v)
+    cache.advance(300)
+    k, v, q = (torch.randn(1, n, 1, 64, generator=generator).half() for n in (2, 2, 6))
+    cache._kernel = lambda heads: None
+    expected = cache.attend(0, q, k, v).float()
+    got = SplitK(cache, 6).attend(0, q, cache.spans(301)).float()
+    error = float((got - expected).abs().max() / expected.abs().max())
+    assert error < 2e-2, (format, error)
 """
 
 

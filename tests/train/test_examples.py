@@ -9,6 +9,7 @@ import pytest
 
 from longverse.errors import UserError
 from longverse.models.chat import ChatFormat
+from longverse.train.config import Source
 from longverse.train.examples import Conversations, Example, Mixture, encode_conversation
 from tests.train.common import conversation, tiny_chat, tiny_folder, write_messages
 
@@ -156,3 +157,10 @@ def test_the_first_answer_may_weigh_more(folder: Path, tmp_path: Path) -> None:
     heavy = Conversations.open(path, tokenizer, chat, first=3).get(0)
     assert [(a, b) for a, b, _ in heavy.spans] == [(a, b) for a, b, _ in plain.spans]
     assert [weight for *_, weight in heavy.spans] == [3, 1, 1]
+
+
+def test_only_conversations_have_a_first_answer() -> None:
+    with pytest.raises(UserError, match="first answer"):
+        Source(store="texts", first=2)
+    with pytest.raises(UserError, match="above 0"):
+        Source(messages="talk.jsonl", first=0)

@@ -27,6 +27,7 @@ from longverse.errors import UserError
 
 HELD_OUT_EVERY = 4
 SETS = ("life", "work", "world")
+SORTS = {"plain": 0.7, "hop": 0.11, "several": 0.08, "absent": 0.11}  # shares of the questions
 _MONTH_NAMES = "January February March April May June July August September October November December"
 _MONTHS = _MONTH_NAMES.split()
 
@@ -93,10 +94,21 @@ class FactMaker:
         )  # fmt: skip
 
     def hop(self) -> Fact:
-        """A fact in two sentences: the bearer leads to something, and that to the value."""
+        """A fact in two sentences: the bearer leads to something, and that to the value. What the sentences state of
+        bearer and middle is stated of them by no other fact."""
         kind = self._kind("hops")
-        middle = self._value(kind["kind"] + " middle", kind["middle"])
-        bearer, value = self._bearer(kind), self._value(kind["kind"], kind["value"])
+        for _ in range(20):
+            middle = self._value(kind["kind"] + " middle", kind["middle"])
+            bearer, value = self._bearer(kind), self._value(kind["kind"], kind["value"])
+            stated = list(zip(kind.get("states", ()), (bearer, middle), strict=False))
+            if not self._used.intersection(stated):
+                break
+        else:
+            raise _UsedUp(kind["entity"])
+        self._used.update(stated)
+        self._bearers += [
+            (sort, name, one) for (one, name), sort in zip(stated, (kind["entity"], kind["middle"]), strict=False)
+        ]
         words = {"e": bearer, "m": middle, "v": value} | self._others(kind)
         return Fact(
             "hop", kind["kind"],
@@ -224,30 +236,34 @@ class _UsedUp(Exception):
     """A list has no name or value left that this text has not used; another kind may have."""
 
 
-SORTS = {"plain": 0.7, "hop": 0.11, "several": 0.08, "absent": 0.11}  # shares of the questions
-
-
-def draw_facts(maker: FactMaker, count: int, shares: dict[str, float] | None = None) -> list[Fact]:
-    """`count` questions' worth of facts, the first a plain one where any are; shares: of each sort, SORTS when left
-    out. UserError when the lists do not hold so many different ones."""
-    shares = shares or SORTS
+def draw_facts(maker: FactMaker, count: int, shares: dict[str, float] = SORTS) -> list[Fact]:
+    """`count` questions' worth of facts, the first a plain one where any are. shares: of the sorts. Where a list is
+    used up the commonest sort stands in. UserError when the lists do not hold so many different ones."""
     facts: list[Fact] = []
     refused = 0
     while len(facts) < count:
         sort = maker.rng.choices(list(shares), list(shares.values()))[0]
-        if refused > 20 or (not facts and shares.get("plain", 0) > 0):
+        if not facts and shares.get("plain", 0) > 0:
             sort = "plain"
+        if refused > 20:
+            sort = max(shares, key=shares.__getitem__)
         try:
-            if sort == "several":
-                facts.append(maker.several(maker.rng.randint(2, 3)))
+            if sort == "plain":
+                fact = maker.plain()
+            elif sort == "hop":
+                fact = maker.hop()
+            elif sort == "several":
+                fact = maker.several(maker.rng.randint(2, 3))
             else:
-                facts.append(getattr(maker, sort)())
+                fact = maker.absent()
         except _UsedUp as error:
             refused += 1
             if refused > 200:
                 raise UserError(
                     f"the list of {error} is too short for {count} facts in one text; ask for fewer questions."
                 ) from None
+            continue
+        facts.append(fact)
     return facts
 
 

@@ -11,7 +11,7 @@ from longverse.data.long_sft.draft import Claim, Draft, Part, Reject, Turn
 from longverse.data.long_sft.pool import Opened
 from longverse.data.long_sft.prompts import prompt
 from longverse.data.long_sft.real import Real, real_questions
-from longverse.data.long_sft.stated import Fact, FactMaker, draw_facts, plain_facts, rivals
+from longverse.data.long_sft.stated import SORTS, Fact, FactMaker, draw_facts, plain_facts, rivals
 from longverse.data.text import paragraphs, sentences, squash, squash_zh
 from longverse.wording import DOCUMENT, SYSTEM
 from longverse.wording import asked as asked_as
@@ -30,7 +30,7 @@ def stated_facts(context: Context, spec: Spec) -> Draft:
     opened = context.long_document(rng, spec.language, min(room + 400, spec.target))
     maker = FactMaker(spec.language, spec.split, rng, opened.text, spec.facts)
     own = round(count * spec.real)  # questions about sentences of the text itself
-    facts = draw_facts(maker, max(count - own, 1), spec.sorts)
+    facts = draw_facts(maker, max(count - own, 1), spec.sorts or SORTS)
     asked = facts[:1] + rng.sample(facts[1:], len(facts) - 1)  # asked in another order than drawn
     unasked = plain_facts(maker, rng.randint(0, len(facts)))
     if spec.rivals:

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+_PLACES = ("town", "city", "country", "place", "island", "valley")
 _NUMBERS = re.compile(r"\{?n[234]\}?|money|price|percent")
 
 
@@ -106,6 +107,7 @@ def _hops(table: dict[str, Any], language: str) -> list[dict[str, Any]]:
                 hops.append(
                     {
                         "kind": f"{way['name']}, {noun}",
+                        "states": [way["kind"], f"{noun} of {way['middle']}"],  # of the entity, of the middle
                         "entity": way["entity"],
                         "middle": way["middle"],
                         "value": value,
@@ -125,8 +127,8 @@ def _in_two_parts(way: dict[str, Any], ask: str, language: str) -> str:
     phrase = way["phrases"][0]
     person = way["middle"] == "person"
     if language == "zh":
-        return f"先找到{phrase}：" + ask.replace("{e}", "那个人" if person else "那里")
-    asked = ask.replace("{e}", "that person" if person else "that place or thing")
+        return f"先找到{phrase}：" + ask.replace("{e}", "那个人" if person else "它")
+    asked = ask.replace("{e}", "that person" if person else "it")
     return f"Think of {phrase}: {asked[:1].lower()}{asked[1:]}"
 
 
@@ -134,11 +136,18 @@ def _attribute_ways(row: list[Any], table: dict[str, Any], language: str) -> lis
     """What has the attribute leads to its value: "the captain of {e}", "the person who commands {e}"."""
     noun, entities, values = row[0], row[1].split(), row[2].split()
     known = {entity for other in table["attributes"] for entity in other[1].split()}
-    phrases = [f"{{e}}的{noun}" if language == "zh" else f"the {noun} of {{e}}"]
-    phrases += [phrase for ask in row[-2] if (phrase := _relative(ask, language))]
+    named = f"{{e}}的{noun}" if language == "zh" else f"the {noun} of {{e}}"
     says = [say.replace("{v}", "{m}") for say in [*row[-1], table["patterns"][0].replace("{a}", noun)]]
     return [
-        {"name": noun, "entity": entity, "middle": value, "others": {}, "phrases": phrases, "statements": says}
+        {
+            "name": noun,
+            "kind": f"{noun} of {entity}",
+            "entity": entity,
+            "middle": value,
+            "others": {},
+            "phrases": [named, *(phrase for ask in row[-2] if (phrase := _relative(ask, value, language)))],
+            "statements": says,
+        }
         for value in values
         if value in known
         for entity in entities
@@ -151,7 +160,7 @@ def _event_ways(number: int, event: dict[str, Any], language: str) -> list[dict[
     for role, questions in event["asks"].items():
         for question in questions:
             known = re.findall(r"\{(\w)\}", question)
-            phrase = _relative(question, language)
+            phrase = _relative(question, event["roles"][role], language)
             if not phrase or len(known) != 1:
                 continue
             others = {name.upper(): sort for name, sort in event["roles"].items() if name not in (role, known[0])}
@@ -159,6 +168,7 @@ def _event_ways(number: int, event: dict[str, Any], language: str) -> list[dict[
             ways.append(
                 {
                     "name": f"event {number}",
+                    "kind": f"event {number}",
                     "entity": event["roles"][known[0]],
                     "middle": event["roles"][role],
                     "others": others,
@@ -169,25 +179,29 @@ def _event_ways(number: int, event: dict[str, Any], language: str) -> list[dict[
     return ways
 
 
-def _relative(question: str, language: str) -> str:
-    """What a question asks for, as a phrase: "Who sold {o}?" gives "the person who sold {o}". Empty for other forms."""
+def _relative(question: str, sort: str, language: str) -> str:
+    """What a question asks for, as a phrase: "Who sold {o}?" gives "the person who sold {o}". Empty for other forms,
+    and where what is asked for, of this sort, is neither a person nor a place."""
     if language == "zh":
         match = re.fullmatch(r"谁(.+)？", question)
-        return f"{match[1]}的人" if match else ""
-    if match := re.fullmatch(r"Who (.+)\?", question):
+        return f"{match[1]}的人" if match and sort == "person" else ""
+    if sort == "person" and (match := re.fullmatch(r"Who (.+)\?", question)):
         return f"the person who {match[1]}"
-    if match := re.fullmatch(r"Where (is|was) (\{\w\}) (.+)\?", question):
-        return f"the place where {match[2]} {match[1]} {match[3]}"
+    if sort in _PLACES and (match := re.fullmatch(r"Where (is|was) (\{\w\}) (.+)\?", question)):
+        return (
+            "" if match[3].endswith((" for", " from", " to")) else f"the place where {match[2]} {match[1]} {match[3]}"
+        )
     return ""
 
 
 def _collection(row: list[Any], table: dict[str, Any]) -> list[dict[str, Any]]:
     """A kind for each thing of which several values are stated, one a sentence."""
-    noun, entities, value, statements = row
+    noun, entities, value, statements, *single = row
+    name = single[0] if single else noun  # as the attribute of one value is called: nobody has only one and several
     questions = [ask.replace("{a}", noun) for ask in table["collection_questions"]]
     return [
         {
-            "kind": f"{noun} of {entity}",
+            "kind": f"{name} of {entity}",
             "entity": entity,
             "value": value,
             "statements": statements,

@@ -51,8 +51,9 @@ class SplitK:
 
     @classmethod
     def of(cls, cache: KVCache, heads: int) -> SplitK | None:
-        """None where it cannot run."""
-        return cls(cache, heads) if available() and cache.head_dim >= 16 else None
+        """None where it cannot run, and for full caches: their own fused attention was faster on an H200
+        (benchmarks/results/gpu_check.json)."""
+        return cls(cache, heads) if available() and cache.packing is not None and cache.head_dim >= 16 else None
 
     def attend(self, layer: int, q: Tensor, spans: tuple[int, int, int]) -> Tensor:
         """q [1, H, 1, D] after RoPE over the tokens of `layer`, the last of which is its own; returns [1, H, 1, D].

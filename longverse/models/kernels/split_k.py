@@ -66,7 +66,7 @@ def _join(query, k, v, held, highest, total, sums, EXACT: tl.constexpr):  # type
         scores = tl.dot(query, tl.trans(k.to(query.dtype)))
     scores = tl.where(held[None, :], scores, float("-inf"))
     peak = tl.maximum(highest, tl.max(scores, 1))
-    part = tl.where(held[None, :], tl.exp2(scores - peak[:, None]), 0.0)
+    part = tl.exp2(scores - peak[:, None])
     old = tl.exp2(highest - peak)
     if EXACT:
         sums = sums * old[:, None] + tl.dot(part, v.to(tl.float32), input_precision="tf32x3")
