@@ -21,7 +21,7 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any
 
-from .words import Index, groups, names, normalise, sentences, terms
+from .words import Index, can_answer, groups, names, normalise, sentences, terms
 
 REPAIRED = 0.8  # least likeness (difflib's ratio) of a quotation with slips
 SUPPORTED = 0.75  # least share of an answer's own words that its passage must hold
@@ -135,7 +135,7 @@ def cite(question: str, answer: str, index: Index, attended: Attended | None = N
         # The answer leads nowhere, and a passage may hold the question's words all the same: then that is shown.
         for place in index.nearest(asked, 1):
             citation, signals = _passage(answer, question, index, place)
-            if signals["asked"] >= SURE and not signals["strangers"]:
+            if signals["asked"] >= SURE and signals["kind"] and not signals["strangers"]:
                 return Cited(answer, (citation,), ((len(answer), (1,)),), True, best | signals)
     return Cited(answer, tuple(found), tuple(marks), bool(found) and speaks_of(best), best)
 
@@ -143,11 +143,12 @@ def cite(question: str, answer: str, index: Index, attended: Attended | None = N
 def speaks_of(signals: dict[str, float]) -> bool:
     """Whether a cited passage is about what was asked.
 
-    All names and numbers of the question must stand in it, its headings or its section. Beyond that it holds most of
+    All names and numbers of the question must stand in it, its headings or its section, and where a number or a time is
+    asked for it must have one. Beyond that it holds most of
     the question's rare words; or it is said in other words, and then the answer must be a passage that the model copied
     with attention and assurance. The limits were set on generated reports (benchmarks/citations.py).
     """
-    if signals.get("strangers", 1.0):
+    if signals.get("strangers", 1.0) or not signals.get("kind", 1.0):
         return False
     if signals["asked"] >= 0.8:
         return True
@@ -201,12 +202,18 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
         text=paragraph.text[start:end], paragraph=paragraph.number, page=paragraph.page if document.unit else None,
         place=document.place(paragraph.start + start, paragraph.start + end), heading=paragraph.heading, status=status,
     )  # fmt: skip
-    return citation, {
-        "asked": index.share(groups(question), held),  # share of the question's words in the passage and its headings
-        "strangers": float(len(names(question) - index.around(place))),
-        "answer": index.coverage(own - asked, held),  # share of what the answer adds
-        "verified": float(status != "unverified"),
-    }
+    return (
+        citation,
+        {
+            "asked": index.share(
+                groups(question), held
+            ),  # share of the question's words in the passage and its headings
+            "strangers": float(len(names(question) - index.around(place))),
+            "answer": index.coverage(own - asked, held),  # share of what the answer adds
+            "verified": float(status != "unverified"),
+            "kind": float(can_answer(question, paragraph.text[start:end])),  # a number or a time where one is asked for
+        },
+    )
 
 
 def without_references(answer: str) -> tuple[str, list[tuple[int, list[int]]]]:

@@ -38,6 +38,37 @@ _ABBREVIATION = re.compile(
     r"(?:\b(?:mr|mrs|ms|dr|prof|st|no|vol|fig|sec|art|eq|vs|e\.g|i\.e|cf|al|inc|ltd|co|jr|sr)|\b[A-Z])\.$",
     re.IGNORECASE,
 )
+_MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
+_ASKS_NUMBER = re.compile(r"多少|几[^乎何]|\bhow (?:many|much|old)\b", re.IGNORECASE)
+_ASKS_TIME = re.compile(
+    r"什么时候|何时|哪一?[年天]|哪个?月|几[年月号]|^when\b|\b(?:which|what) (?:year|month|day|date)\b", re.IGNORECASE
+)
+_TIME = re.compile(
+    rf"\d|[年月日]|星期|春|夏|秋|冬|{_MONTHS}|(?:mon|tues|wednes|thurs|fri|satur|sun)day|spring|summer|autumn|winter"
+    "|morning|noon|evening|night|yesterday|today|tomorrow|century|decade"
+)
+_DATE = re.compile(
+    rf"\d+年(?:\d+月)?(?:\d+日)?|\d+月(?:\d+日)?|(?:{_MONTHS}),? \d+(?:,? \d{{4}})?|\b(?:in|since|until|by|of) "
+    r"\d{4}\b"
+)
+_NUMBER_WORDS = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fifteen hundred thousand million dozen"
+    " half once twice few several none no nothing free all"
+)
+_TENS = r"(?:twen|thir|for|fif|six|seven|eigh|nine)t(?:y|ies)"
+_NUMBER = re.compile(
+    rf"\d|[一二三四五六七八九十百千万亿两半]|\b(?:(?:{'|'.join(_NUMBER_WORDS.split())})(?:s|-|\b)|{_TENS}\b)"
+)
+
+
+def can_answer(question: str, passage: str) -> bool:
+    """False where a question asks for a number or a time, and the passage has none. A date is no number."""
+    text = normalise(passage)
+    if _ASKS_TIME.search(question):
+        return _TIME.search(text) is not None
+    if _ASKS_NUMBER.search(question):
+        return _NUMBER.search(_DATE.sub(" ", text)) is not None
+    return True
 
 
 def normalise(text: str) -> str:

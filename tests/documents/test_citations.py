@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from longverse.documents.citations import Attended, Cited, cite, match_quote, without_references
 from longverse.documents.reader import Document, decode
 from longverse.documents.report import generate_report, unanswerable
-from longverse.documents.words import Index, groups, names, sentences, terms
+from longverse.documents.words import Index, can_answer, groups, names, sentences, terms
 
 CURATOR = "The curator of the Denton museum is Delia Mitchell"
 WHO = "Who is the curator of the Denton museum?"
@@ -204,6 +204,28 @@ def test_other_words_are_accepted_where_the_model_copies_with_attention() -> Non
     assert cite(question, answer, index, Attended([{0: 0.3}], [0], -0.2)).found
     assert not cite(question, answer, index, Attended([{0: 0.02}], [0], -0.2)).found
     assert not cite(question, answer, index, Attended([{0: 0.3}], [0], -1.2)).found
+
+
+@pytest.mark.parametrize(
+    ("question", "passage", "can"),
+    [
+        ("天川项目的预算是多少？", "天川项目由雷子宁负责。", False),
+        ("天庆项目的预算是多少？", "天庆项目将于2020年3月结束。", False),
+        ("赵氏学校有多少名学生？", "赵氏学校有215名学生。", True),
+        ("松坪农场是什么时候买下的？", "松坪农场由张振平管理。", False),
+        ("下一次年会何时召开？", "年会将于2021年5月召开。", True),
+        ("How many workers does it have?", "It was opened in March 1987.", False),
+        ("How many workers does it have?", "Twelve people work there.", True),
+        ("How old is she?", "She is in her seventies.", True),
+        ("How much does it cost?", "It costs $1.2 million.", True),
+        ("How much does it cost?", "The audit was done by Dale and Sons.", False),
+        ("When was the farm bought?", "Ann Dale runs the farm.", False),
+        ("When was the farm bought?", "The farm was bought in the autumn.", True),
+        ("Who runs the farm?", "The farm grows rye.", True),
+    ],
+)
+def test_a_passage_without_a_number_answers_no_how_many(question: str, passage: str, can: bool) -> None:
+    assert can_answer(question, passage) is can
 
 
 def test_questions_without_words_of_their_own_are_not_refused(index: Index) -> None:
