@@ -84,17 +84,17 @@ def smol_facts(chinese: bool) -> str:
     """Facts of kinds never trained on, by length, language and sort."""
     results = load("smol_facts")
     names = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
-    sorts = ("plain", "absent", "hop", "several")
+    order = ("plain", "absent", "hop", "several")
     rows = []
     for cell in results["cells"]:
         if cell["model"] != "smol":
             continue
-        for language, found in cell["found"].items():
-            cells = [_share(found.get(sort), chinese) for sort in sorts]
+        for language, found in sorted(cell["found"].items()):
+            cells = [_share(found.get(sort), chinese) for sort in order]
             length = f"{cell['length']:,}" + (f", {cell['rope']}" if cell["rope"] else "")
             rows.append([length, names[language][chinese], *cells])
     header = ["token 数", "语言"] if chinese else ["tokens", "language"]
-    return f"{table([*header, *sorts], rows)}\n\n{machine_line(results, chinese)}\n"
+    return f"{table([*header, *order], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
 def citations(chinese: bool) -> str:

@@ -5,7 +5,8 @@
 Facts of eight kinds in generated texts at five depths: `smol` in English and Chinese, `smol-8k` (the same model before
 it was read further) in English, and at twice its window with ABF (base 100,000 to 500,000) and with dynamic NTK alone:
 what a change of RoPE does without training. None of the texts and kinds are of the training's data. Writes
-benchmarks/results/needle.json and docs/needle_smol.png. A stopped run goes on; with --only the other models' figures stay.
+benchmarks/results/needle.json and docs/needle_smol.png. A stopped run goes on; with --only the others keep what they
+have.
 """
 
 import argparse
