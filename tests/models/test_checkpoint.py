@@ -474,7 +474,7 @@ def test_smol_loads_twice_without_transformers(tmp_path: Path) -> None:
         "first = load('smol', dtype='float32', device='cpu')\n"
         "second = load('smol', dtype='float32', device='cpu')\n"
         "assert not {'transformers', 'torch._dynamo'} & set(sys.modules)\n"  # each costs seconds
-        "ids = torch.tensor([first.tokenizer.encode('The capital of France is')])\n"
+        "ids = torch.tensor([first.tokenizer.encode('The capital of France is Paris. The capital of France is')])\n"
         "with torch.no_grad():\n"
         "    one, two = first.network(ids), second.network(ids)\n"
         "assert torch.equal(one, two)\n"
