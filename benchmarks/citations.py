@@ -14,7 +14,7 @@ ones are asked again in other words than the report's, where a rewording is know
     refused    share said to be "not found in the document"
 
 Results are written after every length: a Chinese report of 32,000 tokens and its question do not fit smol's window, and
-the run ends there (30,000 fit).
+the run ends there.
 """
 
 import argparse
