@@ -307,7 +307,7 @@ def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def read(path: Path) -> FakeGguf:
         FakeGguf.reads += 1
-        return FakeGguf(tmp_path / "tokenizer")
+        return FakeGguf(tmp_path / f"tokenizer-{FakeGguf.reads}-{threading.get_ident()}")  # two may read at once
 
     monkeypatch.setattr(module, "read_gguf", read)
     return path
