@@ -21,7 +21,7 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any
 
-from .words import Index, can_answer, groups, names, normalise, sentences, terms
+from .words import Index, can_answer, groups, is_han, names, normalise, sentences, terms
 
 REPAIRED = 0.8  # least likeness (difflib's ratio) of a quotation with slips
 SUPPORTED = 0.75  # least share of an answer's own words that its passage must hold
@@ -143,16 +143,17 @@ def cite(question: str, answer: str, index: Index, attended: Attended | None = N
 def speaks_of(signals: dict[str, float]) -> bool:
     """Whether a cited passage is about what was asked.
 
-    All names and numbers of the question must stand in it, its headings or its section, and where a number or a time is
-    asked for it must have one. Beyond that it holds most of
-    the question's rare words; or it is said in other words, and then the answer must be a passage that the model copied
-    with attention and assurance. The limits were set on generated reports (benchmarks/citations.py).
+    All names and numbers of the question must stand in it, its headings or its section (of Chinese, which marks no
+    names, all words that the documents use elsewhere for like things), and where a number or a time is asked for it must
+    have one. Beyond that it holds most of the question's rare words; or it is said in other words, words that the
+    documents do not use elsewhere, and then the answer must be a passage that the model copied with attention and
+    assurance. The limits were set on generated reports (benchmarks/citations.py).
     """
     if signals.get("strangers", 1.0) or not signals.get("kind", 1.0):
         return False
     if signals["asked"] >= 0.8:
         return True
-    copied = signals["verified"] and signals["answer"] >= SUPPORTED
+    copied = signals["verified"] and signals["answer"] >= SUPPORTED and not signals["elsewhere"]
     if "attention" in signals:
         return bool(copied and signals["attention"] >= 0.1 and signals["logprob"] >= -0.4)
     return bool(copied and signals["asked"] >= 0.4)
@@ -190,6 +191,7 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
         start, end = max(spans, key=lambda span: (index.coverage(own | asked, held_by[span]), -span[0]))
     said = frozenset(terms(paragraph.text[start:end]))
     held = said | above
+    elsewhere = index.told_elsewhere(asked, held)
     supported = min(index.coverage(own, held), index.coverage(own, said) + 0.25)  # the headings add a quarter at most
     if match is not None and match[2] == "verified":
         status = "verified"
@@ -208,9 +210,10 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
             "asked": index.share(
                 groups(question), held
             ),  # share of the question's words in the passage and its headings
-            "strangers": float(len(names(question) - index.around(place))),
+            "strangers": float(len(names(question) - index.around(place)) + sum(map(is_han, elsewhere))),
             "answer": index.coverage(own - asked, held),  # share of what the answer adds
             "verified": float(status != "unverified"),
+            "elsewhere": float(len(elsewhere)),
             "kind": float(can_answer(question, paragraph.text[start:end])),  # a number or a time where one is asked for
         },
     )

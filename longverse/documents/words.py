@@ -28,8 +28,9 @@ NEIGHBOURS = 8  # paragraphs before and after one in which its names may stand
 STOP = frozenset(_STOP.split())
 # Grammar: a pair with one of them says little.
 _STOP_HAN = frozenset("的了是在有和与及或于为以之其这那此被把将也都就还又很对从到由而并且但")
+_MEASURES = "个座支条所家名位间件台辆份张种本片项处口"  # what Chinese counts in
 _ASKING_HAN = re.compile(
-    "什么时候|为什么|什么|多少|哪[里家个些位种年]?|谁|怎么样?|怎样|如何|是否|请问|几[个年月]|吗|呢|何[时地种处]"
+    f"什么时候|为什么|什么|多少[{_MEASURES}]?|哪[里家个些位种年]?|谁|怎么样?|怎样|如何|是否|请问|几[个年月]|吗|呢|何[时地种处]"
 )
 _SENTENCE = re.compile(
     rf"(?<=[.!?])[\"”’)\]]*\s+(?=[\"“‘(\[]?[A-Z0-9\u0400-\u04ff{HAN}])|(?<=[。！？；])[”’」』）]*|\n+"
@@ -48,9 +49,11 @@ _TIME = re.compile(
     "|morning|noon|evening|night|yesterday|today|tomorrow|century|decade"
 )
 _DATE = re.compile(
-    rf"\d+年(?:\d+月)?(?:\d+日)?|\d+月(?:\d+日)?|(?:{_MONTHS}),? \d+(?:,? \d{{4}})?|\b(?:in|since|until|by|of) "
-    r"\d{4}\b"
+    rf"\d+年(?:\d+月)?(?:\d+日)?|[\d一二三四五六七八九十]+[月日]|(?:{_MONTHS}),? \d+(?:,? \d{{4}})?|"
+    r"\b(?:in|since|until|by|of) \d{4}\b"
 )
+_ARTICLE_HAN = re.compile(rf"(?<![一二三四五六七八九十百千万亿第])一([{_MEASURES}])")
+_MEASURED = re.compile(r"(?:多少|几)(.)")
 _NUMBER_WORDS = (
     "one two three four five six seven eight nine ten eleven twelve thirteen fifteen hundred thousand million dozen"
     " half once twice few several none no nothing free all"
@@ -67,7 +70,9 @@ def can_answer(question: str, passage: str) -> bool:
     if _ASKS_TIME.search(question):
         return _TIME.search(text) is not None
     if _ASKS_NUMBER.search(question):
-        return _NUMBER.search(_DATE.sub(" ", text)) is not None
+        measure = _MEASURED.search(question)  # "a hospital" is no number, unless hospitals are counted
+        article = _ARTICLE_HAN.sub(lambda found: found[0] if measure and found[1] == measure[1] else " ", text)
+        return _NUMBER.search(_DATE.sub(" ", article)) is not None
     return True
 
 
@@ -113,6 +118,11 @@ def _pairs(run: str) -> list[str]:
     if len(run) == 1:
         return [] if run in _STOP_HAN else [run]
     return [a + b for a, b in pairwise(run) if a not in _STOP_HAN and b not in _STOP_HAN]
+
+
+def is_han(word: str) -> bool:
+    """Whether a term is Chinese."""
+    return _HAN_RUN.match(word) is not None
 
 
 def _stem(word: str) -> str:
@@ -193,6 +203,21 @@ class Index:
             total += weight
             reached += weight * self.coverage(group, held)
         return reached / total if total else 1.0
+
+    def told_elsewhere(self, wanted: Iterable[str], held: frozenset[str]) -> set[str]:
+        """The wanted words that are not held though the documents have them, in a sentence with one that is: what they
+        say in these words they say there. A word that stands nowhere may be the asker's own for something."""
+        wanted = set(wanted)
+        beside = {place for word in wanted & held for place in self.postings.get(word, ())}
+        found = set()
+        for word in wanted - held:
+            for place in beside.intersection(self.postings.get(word, ())):
+                text = self.places[place][1].text
+                said = (frozenset(terms(text[start:end])) for start, end in sentences(text))
+                if any(word in sentence and sentence & wanted & held for sentence in said):
+                    found.add(word)
+                    break
+        return found
 
     def around(self, place: int) -> frozenset[str]:
         """The words of a paragraph and of its neighbours in the same section: where a pronoun's name stands."""

@@ -212,6 +212,10 @@ def test_other_words_are_accepted_where_the_model_copies_with_attention() -> Non
         ("天川项目的预算是多少？", "天川项目由雷子宁负责。", False),
         ("天庆项目的预算是多少？", "天庆项目将于2020年3月结束。", False),
         ("赵氏学校有多少名学生？", "赵氏学校有215名学生。", True),
+        ("何氏基金捐出多少？", "何氏基金出资建了一座儿童医院。", False),
+        ("何氏基金建了多少座医院？", "何氏基金建了一座医院。", True),
+        ("何氏基金捐出多少？", "何氏基金捐出一百万元。", True),
+        ("金港工厂有多少员工？", "周末班在十月取消，员工早有此愿。", False),
         ("松坪农场是什么时候买下的？", "松坪农场由张振平管理。", False),
         ("下一次年会何时召开？", "年会将于2021年5月召开。", True),
         ("How many workers does it have?", "It was opened in March 1987.", False),
@@ -226,6 +230,30 @@ def test_other_words_are_accepted_where_the_model_copies_with_attention() -> Non
 )
 def test_a_passage_without_a_number_answers_no_how_many(question: str, passage: str, can: bool) -> None:
     assert can_answer(question, passage) is can
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "found"),
+    [
+        ("赵氏学校的校长是谁？", "赵氏学校教授裁缝。", False),  # head teachers are spoken of, of another school
+        ("松浦农场种植什么？", "松浦农场种植向日葵。", False),  # another farm's
+        ("李氏学校的校长是谁？", "李氏学校教授木工。", True),  # the passage that says it is shown
+        ("赵氏学校以什么出名？", "赵氏学校教授裁缝。", True),  # in words that stand nowhere
+        ("What is the capital of the Reynolds Fund?", "The treasurer of the Reynolds Fund is Rosa Wood.", False),
+        ("What wealth does the Reynolds Fund hold?", "The treasurer of the Reynolds Fund is Rosa Wood.", True),
+    ],
+)
+def test_what_the_documents_say_elsewhere_in_the_questions_words_is_not_said_here(
+    question: str, answer: str, found: bool
+) -> None:
+    sentences = (
+        "赵氏学校教授裁缝。", "李氏学校的校长是关明。", "李氏学校教授木工。", "松浦农场占地35公顷。",
+        "清坪农场种植向日葵。",
+        "The treasurer of the Reynolds Fund is Rosa Wood.", "The capital of the Lambert Fund is 3 million crowns.",
+    )  # fmt: skip
+    index = Index([decode("\n\n".join(sentences).encode(), "r.md")])
+    wanted = next((n for n, sentence in enumerate(sentences) if sentence == answer), 4)
+    assert cite(question, answer, index, Attended([{wanted: 0.5}], [0], -0.02)).found is found
 
 
 def test_questions_without_words_of_their_own_are_not_refused(index: Index) -> None:
