@@ -13,18 +13,23 @@ ones are asked again in other words than the report's, where a rewording is know
     attention  the same by the attention of the answer alone, without the words of question and answer
     refused    share said to be "not found in the document"
 
-Results are written after every length: a Chinese report of 32,000 tokens and its question do not fit smol's window, and
-the run ends there.
+Results are written after every length (a Chinese report of 32,000 tokens and its question do not fit smol's window, and
+the run ends there), beside those of other lengths and languages that the same code gave: a row holds the digest of
+what it was measured with, and the rows of another are dropped.
 """
 
 import argparse
+import hashlib
+import json
 import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from common import write_results
+from common import RESULTS, write_results
 
+import longverse
 from longverse.commands_demo import ANSWER_TOKENS, sized_report
 from longverse.documents.ask import cited, prepare
 from longverse.documents.document import Document
@@ -176,7 +181,11 @@ def main() -> None:
             print(entry)
         print("written:", write_results(f"{name}-heads", {"model": options.model, "heads": best}))
         return
-    rows = []
+    made_by = digest()
+    path = RESULTS / f"{name}.json"
+    settings = {"model": options.model, "rope": options.rope, "code": made_by}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    rows = before["rows"] if all(before.get(key) == value for key, value in settings.items()) else []
     for language in options.languages:
         for length in options.lengths:
             tally = Tally()
@@ -190,10 +199,22 @@ def main() -> None:
             row |= {f"{kind} questions": tally.counts[kind] for kind in ("answerable", "reworded", "unanswerable")}
             row |= {"seconds for citations, of the answers'": round(
                 tally.seconds["citations"] / max(tally.seconds["answers"], 1e-9), 3)}  # fmt: skip
+            rows = [old for old in rows if (old["language"], old["tokens"]) != (language, length)]
             rows.append(row | {"misses": tally.misses})
+            rows.sort(key=lambda one: (one["language"] != "en", one["tokens"]))
             print(row, *tally.misses, sep="\n  ", flush=True)
-            written = write_results(name, {"model": options.model, "rope": options.rope, "rows": rows})
+            written = write_results(name, {**settings, "rows": rows})
     print("written:", written)
+
+
+def digest() -> str:
+    """12 hexadecimal digits of what the figures depend on: the model's adapter, and the code that asks and cites."""
+    package = Path(longverse.__file__).parent
+    files = [*(package / "documents").glob("*"), *(package / "models" / "embedded").rglob("*"), Path(__file__)]
+    found = hashlib.sha256()
+    for file in sorted(file for file in files if file.is_file() and file.suffix != ".pyc"):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def speaks_of(signals: dict[str, float]) -> bool:
     """Whether a cited passage is about what was asked.
 
     All names and numbers of the question must stand in it, its headings or its section (of Chinese, which marks no
-    names, all words that the documents use elsewhere for like things), and where a number or a time is asked for it must
-    have one. Beyond that it holds most of the question's rare words; or it is said in other words, words that the
+    names, all words that the documents use elsewhere for like things), and where a number or a time is asked for it
+    must have one. Beyond that it holds most of the question's rare words; or it is said in other words, words that the
     documents do not use elsewhere, and then the answer must be a passage that the model copied with attention and
     assurance. The limits were set on generated reports (benchmarks/citations.py).
     """
