@@ -14,8 +14,8 @@ ones are asked again in other words than the report's, where a rewording is know
     refused    share said to be "not found in the document"
 
 Results are written after every length (a Chinese report of 32,000 tokens and its question do not fit smol's window, and
-the run ends there), beside those of other lengths and languages that the same code gave: a row holds the digest of
-what it was measured with, and the rows of another are dropped.
+the run ends there), beside those of other lengths and languages that the same model and code gave: the file holds
+their digest, and rows of another are dropped. A quick look, with fewer reports or questions, is only printed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import RESULTS, write_results
+from common import RESULTS, machine, write_results
 
 import longverse
 from longverse.commands_demo import ANSWER_TOKENS, sized_report
@@ -39,6 +39,7 @@ from longverse.documents.report import Fact, unanswerable
 from longverse.inference.engine import Engine, Session
 from longverse.inference.sampling import Sampling
 
+REPORTS, QUESTIONS = 4, 8
 SAMPLING = Sampling(max_new_tokens=ANSWER_TOKENS, stop=("\n", ". ", "。"))
 # The generated questions repeat the report's words; people do not.
 REWORDINGS = (
@@ -167,8 +168,8 @@ def main() -> None:
     parser.add_argument("--model", default="smol")
     parser.add_argument("--rope")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4000, 8000, 16000, 32000])
-    parser.add_argument("--reports", type=int, default=4)
-    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--reports", type=int, default=REPORTS)
+    parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--languages", nargs="+", default=["en"])
     parser.add_argument("--heads", action="store_true")
     parser.add_argument("--name", default="", help="written as citations-NAME.json")
@@ -200,17 +201,19 @@ def main() -> None:
             row |= {"seconds for citations, of the answers'": round(
                 tally.seconds["citations"] / max(tally.seconds["answers"], 1e-9), 3)}  # fmt: skip
             rows = [old for old in rows if (old["language"], old["tokens"]) != (language, length)]
-            rows.append(row | {"misses": tally.misses})
+            rows.append(row | {"machine": machine(), "misses": tally.misses})
             rows.sort(key=lambda one: (one["language"] != "en", one["tokens"]))
             print(row, *tally.misses, sep="\n  ", flush=True)
-            written = write_results(name, {**settings, "rows": rows})
-    print("written:", written)
+            if (options.reports, options.questions) == (REPORTS, QUESTIONS) or options.name:
+                print("written:", write_results(name, {**settings, "rows": rows}))
 
 
 def digest() -> str:
-    """12 hexadecimal digits of what the figures depend on: the model's adapter, and the code that asks and cites."""
+    """12 hexadecimal digits of what the figures rest on beside the engine's exact arithmetic: the adapter that is
+    shipped, the code that makes the reports and asks, cites and refuses, and this file."""
     package = Path(longverse.__file__).parent
     files = [*(package / "documents").glob("*"), *(package / "models" / "embedded").rglob("*"), Path(__file__)]
+    files += [package / "wording.py", package / "commands_demo.py", package / "models" / "chat.py"]
     found = hashlib.sha256()
     for file in sorted(file for file in files if file.is_file() and file.suffix != ".pyc"):
         found.update(file.read_bytes())

@@ -59,7 +59,7 @@ def ours(name: str, tokens: int) -> dict[str, Any]:
     return {
         "read_seconds": stats.prefill_seconds, "token_seconds": stats.decode_seconds / (stats.new_tokens - 1),
         "weights": stats.weights, "kernels": stats.kernels, "mass_kept": stats.mass_kept,
-        "cache_bytes": held, "weights_bytes": weights,
+        "mass_written": stats.mass_written, "cache_bytes": held, "weights_bytes": weights,
     }  # fmt: skip
 
 

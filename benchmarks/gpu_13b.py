@@ -5,6 +5,7 @@ that the whole takes minutes: what is measured is memory and time, not text. Eac
 of its own; one that does not fit says so. Writes results/gpu_13b.json.
 
     python benchmarks/gpu_13b.py [--context 262144] [--weights bf16 int8 int4] [--caches full int8 int4]
+    python benchmarks/gpu_13b.py --host          the cache in the machine's memory; written as gpu_13b_host.json
     python benchmarks/gpu_13b.py --tiny          a small shape, on the CPU: only shows that the script runs
 """
 
@@ -27,7 +28,7 @@ CHUNK = 512
 TOKENS = 16  # written
 
 
-def measure(weights: str, format: str, context: int, tiny: bool) -> dict[str, Any]:
+def measure(weights: str, format: str, context: int, tiny: bool, host: bool) -> dict[str, Any]:
     import torch
 
     from longverse.models.cache import KVCache
@@ -51,8 +52,9 @@ def measure(weights: str, format: str, context: int, tiny: bool) -> dict[str, An
         for part in (network.model.embed_tokens, network.model.norm, network.lm_head):
             fill(part)
         cache = KVCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, context, torch.bfloat16, device, format=format
-        )
+            config.num_layers, config.num_kv_heads, config.head_dim, context, torch.bfloat16, device, format=format,
+            home="cpu" if host else None,
+        )  # fmt: skip
         for name, array in cache.storage().items():
             if name == "recent_tokens":
                 continue
@@ -88,13 +90,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=262_144)
     parser.add_argument("--weights", nargs="+", default=["bf16", "int8", "int4"], choices=["bf16", "int8", "int4"])
     parser.add_argument("--caches", nargs="+", default=["full", "int8", "int4"], choices=["full", "int8", "int4"])
+    parser.add_argument("--host", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tiny:
         options.context = min(options.context, 2048)
     if options.worker:
-        print(json.dumps(measure(*options.worker, options.context, options.tiny)))
+        print(json.dumps(measure(*options.worker, options.context, options.tiny, options.host)))
         return
     from common import table, write_results
 
@@ -103,7 +106,8 @@ def main() -> None:
     for weights in options.weights:
         for format in options.caches:
             command = [sys.executable, __file__, "--context", str(options.context), "--worker", weights, format]
-            done = subprocess.run(command + ["--tiny"] * options.tiny, capture_output=True, text=True, timeout=580)
+            command += ["--tiny"] * options.tiny + ["--host"] * options.host
+            done = subprocess.run(command, capture_output=True, text=True, timeout=580)
             name = f"{weights} weights, {format} cache"
             if done.returncode:
                 rows[name] = {"failed": done.stderr.strip().splitlines()[-1]}
@@ -118,7 +122,7 @@ def main() -> None:
             )  # fmt: skip
     print(table(["", "cache GiB", "peak GiB", "written, tokens/s", "read at the end, tokens/s"], lines))
     if not options.tiny:
-        print(write_results("gpu_13b", {"context": options.context, "rows": rows}))
+        print(write_results("gpu_13b_host" if options.host else "gpu_13b", {"context": options.context, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What sparse reading gives and costs, on smol: seconds, the share of blocks read and of attention kept, needles, KL.
+"""What sparse reading and writing give and cost, on smol: seconds, the share of blocks read and of attention kept,
+needles, KL.
 
 Every length is read exactly and at each dial; KL is of the next token after the whole text, against exact reading, mean
-over the texts. Needles are asked in documents of the same lengths over all depths, of the model as it is loaded
-(give --model the extended one, and --rope where it has none of its own).
+over the texts. Then WRITTEN tokens are written, the same everywhere: milliseconds each, and the attention kept. Needles
+are asked in documents of the same lengths over all depths, of the model as it is loaded (give --model the extended one,
+and --rope where it has none of its own).
 
     python benchmarks/sparse_quality.py [--lengths 8000 16000 32000 64000] [--masses 0.9 0.95 0.98] [--needles]
                                         [--model smol] [--rope abf:1000000] [--repeats 2]
@@ -19,6 +21,8 @@ from quant_quality import kl
 from longverse.evaluation.haystack import generated_text
 from longverse.inference.engine import Engine, Session
 
+WRITTEN = 24
+
 
 def documents(engine: Engine, tokens: int, count: int) -> list[list[int]]:
     """Texts of so many tokens, each of another seed."""
@@ -33,11 +37,16 @@ def documents(engine: Engine, tokens: int, count: int) -> list[list[int]]:
 
 def read(engine: Engine, ids: list[int], attention: str, mass: float) -> tuple[float, torch.Tensor, Session]:
     """Seconds of reading, log probabilities [1, V] of what follows, the session."""
-    session = engine.session(len(ids) + 1, attention=attention, mass=mass)
+    session = engine.session(len(ids) + 1 + WRITTEN, attention=attention, mass=mass)
     took = seconds(lambda: session.read(ids[:-1]))
     with torch.inference_mode():
         following = session._logits(session._forward(ids[-1:])).log_softmax(-1)[None]
     return took, following, session
+
+
+def write(session: Session, ids: list[int]) -> float:
+    """Seconds for each of WRITTEN tokens."""
+    return seconds(lambda: [session._next(token) for token in ids[:WRITTEN]]) / WRITTEN
 
 
 def needles(engine: Engine, lengths: list[int], attention: str, mass: float, repeats: int) -> float | None:
@@ -68,10 +77,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for length in options.lengths:
         texts = documents(engine, length, options.texts)
-        exact = [read(engine, ids, "exact", 1.0)[:2] for ids in texts]
+        exact, written = [], 0.0
+        for ids in texts:
+            took, following, session = read(engine, ids, "exact", 1.0)
+            exact.append((took, following))
+            written += write(session, ids) / len(texts)
         found = needles(engine, [length], "exact", 1.0, options.repeats) if options.needles else None
         base = sum(took for took, _ in exact) / len(texts)
-        rows.append({"tokens": length, "dial": "exact", "seconds": base, "times faster": 1.0, "facts found": found})
+        row: dict[str, Any] = {"tokens": length, "dial": "exact", "seconds": base, "times faster": 1.0}
+        rows.append(row | {"ms a token": 1000 * written, "facts found": found})
         for mass in options.masses:
             sparse = [read(engine, ids, "sparse", mass) for ids in texts]
             took = sum(x[0] for x in sparse) / len(texts)
@@ -80,15 +94,22 @@ def main() -> None:
             row["blocks read"] = sum(x.density for x in stats if x) / len(stats)
             row["mass kept"] = sum(x.mass_kept for x in stats if x) / len(stats)
             row["KL"] = sum(kl(e[1], s[1]) for e, s in zip(exact, sparse, strict=True)) / len(texts)
+            row["ms a token"] = 1000 * sum(write(x[2], ids) for x, ids in zip(sparse, texts, strict=True)) / len(texts)
+            row["mass written"] = sum(x.mass_written for x in stats if x) / len(stats)
             row["facts found"] = needles(engine, [length], "sparse", mass, options.repeats) if options.needles else None
             rows.append(row)
-    header = ["tokens", "dial", "seconds", "times faster", "blocks read", "mass kept", "KL", "facts found"]
+    header = [
+        "tokens", "dial", "seconds", "times faster", "blocks read", "mass kept", "KL", "ms a token", "mass written",
+        "facts found",
+    ]  # fmt: skip
     form = {
         "tokens": "{:,}",
         "seconds": "{:.1f}",
         "times faster": "{:.2f}",
         "blocks read": "{:.1%}",
         "mass kept": "{:.2%}",
+        "mass written": "{:.2%}",
+        "ms a token": "{:.1f}",
     }
     form |= {"KL": "{:.4f}", "facts found": "{:.0%}", "dial": "{}"}
     print(

@@ -191,8 +191,7 @@ def _count(parameters: int) -> str:
 def requirements(engine: Engine, tokens: int) -> tuple[dict[str, float], int]:
     """Bytes that `tokens` tokens need on top of what a loaded model holds, by cache format, the most precise first;
     and the bytes that are free. Mapped weights count as needed: the system only lends their pages."""
-    import torch
-
+    from .inference.engine import free_on_card
     from .models.cache import FORMATS
 
     network = engine.network
@@ -207,7 +206,7 @@ def requirements(engine: Engine, tokens: int) -> tuple[dict[str, float], int]:
         for cache in CACHES
         if cache in FORMATS
     }
-    free = torch.cuda.mem_get_info(network.device)[0] if on_card else memory_of_machine()[1]
+    free = free_on_card(network.device) if on_card else memory_of_machine()[1]
     return dict(needs), int(SLACK * free)
 
 

@@ -330,7 +330,8 @@ def choose_attention(engine: Engine, tokens: int, attention: str, *, quiet: bool
 def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exact", *, quiet: bool = False) -> str:
     """`cache`, or for auto the most precise format that the free memory holds. UserError where none or the given one
     does not fit: before any work, and in one sentence."""
-    from .commands_plan import requirements
+    from .commands_plan import requirements, shape_of_network
+    from .plan import SLACK, memory_of_machine
 
     needs, free = requirements(engine, tokens)
     if attention == "pages":  # has a cache of its own
@@ -338,6 +339,16 @@ def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exac
     if cache != "auto" and cache not in needs:
         raise UserError(f"There is no cache format {cache!r}: choose one of auto, {', '.join(needs)}.")
     form = next((form for form, need in needs.items() if need <= free), None) if cache == "auto" else cache
+    if (form is None or needs[form] > free) and engine.network.device.type == "cuda":
+        beside = form or min(needs, key=lambda name: needs[name])
+        size = tokens * shape_of_network(engine.name, engine.network.config).cache_bytes_per_token(beside)
+        if size <= SLACK * memory_of_machine()[1]:
+            console.note(
+                f"{engine.network.device} has no room for the {beside} cache ({_gb(size)}, {_gb(free)} are free): it is"
+                " kept in the machine's memory, and every token reads it from there.",
+                quiet=quiet,
+            )
+            return beside
     if form is None or needs[form] > free:
         least = min(needs.items(), key=lambda item: item[1])
         ways = [] if form is None or needs[least[0]] > free else [f"take --cache {least[0]} ({_gb(least[1])})"]

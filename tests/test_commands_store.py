@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longverse import cli, commands_plan, commands_store
+from longverse import UserError, cli, commands_plan, commands_store
 from longverse.documents.ask import prepare
 from longverse.documents.reader import decode
 from longverse.inference.engine import Engine, Session
@@ -280,6 +283,25 @@ def test_the_cache_is_the_most_precise_that_the_memory_holds(plain: Engine, monk
         monkeypatch.setattr(commands_plan, "memory_of_machine", lambda free=free: (2**40, int(free)))
         expected = next(name for name, need in needs.items() if need <= needs[form])
         assert commands_store.choose_cache(plain, 4000, "auto", quiet=True) == expected
+
+
+def test_a_card_without_room_for_the_cache_borrows_the_machines_memory(
+    plain: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = SimpleNamespace(device=torch.device("cuda"), config=plain.network.config)
+    engine: Any = SimpleNamespace(network=card, name="tiny")
+    needs = {"full": 3e9, "int8": 2e9, "int4": 1e9}
+    monkeypatch.setattr(commands_plan, "requirements", lambda engine, tokens: (needs, int(1.5e9)))
+    monkeypatch.setattr("longverse.plan.memory_of_machine", lambda: (2**34, 2**33))
+    choose = commands_store.choose_cache
+    assert choose(engine, 4000, "auto", quiet=True) == "int4"  # fits the card
+    assert choose(engine, 4000, "int8") == "int8"
+    assert "kept in the machine's memory" in " ".join(capsys.readouterr().err.split())
+    needs.update(int4=1.6e9)
+    assert choose(engine, 4000, "auto", quiet=True) == "int4"
+    monkeypatch.setattr("longverse.plan.memory_of_machine", lambda: (2**34, 2**10))
+    with pytest.raises(UserError, match="are free"):
+        choose(engine, 4000, "auto", quiet=True)
 
 
 # ---- plan --------------------------------------------------------------------------------------------------

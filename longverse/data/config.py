@@ -66,6 +66,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {_convert(args[0], k, where): _convert(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
     if hint is Any:
         return value
+    if hint is float and isinstance(value, str) and _POWER.fullmatch(value):
+        value = float(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise UserError(f"{where} must be a finite number, not {value}.")
@@ -77,6 +79,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise UserError(f"{where} must be {_name(hint)}, not {_kind(value)}.")
     return value
+
+
+# YAML 1.1, which the reader follows, takes 2e-4 for a text: it asks for a point and a sign, 2.0e-4.
+_POWER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
 
 
 def _count(value: str, where: str) -> int:

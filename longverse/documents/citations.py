@@ -144,10 +144,10 @@ def speaks_of(signals: dict[str, float]) -> bool:
     """Whether a cited passage is about what was asked.
 
     All names and numbers of the question must stand in it, its headings or its section (of Chinese, which marks no
-    names, all words that the documents use elsewhere for like things), and where a number or a time is asked for it
-    must have one. Beyond that it holds most of the question's rare words; or it is said in other words, words that the
-    documents do not use elsewhere, and then the answer must be a passage that the model copied with attention and
-    assurance. The limits were set on generated reports (benchmarks/citations.py).
+    names, its paragraph must have what the documents say elsewhere in these words), and where a number or a time is
+    asked for it must have one. Beyond that it holds most of the question's rare words; or it is said in other words,
+    words that the documents do not use elsewhere, and then the answer must be a passage that the model copied with
+    attention and assurance. The limits were set on generated reports (benchmarks/citations.py).
     """
     if signals.get("strangers", 1.0) or not signals.get("kind", 1.0):
         return False
@@ -191,7 +191,9 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
         start, end = max(spans, key=lambda span: (index.coverage(own | asked, held_by[span]), -span[0]))
     said = frozenset(terms(paragraph.text[start:end]))
     held = said | above
-    elsewhere = index.told_elsewhere(asked, held)
+    share = index.share(groups(question), held)
+    # The subject may stand in the sentence before: the paragraph counts.
+    elsewhere = index.told_elsewhere(groups(question), index.words[place]) if share < SURE else []
     supported = min(index.coverage(own, held), index.coverage(own, said) + 0.25)  # the headings add a quarter at most
     if match is not None and match[2] == "verified":
         status = "verified"
@@ -207,10 +209,8 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
     return (
         citation,
         {
-            "asked": index.share(
-                groups(question), held
-            ),  # share of the question's words in the passage and its headings
-            "strangers": float(len(names(question) - index.around(place)) + sum(map(is_han, elsewhere))),
+            "asked": share,  # of the question's words in the passage and its headings
+            "strangers": float(len(names(question) - index.around(place)) + sum(is_han(g[0]) for g in elsewhere)),
             "answer": index.coverage(own - asked, held),  # share of what the answer adds
             "verified": float(status != "unverified"),
             "elsewhere": float(len(elsewhere)),

@@ -30,7 +30,7 @@ STOP = frozenset(_STOP.split())
 _STOP_HAN = frozenset("的了是在有和与及或于为以之其这那此被把将也都就还又很对从到由而并且但")
 _MEASURES = "个座支条所家名位间件台辆份张种本片项处口"  # what Chinese counts in
 _ASKING_HAN = re.compile(
-    f"什么时候|为什么|什么|多少[{_MEASURES}]?|哪[里家个些位种年]?|谁|怎么样?|怎样|如何|是否|请问|几[个年月]|吗|呢|何[时地种处]"
+    "什么时候|为什么|什么|多少(?:名(?![额称字])|[个位座份件](?![位置数额谈税性])|辆|台)?|哪[里家个些位种年]?|谁|怎么样?|怎样|如何|是否|请问|几[个年月]|吗|呢|何[时地种处]"
 )
 _SENTENCE = re.compile(
     rf"(?<=[.!?])[\"”’)\]]*\s+(?=[\"“‘(\[]?[A-Z0-9\u0400-\u04ff{HAN}])|(?<=[。！？；])[”’」』）]*|\n+"
@@ -49,11 +49,12 @@ _TIME = re.compile(
     "|morning|noon|evening|night|yesterday|today|tomorrow|century|decade"
 )
 _DATE = re.compile(
-    rf"\d+年(?:\d+月)?(?:\d+日)?|[\d一二三四五六七八九十]+[月日]|(?:{_MONTHS}),? \d+(?:,? \d{{4}})?|"
-    r"\b(?:in|since|until|by|of) \d{4}\b"
+    rf"\d+年(?:\d+月)?(?:\d+日)?|[\d一二三四五六七八九十]+月(?:[\d一二三四五六七八九十]+日)?|"
+    rf"(?:{_MONTHS}),? \d+(?:,? \d{{4}})?|\b(?:in|since|until|by|of) \d{{4}}\b"
 )
-_ARTICLE_HAN = re.compile(rf"(?<![一二三四五六七八九十百千万亿第])一([{_MEASURES}])")
-_MEASURED = re.compile(r"(?:多少|几)(.)")
+# "A hospital" is no number; "only one clerk" is.
+_ARTICLE_HAN = re.compile(rf"(?<![一二三四五六七八九十百千万亿第只仅共])(?<![只仅共]有)一([{_MEASURES}])(.?)")
+_COUNTED = re.compile(r"(?:多少|几)(.)")
 _NUMBER_WORDS = (
     "one two three four five six seven eight nine ten eleven twelve thirteen fifteen hundred thousand million dozen"
     " half once twice few several none no nothing free all"
@@ -70,9 +71,9 @@ def can_answer(question: str, passage: str) -> bool:
     if _ASKS_TIME.search(question):
         return _TIME.search(text) is not None
     if _ASKS_NUMBER.search(question):
-        measure = _MEASURED.search(question)  # "a hospital" is no number, unless hospitals are counted
-        article = _ARTICLE_HAN.sub(lambda found: found[0] if measure and found[1] == measure[1] else " ", text)
-        return _NUMBER.search(_DATE.sub(" ", article)) is not None
+        counted = _COUNTED.search(question)  # how many hospitals: then "a hospital" is a number after all
+        plain = _ARTICLE_HAN.sub(lambda found: found[0] if counted and counted[1] in found.groups() else " ", text)
+        return _NUMBER.search(_DATE.sub(" ", plain)) is not None
     return True
 
 
@@ -176,6 +177,7 @@ class Index:
         ]
         self.words: list[frozenset[str]] = []
         self.postings: dict[str, list[int]] = {}
+        self._said: dict[int, list[frozenset[str]]] = {}
         above: dict[tuple[str, ...], frozenset[str]] = {}
         for place, (_, paragraph) in enumerate(self.places):
             if paragraph.heading not in above:
@@ -204,20 +206,28 @@ class Index:
             reached += weight * self.coverage(group, held)
         return reached / total if total else 1.0
 
-    def told_elsewhere(self, wanted: Iterable[str], held: frozenset[str]) -> set[str]:
-        """The wanted words that are not held though the documents have them, in a sentence with one that is: what they
-        say in these words they say there. A word that stands nowhere may be the asker's own for something."""
-        wanted = set(wanted)
-        beside = {place for word in wanted & held for place in self.postings.get(word, ())}
-        found = set()
-        for word in wanted - held:
-            for place in beside.intersection(self.postings.get(word, ())):
-                text = self.places[place][1].text
-                said = (frozenset(terms(text[start:end])) for start, end in sentences(text))
-                if any(word in sentence and sentence & wanted & held for sentence in said):
-                    found.add(word)
-                    break
+    def told_elsewhere(self, wanted: Sequence[tuple[str, ...]], held: frozenset[str]) -> list[tuple[str, ...]]:
+        """The groups of a question of which a passage lacks words that the documents have together in another sentence,
+        beside a word that the passage does hold: what they say in these words they say there. Words that stand nowhere
+        may be the asker's own for something."""
+        shared = {word for group in wanted for word in group} & held
+        beside = {place for word in shared for place in self.postings.get(word, ())}
+        found = []
+        for group in wanted:
+            seen = {letter for word in held.intersection(group) for letter in word}
+            # A Chinese pair across two words is no word: where both its characters are held in others, nothing lacks.
+            lacking = frozenset(word for word in group if word not in held and not seen.issuperset(word))
+            places = beside.intersection(*(self.postings.get(word, ()) for word in lacking)) if lacking else ()
+            if any(lacking <= said and said & shared for place in places for said in self.said(place)):
+                found.append(group)
         return found
+
+    def said(self, place: int) -> list[frozenset[str]]:
+        """The words of each sentence of a paragraph."""
+        if place not in self._said:
+            text = self.places[place][1].text
+            self._said[place] = [frozenset(terms(text[start:end])) for start, end in sentences(text)]
+        return self._said[place]
 
     def around(self, place: int) -> frozenset[str]:
         """The words of a paragraph and of its neighbours in the same section: where a pronoun's name stands."""

@@ -25,6 +25,7 @@ from ..models.cache import Allocate, KVCache
 from ..models.chat import ChatFormat, cut_at_stop, may_stop
 from ..models.checkpoint import load
 from ..models.network import CausalLM
+from ..models.packing import Packing
 from ..models.sparse import Sparse
 from ..models.tokenizer import Tokenizer
 from .sampling import Sampler, Sampling
@@ -37,6 +38,7 @@ WEIGHTS = ("auto", "full", "int8", "int4")
 MASS = 0.95  # of the attention that sparse reading keeps
 SPARSE_CHUNK = 1024  # tokens read at once then: what is laid out of the past serves more queries
 EXACT_END = 128  # tokens at the end of a prompt that are read exactly then
+HEADROOM = 2 << 30  # bytes of a card that a forward may take beside weights and cache
 CHUNK = 512  # tokens a forward reads at once: large enough for matrix products to run at full speed
 
 
@@ -51,7 +53,8 @@ class Stats:
     decode_seconds: float = 0.0
     peak_memory_bytes: int = 0  # of the whole process (CPU) or of torch's allocations (GPU)
     attention: str = "exact"
-    mass_kept: float = 1.0  # the share of the attention that was really kept, measured over the session
+    mass_kept: float = 1.0  # the share of the attention that reading really kept, measured over the session
+    mass_written: float = 1.0  # the same of writing
     cache: str = "full"  # the format of the keys and values
     weights: str = "full"  # what single tokens are computed with: "full", or the weights rounded to "int8" or "int4"
     kernels: str = ""  # who computed them: "compiled", or "torch" and why; "" on a GPU
@@ -156,8 +159,8 @@ class Engine:
         from that number and stays for the session's life. Raises UserError past the window, but for pages.
 
         attention  "exact"; "sparse": a prompt's tokens leave out the past's blocks that weigh least (models/sparse.py),
-                   all but its last ones, which are the question; "pages": in linear time, for documents past the
-                   window (inference/pages.py)
+                   all but its last ones, which are the question, and an answer's tokens the values that weigh next to
+                   nothing; "pages": in linear time, for documents past the window (inference/pages.py)
         cache      format of the keys and values, one of models.cache.FORMATS
         allocate   where the cache's storage comes from; memory when left out
         mass       for "sparse": the share of the attention to keep
@@ -196,7 +199,10 @@ class Session:
         network = self.engine.network
         shape = network.config
         sizes = (shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens)
-        self.cache = KVCache(*sizes, network.dtype, network.device, format=self.cache_format, allocate=self.allocate)
+        home = cache_home(network, self.planned_tokens, self.cache_format) if self.allocate is None else None
+        self.cache = KVCache(
+            *sizes, network.dtype, network.device, format=self.cache_format, allocate=self.allocate, home=home
+        )
         if self.attention == "sparse":
             self.cache.sparse = Sparse(self.mass)
 
@@ -314,7 +320,7 @@ class Session:
                 stats.prefill_seconds = time.perf_counter() - started
             stats.finish_reason = stats.finish_reason or "cancelled"
             if (sparse := getattr(self.cache, "sparse", None)) is not None:
-                stats.mass_kept = sparse.mass_kept
+                stats.mass_kept, stats.mass_written = sparse.mass_kept, sparse.mass_written
             stats.peak_memory_bytes = peak_memory(network.device)
 
     def _begin(self, prompt: list[int], stats: Stats, new_tokens: int) -> int:
@@ -354,6 +360,16 @@ class Session:
 
     def _next(self, token: int) -> torch.Tensor:
         """Read one token of the answer; float32 logits [V] of what follows it."""
+        sparse = getattr(self.cache, "sparse", None)
+        if sparse is None:
+            return self._next_logits(token)
+        sparse.writing = True
+        try:
+            return self._next_logits(token)
+        finally:
+            sparse.writing = False
+
+    def _next_logits(self, token: int) -> torch.Tensor:
         on_cpu = self.engine.network.device.type == "cpu"
         decoder = self.engine.decoder() if type(self.cache) is KVCache else None
         logits = decoder.step(token, self.cache) if decoder is not None else None
@@ -397,6 +413,23 @@ class Session:
             tokens.close()  # type: ignore[attr-defined]
             if reason:
                 self.stats.finish_reason = reason
+
+
+def cache_home(network: CausalLM, tokens: int, format: str) -> torch.device:
+    """Where the keys and values of `tokens` tokens are kept: on the network's device, or in the machine's memory when
+    that is a card with too little left. What a forward needs beside the cache (`HEADROOM`) stays free on the card."""
+    device, shape = network.device, network.config
+    if device.type != "cuda":
+        return device
+    row = shape.head_dim * network.dtype.itemsize if format == "full" else Packing(format, shape.head_dim).bytes_per_row
+    needed = 2 * shape.num_layers * shape.num_kv_heads * row * tokens
+    return device if needed + HEADROOM <= free_on_card(device) else torch.device("cpu")
+
+
+def free_on_card(device: torch.device) -> int:
+    """Bytes of a card that this process may still take: what is free, and what torch holds without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -38,6 +38,8 @@ class KVCache:
     capacity     tokens it can ever hold: the planned length, which also pins the RoPE base
     rope_length  the planned length the keys' angles were computed for; the same for every token in it
     length       tokens held now
+    home         where keys and values lie: `device`, unless told otherwise. A cache that a card has no room for lies in
+                 the machine's memory, and comes to the card a stretch at a time, on every pass
 
     Memory: `bytes_per_token * capacity`, and for int8 and int4 the ends kept in full and, while a prompt is read, one
     stretch of the past in floating point. On CPU the system hands out pages as they are written, so an unused capacity
@@ -57,6 +59,7 @@ class KVCache:
         *,
         format: str = "full",
         allocate: Allocate | None = None,
+        home: torch.device | str | None = None,
     ) -> None:
         if capacity < 1:
             raise UserError(f"A cache for {capacity} tokens must hold at least 1.")
@@ -65,6 +68,7 @@ class KVCache:
         self.format = format
         self.dtype = dtype
         self.device = torch.device(device)
+        self.home = self.device if home is None else torch.device(home)
         self.capacity = capacity
         self.rope_length = capacity
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
@@ -74,7 +78,7 @@ class KVCache:
         self._written: set[int] = set()  # the layers that hold its tokens
         self.sparse: Sparse | None = None  # when set, chunks of a prompt leave out most of the past
         self.packing = packing.Packing(format, head_dim) if format != "full" else None
-        allocate = allocate or (lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=device))
+        allocate = allocate or self._allocate
         shapes = self._shapes()
         try:
             self._storage = {name: allocate(name, shape, kind) for name, (shape, kind) in shapes.items()}
@@ -105,6 +109,17 @@ class KVCache:
             "recent_tokens": ((1, 1, 1, RECENT), torch.int64),
         }  # fmt: skip
 
+    def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Storage as the system gives it. A card reads the machine's memory at full speed only where it is pinned."""
+        if self.at_home or name not in ("keys", "key_scales", "values", "value_scales"):
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty(shape, dtype=dtype, device=self.home, pin_memory=self.device.type == "cuda")
+
+    @property
+    def at_home(self) -> bool:
+        """Whether keys and values lie where they are used."""
+        return self.home == self.device
+
     # ---- the network's side --------------------------------------------------------------------------------
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -118,23 +133,23 @@ class KVCache:
             self.values[layer, :, :, self.length : end] = v
             self._written.add(layer)
             if one:
-                return one.attend(layer, q, self.spans(end))
+                return one.attend(layer, q, self.spans(end), self.writes_sparsely())
             if sparse is not None or (new > 1 and self._compiled(q)):
                 return self._attend_chunk(layer, q, k, v, sparse)
+            if not self.at_home:
+                return self._attend_in_stretches(layer, q, k, v)
             return chunk_attention(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
         rotated, k, v = (self.packing.rotate(x) for x in (q, k, v))
         if new == 1:
             self._append(layer, k, v)
             if one:
-                return one.attend(layer, q, self.spans(end))
+                return one.attend(layer, q, self.spans(end), self.writes_sparsely())
             return self.packing.rotate(self._attend_past(layer, rotated, end)[0])
         # The chunk itself is attended in full, and the ring is read before it is written.
         if sparse is not None or self._compiled(rotated):
             mixed = self._attend_chunk(layer, rotated, k, v, sparse)
         else:
-            mixed, weight = causal_attention(rotated, k, v)
-            if self.length:
-                mixed = merge(*self._attend_past(layer, rotated, self.length), mixed, weight)
+            mixed = self._attend_in_stretches(layer, rotated, k, v)
         self._append(layer, k, v)
         return self.packing.rotate(mixed)
 
@@ -166,20 +181,24 @@ class KVCache:
             while self._recent_begin > 0 and slots[(self._recent_begin - 1) % RECENT] == self._recent_begin - 1:
                 self._recent_begin -= 1
 
+    def writes_sparsely(self) -> Sparse | None:
+        """What the token that is being read now may leave out; None where it sees everything."""
+        return self.sparse if self.sparse is not None and self.sparse.writing else None
+
     # ---- what others read ----------------------------------------------------------------------------------
 
     def keys_of(self, layer: int, begin: int, end: int) -> Tensor:
         """The keys of tokens begin .. end - 1 after RoPE, [1, G, end - begin, D] in `dtype`; a view where it can be."""
         assert 0 <= begin <= end <= self.capacity
         if self.packing is None:
-            return self.keys[layer, :, :, begin:end]
+            return self._here("keys", layer, begin, end)
         return self.packing.rotate(self._rotated("key", layer, begin, end))
 
     def values_of(self, layer: int, begin: int, end: int) -> Tensor:
         """The values of tokens begin .. end - 1, as `keys_of`."""
         assert 0 <= begin <= end <= self.capacity
         if self.packing is None:
-            return self.values[layer, :, :, begin:end]
+            return self._here("values", layer, begin, end)
         return self.packing.rotate(self._rotated("value", layer, begin, end))
 
     def storage(self) -> dict[str, Tensor]:
@@ -242,8 +261,8 @@ class KVCache:
     def _rotated(self, kind: str, layer: int, begin: int, end: int) -> Tensor:
         """Keys or values of a stretch as the network computed them, but rotated: [1, G, n, D] in `dtype`, a copy."""
         assert self.packing is not None
-        rows = self._storage[f"{kind}s"][layer, :, :, begin:end]
-        scales = self._storage[f"{kind}_scales"][layer, :, :, begin:end]
+        rows = self._here(f"{kind}s", layer, begin, end)
+        scales = self._here(f"{kind}_scales", layer, begin, end)
         x = self.packing.dequantize(rows, scales, self.dtype)
         if begin < FIRST:
             few = min(end, FIRST) - begin
@@ -254,6 +273,11 @@ class KVCache:
             slots = torch.arange(recent, last, device=self.device) % RECENT
             x[:, :, recent - begin : last - begin] = self._storage[f"recent_{kind}s"][layer][:, :, slots]
         return x
+
+    def _attend_in_stretches(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, H, T, D] over the tokens held, a stretch at a time, and its own k, v [1, G, T, D]; all as stored."""
+        mixed, weight = causal_attention(q, k, v)
+        return merge(*self._attend_past(layer, q, self.length), mixed, weight) if self.length else mixed
 
     def _attend_past(self, layer: int, q: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Unmasked attention of rotated q over tokens 0 .. end - 1, a stretch at a time; with log-sum-exps."""
@@ -280,8 +304,12 @@ class KVCache:
     def _stretch(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of held tokens in the cache's rotation, [1, G, n, D] each."""
         if self.packing is None:
-            return self.keys[layer, :, :, begin:end], self.values[layer, :, :, begin:end]
+            return self._here("keys", layer, begin, end), self._here("values", layer, begin, end)
         return self._rotated("key", layer, begin, end), self._rotated("value", layer, begin, end)
+
+    def _here(self, name: str, layer: int, begin: int, end: int) -> Tensor:
+        """Rows of one array on `device`: a view of it where it lies there."""
+        return self._storage[name][layer, :, :, begin:end].to(self.device, non_blocking=True)
 
     def _compiled(self, q: Tensor) -> bool:
         """Whether the CPU kernel for many queries runs for this cache's layout, too."""
@@ -290,7 +318,7 @@ class KVCache:
     def _kernel(self, heads: int) -> Any:
         """The kernel for one query of `heads` heads on this device, or None where there is none that can run."""
         cpu = self.device.type == "cpu"
-        if not cpu and self.device.type != "cuda":
+        if (not cpu and self.device.type != "cuda") or not self.at_home:
             return None
         if cpu and kernels.unavailable():
             return None

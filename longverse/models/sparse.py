@@ -42,16 +42,22 @@ Stretch = Callable[[int, int], tuple[Tensor, Tensor]]
 class Sparse:
     """The dial, and what came of it.
 
-    mass    share of the attention that the chosen blocks must hold, 0 .. 1, on average over the sampled queries
-    least   chunks of fewer tokens, such as questions, are attended to exactly
+    mass     share of the attention that the chosen blocks must hold, 0 .. 1, on average over the sampled queries
+    least    chunks of fewer tokens, such as questions, are attended to exactly
+    writing  set while the tokens of an answer are read, one by one: then every key is scored, and pages of values that
+             weigh next to nothing are left out (kernels/cpu_decode.py); what they weigh is known, so every head of
+             every token keeps at least `mass`
     """
 
     mass: float = 0.95
     least: int = 256
+    writing: bool = False
     share_sum: float = 0.0
     share_count: int = 0
     blocks_kept: int = 0
     blocks_all: int = 0
+    written_lost: float = 0.0
+    written_count: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1:
@@ -63,6 +69,11 @@ class Sparse:
     def mass_kept(self) -> float:
         """The mean share of the attention that was kept, over the queries that measured; 1 before any did."""
         return self.share_sum / self.share_count if self.share_count else 1.0
+
+    @property
+    def mass_written(self) -> float:
+        """The mean share of the attention that written tokens kept, over layers and heads; 1 before any was written."""
+        return 1 - self.written_lost / self.written_count if self.written_count else 1.0
 
     @property
     def density(self) -> float:
@@ -79,6 +90,11 @@ class Sparse:
         self.share_count += share.numel()
         self.blocks_kept += int(kept.sum())
         self.blocks_all += kept.numel()
+
+    def count_written(self, lost: float, count: int) -> None:
+        """Take up the shares left out of `count` heads' attention by a written token, added up."""
+        self.written_lost += float(lost)
+        self.written_count += count
 
 
 def query_items(heads: int) -> int:

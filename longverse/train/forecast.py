@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from longverse.errors import UserError
+from longverse.inference.engine import free_on_card
 from longverse.train.config import Recipe, Stage
 from longverse.train.examples import Example, Mixture
 from longverse.train.forward import LossModel
+from longverse.train.loss import loss_chunk
 from longverse.train.parallel import Ranks
 from longverse.train.rows import Row, make_row
 from longverse.train.state import trained
@@ -78,6 +80,8 @@ def forecast(model: LossModel, mixture: Mixture, stage: Stage, recipe: Recipe, r
         activations = part * ((0 if stage.offload else layer_inputs) + 2 * per_token / shape.num_layers)
     else:
         activations = part * per_token
+    # A chunk of logits: as they come, in float32 and as gradients (train/loss.py).
+    activations += loss_chunk(ranks.device) * shape.vocab_size * 8
     parameters = sum(p.numel() * p.element_size() for p in [*model.network.parameters(), *model.network.buffers()])
     moments = sum(p.numel() * 12 for p in trained(model.network).values())  # gradient and two moments in float32
     result = Forecast(
@@ -148,9 +152,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def available_memory(device: torch.device) -> int:
     """Bytes that a process may still take on a device."""
-    if device.type == "cuda":  # what torch holds without using it is free, too
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type == "cuda":
+        return free_on_card(device)
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -29,8 +29,13 @@ def weighted_nll(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
     targets  int64 [N]; weights float32 [N]; no gradient flows to either
     chunk    positions at a time; when left out CHUNK, and on other devices than a CPU CHUNK_ON_CARD
     """
-    chunk = chunk or (CHUNK if hidden.device.type == "cpu" else CHUNK_ON_CARD)
+    chunk = chunk or loss_chunk(hidden.device)
     return _WeightedNll.apply(hidden, head, targets, weights, chunk)  # type: ignore[no-any-return]
+
+
+def loss_chunk(device: torch.device) -> int:
+    """Positions whose logits exist at a time."""
+    return CHUNK if device.type == "cpu" else CHUNK_ON_CARD
 
 
 def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:

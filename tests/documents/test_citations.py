@@ -216,6 +216,11 @@ def test_other_words_are_accepted_where_the_model_copies_with_attention() -> Non
         ("何氏基金建了多少座医院？", "何氏基金建了一座医院。", True),
         ("何氏基金捐出多少？", "何氏基金捐出一百万元。", True),
         ("金港工厂有多少员工？", "周末班在十月取消，员工早有此愿。", False),
+        ("金港工厂有多少员工？", "金港工厂只有一名员工。", True),
+        ("金港工厂有多少员工？", "金港工厂雇了一名员工。", True),
+        ("合同的期限是多少日？", "合同的期限为30日。", True),
+        ("罚款多少日元？", "罚款500日元。", True),
+        ("罚款多少？", "二月三日起罚款。", False),
         ("松坪农场是什么时候买下的？", "松坪农场由张振平管理。", False),
         ("下一次年会何时召开？", "年会将于2021年5月召开。", True),
         ("How many workers does it have?", "It was opened in March 1987.", False),
@@ -254,6 +259,22 @@ def test_what_the_documents_say_elsewhere_in_the_questions_words_is_not_said_her
     index = Index([decode("\n\n".join(sentences).encode(), "r.md")])
     wanted = next((n for n, sentence in enumerate(sentences) if sentence == answer), 4)
     assert cite(question, answer, index, Attended([{wanted: 0.5}], [0], -0.02)).found is found
+
+
+def test_common_words_and_the_sentence_before_are_no_strangers() -> None:
+    texts = (
+        "赵氏学校成立于1950年。校长是关明。", "李氏学校的校长是周平。", "农场种了什么，目前没有人知道。",
+        "清坪农场目前种植向日葵。",
+    )  # fmt: skip
+    index = Index([decode("\n\n".join(texts).encode(), "r.md")])
+    for question, answer, place in (
+        ("赵氏学校的校长是谁？", "校长是关明。", 0),
+        ("清坪农场种植什么？", "清坪农场目前种植向日葵。", 3),
+        ("目前清坪农场种植什么作物？", "清坪农场目前种植向日葵。", 3),
+    ):
+        result = cite(question, answer, index, Attended([{place: 0.5}], [0], -0.02))
+        assert result.found
+        assert result.citations[0].text == answer
 
 
 def test_questions_without_words_of_their_own_are_not_refused(index: Index) -> None:

@@ -1,6 +1,7 @@
 """The engine on small random models: the same text as transformers' `generate`, reuse, stop texts, cancelling."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from longverse import UserError, XverseConfig, XverseForCausalLM
 from longverse.inference import engine as engine_module
 from longverse.inference.engine import Engine, Session
 from longverse.inference.sampling import Sampling
+from longverse.models import kernels
 from longverse.models.chat import ChatFormat
 from longverse.models.tokenizer import Tokenizer
 from tests.helpers import TINY, random_network, tiny_config
@@ -219,3 +221,36 @@ def test_statistics(tokenizer: Tokenizer) -> None:
     assert stats.prefill_rate > 0
     assert stats.decode_rate > 0
     assert stats.peak_memory_bytes > 10**7
+
+
+@pytest.mark.parametrize(("free", "format", "home"), [(10, "full", "cpu"), (10, "int4", "cuda"), (0, "int4", "cpu")])
+def test_a_cache_that_a_card_has_no_room_for_lies_in_the_machines_memory(
+    free: float, format: str, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = SimpleNamespace(num_layers=40, num_kv_heads=40, head_dim=128)
+    network: Any = SimpleNamespace(device=torch.device("cuda"), config=shape, dtype=torch.bfloat16)
+    monkeypatch.setattr(engine_module, "free_on_card", lambda device: engine_module.HEADROOM + free * 2**30)
+    assert engine_module.cache_home(network, 32_768, format).type == home  # 25 GiB in full, 7.1 GiB as int4
+    network.device = torch.device("cpu")
+    assert engine_module.cache_home(network, 1 << 30, "full").type == "cpu"
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_sparse_sessions_say_what_writing_kept(
+    tokenizer: Tokenizer, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        monkeypatch.setattr("longverse.models.kernels.unavailable", lambda: "this test asks for torch")
+    elif kernels.unavailable():
+        pytest.skip(f"no CPU kernels: {kernels.unavailable()}")
+    config = tiny_config(max_position_embeddings=2048, num_key_value_heads=2)
+    engine = make_engine(tokenizer, config)
+    texts = {}
+    for mass in (0.3, 1.0):
+        session = engine.session(1300, attention="sparse", mass=mass)
+        texts[mass] = session.complete(prompt(1200), Sampling(max_new_tokens=30))
+        kept = session.stats.mass_written
+        assert (mass <= kept < 1) if kernel and mass < 1 else kept == 1  # in torch every value is read
+        assert not session.cache.sparse.writing  # type: ignore[union-attr]
+    exact = engine.session(1300).complete(prompt(1200), Sampling(max_new_tokens=30))
+    assert texts[1.0].tokens == exact.tokens

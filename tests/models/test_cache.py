@@ -227,3 +227,23 @@ def test_mistakes_are_one_sentence() -> None:
 def test_heads_too_small_for_a_kernel_are_read_by_torch(size: int) -> None:
     run = Run("int4", 3, 2, size, 80, torch.bfloat16)
     assert max(run.read(tokens) for tokens in (30, 1, 40, 1)) < ALLOWED["int4"]
+
+
+@pytest.mark.parametrize("format", ["full", "int8", "int4"])
+def test_a_cache_that_lies_elsewhere_comes_a_stretch_at_a_time(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "STRETCH", 50)
+    run = Run(format, 2, 2, 64, 400, torch.float32)
+    here = run.cache
+    away = KVCache(LAYERS, 2, 64, 400, torch.float32, format=format, home="cpu:0")  # another device, as torch has it
+    assert here.at_home
+    assert not away.at_home
+    errors = []
+    for cache in (here, away):
+        run.cache = cache
+        errors += [run.read(tokens) for tokens in (130, 1, 70, 1)]
+        cache.truncate(150)
+        errors += [run.read(tokens) for tokens in (1, 100, 1)]
+    assert max(errors) < ALLOWED[format]
+    for layer in range(LAYERS):
+        assert torch.equal(away.keys_of(layer, 0, 252), here.keys_of(layer, 0, 252))
+        assert torch.equal(away.values_of(layer, 90, 250), here.values_of(layer, 90, 250))

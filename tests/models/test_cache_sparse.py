@@ -120,3 +120,70 @@ def test_a_dial_out_of_range_is_refused() -> None:
     for mass in (0, 1.5):
         with pytest.raises(UserError, match=r"choose one above 0 and up to 1"):
             Sparse(mass=mass)
+
+
+def leave_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mass: float) -> tuple[torch.Tensor, float]:
+    """The rule for one token and one key/value head, in float64: q [h, D], k, v [S, D]; the mix [h, D] and the share
+    that was left out. Pages are 64 tokens, looked at in order by one thread."""
+    scores = q.double() @ k.double().T / SIZE**0.5  # [h, S]
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    kept = torch.ones(len(k), dtype=torch.bool)
+    seen, dropped = torch.zeros(len(q)).double(), torch.zeros(len(q)).double()
+    each = 4 * (1 - mass) * 64 / max(len(k), 64)
+    for begin in range(0, len(k), 64):
+        added = weights[:, begin : begin + 64].sum(-1)
+        seen += added
+        if begin + 64 < len(k) and ((dropped + added) / seen).max() <= 1 - mass and (added / seen).mean() <= each:
+            kept[begin : begin + 64] = False
+            dropped += added
+    shares = torch.where(kept, weights, 0)
+    return shares @ v.double() / shares.sum(-1, keepdim=True), float((dropped / weights.sum(-1)).mean())
+
+
+@pytest.mark.parametrize("mass", [0.6, 0.9, 0.99])
+def test_writing_leaves_out_what_the_rule_says(mass: float) -> None:
+    if kernels.unavailable():
+        pytest.skip(f"no CPU kernels: {kernels.unavailable()}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        q, k, v = heaped(seed=3)
+        cache = KVCache(1, 2, SIZE, TOTAL, torch.float32)
+        cache.sparse = Sparse(mass=mass)
+        read(cache, q, k, v, (1200,))
+        for _ in range(4):
+            end = cache.length + 1
+            new = [x[:, :, end - 1 : end] for x in (q, k, v)]
+            lost_before, count_before = cache.sparse.written_lost, cache.sparse.written_count
+            cache.sparse.writing = True
+            mixed = cache.attend(0, *new)[0].view(2, GROUP, SIZE)
+            cache.sparse.writing = False
+            cache.advance(1)
+            ruled = [leave_out(new[0][0].view(2, GROUP, SIZE)[g], k[0, g, :end], v[0, g, :end], mass) for g in (0, 1)]
+            for head, (expected, _) in enumerate(ruled):
+                torch.testing.assert_close(mixed[head].double(), expected, rtol=1e-4, atol=1e-5)
+            assert cache.sparse.written_count - count_before == 2
+            assert cache.sparse.written_lost - lost_before == pytest.approx(sum(lost for _, lost in ruled), abs=1e-4)
+        assert 0 < 1 - cache.sparse.mass_written <= 1 - mass + 1e-6
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("format", ["full", "int8", "int4"])
+def test_writing_keeps_the_mass_over_every_format_and_with_several_threads(format: str) -> None:
+    if kernels.unavailable():
+        pytest.skip(f"no CPU kernels: {kernels.unavailable()}")
+    q, k, v = heaped(seed=4)
+    lost, errors = [], []
+    for mass in (0.6, 0.99, 1.0):
+        cache = KVCache(1, 2, SIZE, TOTAL, torch.float32, format=format)
+        cache.sparse = Sparse(mass=mass)
+        read(cache, q, k, v, (1300,))
+        cache.sparse.writing = True
+        mixed, exact = read(cache, q, k, v, (1,) * 20)
+        lost.append(1 - cache.sparse.mass_written)
+        errors.append(error(mixed, exact))
+        assert lost[-1] <= 1 - mass + 1e-6
+    assert lost[0] > lost[1] > lost[2]
+    assert errors[2] < {"full": 1e-5, "int8": 0.02, "int4": 0.25}[format]
+    assert errors[1] < errors[2] + 0.05

@@ -47,6 +47,8 @@ def test_load_places_paths_beside_the_file(tmp_path: Path) -> None:
     assert recipe.stages[0].data[0].messages == str(tmp_path / "m.jsonl")
     assert recipe.stages[0].max_tokens == 4096
     assert Recipe.load(path, model="other").model == "other"
+    path.write_text(path.read_text().replace("steps: 20", "steps: 20, learning_rate: 2e-4"))  # a text, says YAML 1.1
+    assert Recipe.load(path).stages[0].learning_rate == pytest.approx(2e-4)
     path.write_text("model: smol\nstages: [\n")
     with pytest.raises(UserError, match="line"):
         Recipe.load(path)

@@ -241,6 +241,23 @@ def test_a_rope_change_that_changes_nothing_is_refused(base: Path, tmp_path: Pat
         run_recipe(recipe(base / "model", base / "m.jsonl", {"rope": "abf:10000"}), tmp_path)
 
 
+def test_a_run_begins_with_an_adapter_of_another(base: Path, tmp_path: Path) -> None:
+    first = run_recipe(recipe(base / "model", base / "m.jsonl", {"rope": "abf:50000"}), tmp_path / "first")
+    stage = {"name": "more", "data": [{"messages": str(base / "m.jsonl")}], "steps": 1, "batch": 2, "warmup": 0}
+    values = {"model": str(base / "model"), "precision": "fp32", "lora": {"rank": 4, "start": "first/adapter"}}
+    path = tmp_path / "recipe.json"  # JSON is YAML; the adapter's place is told from the recipe's own folder
+    path.write_text(json.dumps({**values, "stages": [{**stage, "learning_rate": 1e-9, "max_tokens": 512}]}))
+    second = run_recipe(Recipe.load(path), tmp_path / "second")
+    assert second.adapter is not None
+    torch.testing.assert_close(logits_of(second, base), logits_of(first, base), rtol=1e-4, atol=1e-5)
+    stated = json.loads((second.adapter / "longverse.json").read_text())
+    assert stated["config"]["rope_parameters"]["rope_theta"] == 50000  # its RoPE plan came with it
+    values["lora"]["start"] = "nowhere"
+    path.write_text(json.dumps({**values, "stages": [stage]}))
+    with pytest.raises(UserError, match="nowhere"):
+        run_recipe(Recipe.load(path), tmp_path / "third")
+
+
 def test_what_does_not_fit_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longverse.train.forecast.available_memory", lambda device: 1000)
     with pytest.raises(UserError, match="lower max_tokens"):

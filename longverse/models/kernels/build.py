@@ -26,6 +26,7 @@ class CacheForm:
     packed: str = ""
     group: int = 0
     rotated: int = 1
+    sparse: bool = False  # whether writing leaves pages of values out
 
     @property
     def runs(self) -> bool:
@@ -35,7 +36,7 @@ class CacheForm:
 
     @property
     def name(self) -> str:
-        return f"{self.size}x{self.heads}_{self.kept}_{self.packed or 'full'}{self.group}"
+        return f"{self.size}x{self.heads}_{self.kept}_{self.packed or 'full'}{self.group}{'s' * self.sparse}"
 
     def constants(self) -> dict[str, Any]:
         """Names of cpu_decode and what they are bound to."""
@@ -44,7 +45,7 @@ class CacheForm:
         return {
             "SIZE": self.size, "HEADS": self.heads, "KEPT": self.kept, "KEPT_BF16": self.kept == "bf16",
             "KEPT_GROUP": group, "QUANTISED": bool(self.packed), "PACKED": self.packed or "int8",
-            "GROUP": self.group or group, "ROTATED": self.rotated,
+            "GROUP": self.group or group, "ROTATED": self.rotated, "SPARSE": self.sparse,
         }  # fmt: skip
 
 

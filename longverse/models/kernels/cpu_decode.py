@@ -13,6 +13,14 @@ The parts of a cache, in one order everywhere; all by layer and head [layers * G
     keys, key_scales, values, value_scales   every token; packed when QUANTISED, else the scales are empty
     first_keys, first_values                 the first tokens in full [.., F, D]; empty when not QUANTISED
     recent_keys, recent_values               the ring of newest tokens in full [.., R, D], token t in slot t % R
+
+Page-sparse writing (SPARSE): every key is scored, a page of TILE tokens at a time, and a page that weighs next to
+nothing has its values left out. So what a page weighs is known and not estimated, and `budget` holds for every head:
+
+    budget   float32 [2]: the share of a head's attention that may be left out; and how many times its even share of
+             that a single page may weigh
+    dropped  float32 [h]: what was left out so far, as weighted as `total`
+    lost     float64 [G]: the share that was left out, as the mean over a key/value head's queries, added up over layers
 """
 
 import numpy as np
@@ -23,11 +31,13 @@ from .team import meet
 # Bound by specialise:
 SIZE, HEADS = 64, 1  # D and h
 KEPT, KEPT_BF16, KEPT_GROUP = "bf16", True, 64  # layout of tokens kept in full; elements summed at a time
+SPARSE = False  # whether pages of values are left out
 QUANTISED, PACKED, GROUP = False, "int8", 64  # whether the others are packed, their layout and its group
 ROTATED = 1  # elements the Hadamard rotation mixes, a power of two; 1 for none
 WEIGHTS, WEIGHT_GROUP, HEAD = "bf16", 32, "bf16"  # layouts of the matrices and of the head, and their group
 QK_NORM, QKV_BIAS, OUTPUT_BIAS, MLP_BIAS = False, False, False, False
 
+NOTHING = np.float32(0)
 TILE = 64  # keys at a time: their scores stay in the processor's first cache
 Q, K, V, O, GATE, UP, DOWN = 0, 1, 2, 3, 4, 5, 6  # columns of `weights`  # noqa: E741
 
@@ -145,9 +155,13 @@ def keep(x, head, token, rows, scales, first, recent):
 # ---- attention ---------------------------------------------------------------------------------------------
 
 
-def fold(scores, n, top, total, acc):
+def fold(scores, n, top, total, dropped, acc, most, most_each):
     """Turn n scores of each head into weights and fold their sum into a running softmax (Milakov and Gimelshein 2018,
-    arXiv 1805.02867): top and total [h] are the largest score and the sum so far, acc [h, D] the weighted values."""
+    arXiv 1805.02867): top and total [h] are the largest score and the sum so far, acc [h, D] the weighted values.
+
+    Returns whether the values of these tokens are to be added. They are not where the tokens weigh at most `most_each`
+    of what was seen so far, as the mean over the heads, and all that was left out at most `most`, for every head."""
+    together, alone = np.float32(0), np.float32(0)
     for head in range(HEADS):
         highest = top[head]
         for i in range(n):
@@ -155,6 +169,8 @@ def fold(scores, n, top, total, acc):
         if highest > top[head]:
             factor = exp_negative(top[head] - highest)
             total[head] *= factor
+            if SPARSE:
+                dropped[head] *= factor
             for i in range(SIZE):
                 acc[head, i] *= factor
             top[head] = highest
@@ -164,32 +180,50 @@ def fold(scores, n, top, total, acc):
             scores[head, i] = weight
             added += weight
         total[head] += added
+        if SPARSE:
+            seen = total[head] + dropped[head]
+            together = max(together, (dropped[head] + added) / seen)
+            alone += added / seen
+    if SPARSE and together <= most and alone <= most_each * HEADS:
+        for head in range(HEADS):
+            added = np.float32(0)
+            for i in range(n):
+                added += scores[head, i]
+            total[head] -= added
+            dropped[head] += added
+        return False
+    return True
 
 
-def attend_kept(q, sums, keys, values, none, base, begin, end, scores, top, total, acc):
+def attend_kept(q, sums, keys, values, none, base, begin, end, scores, top, total, dropped, acc, most, most_each):
     """Attend to tokens begin .. end - 1 that are kept in full; `base` is the row of token 0."""
     for t in range(begin, end, TILE):
         n = min(TILE, end - t)
         dots(KEPT, SIZE, HEADS, KEPT_GROUP, q, sums, keys, none, base + t, n, scores)
-        fold(scores, n, top, total, acc)
+        if not fold(scores, n, top, total, dropped, acc, most if t + TILE < end else NOTHING, most_each):
+            continue
         weighted_sum(KEPT, SIZE, HEADS, KEPT_GROUP, scores, values, none, base + t, n, acc)
 
 
-def attend_packed(q, sums, keys, key_scales, values, value_scales, base, begin, end, scores, top, total, acc):
+def attend_packed(
+    q, sums, keys, key_scales, values, value_scales, base, begin, end, scores, top, total, dropped, acc, most, most_each
+):  # fmt: skip
     """Attend to tokens begin .. end - 1 that are packed."""
     for t in range(begin, end, TILE):
         n = min(TILE, end - t)
         dots(PACKED, SIZE, HEADS, GROUP, q, sums, keys, key_scales, base + t, n, scores)
-        fold(scores, n, top, total, acc)
+        if not fold(scores, n, top, total, dropped, acc, most, most_each):
+            continue
         weighted_sum(PACKED, SIZE, HEADS, GROUP, scores, values, value_scales, base + t, n, acc)
 
 
-def attend_stretch(q, head, part, parts, spans, cache, scores, top, total, acc):
+def attend_stretch(q, head, part, parts, spans, budget, cache, scores, top, total, dropped, acc):
     """Stretch `part` of `parts` of one head's tokens. q [h, D] is rotated and scaled; spans: see `attend_one`."""
     keys, key_scales, values, value_scales, first_keys, first_values, recent_keys, recent_values = cache
     length, first_end, recent_begin = spans[0], spans[1], spans[2]
     top[:] = np.float32(-3e38)
     total[:] = np.float32(0)
+    dropped[:] = np.float32(0)
     acc[:] = np.float32(0)
     sums = np.empty((HEADS, SIZE // GROUP if QUANTISED else 1), dtype=np.float32)
     base = head * keys.shape[1]
@@ -199,7 +233,7 @@ def attend_stretch(q, head, part, parts, spans, cache, scores, top, total, acc):
         if part == 0:
             attend_kept(
                 q, sums, first_keys, first_values, key_scales, head * first_keys.shape[1], 0, first_end,
-                scores, top, total, acc,
+                scores, top, total, dropped, acc, NOTHING, NOTHING,
             )  # fmt: skip
             slots = recent_keys.shape[1]
             t = recent_begin
@@ -208,47 +242,62 @@ def attend_stretch(q, head, part, parts, spans, cache, scores, top, total, acc):
                 slot = t % slots
                 attend_kept(
                     q, sums, recent_keys, recent_values, key_scales, head * slots, slot, slot + run,
-                    scores, top, total, acc,
+                    scores, top, total, dropped, acc, NOTHING, NOTHING,
                 )  # fmt: skip
                 t += run
         middle = recent_begin - first_end
         begin, end = first_end + middle * part // parts, first_end + middle * (part + 1) // parts
-        attend_packed(q, sums, keys, key_scales, values, value_scales, base, begin, end, scores, top, total, acc)
+        each = budget[1] * budget[0] * np.float32(TILE) / np.float32(max(end - begin, TILE))
+        attend_packed(
+            q, sums, keys, key_scales, values, value_scales, base, begin, end,
+            scores, top, total, dropped, acc, budget[0], each,
+        )  # fmt: skip
     else:
         begin, end = length * part // parts, length * (part + 1) // parts
-        attend_kept(q, sums, keys, values, key_scales, base, begin, end, scores, top, total, acc)
+        each = budget[1] * budget[0] * np.float32(TILE) / np.float32(max(end - begin, TILE))
+        attend_kept(
+            q, sums, keys, values, key_scales, base, begin, end, scores, top, total, dropped, acc, budget[0], each
+        )  # fmt: skip
 
 
 def merge(partial, head, out):
-    """Join the stretches of one head: partial [G, P, h, D + 2] to out [h * D] of this head, rotated back."""
+    """Join the stretches of one head: partial [G, P, h, D + 3] to out [h * D] of this head, rotated back. Returns the
+    share of the attention that was left out, as the mean over its query heads."""
+    lost = np.float32(0)
     for i in range(HEADS):
         highest = np.float32(-3e38)
         for part in range(partial.shape[1]):
             highest = max(highest, partial[head, part, i, SIZE])
         mixed = out[i * SIZE : (i + 1) * SIZE]
         mixed[:] = np.float32(0)
-        total = np.float32(0)
+        total, dropped = np.float32(0), np.float32(0)
         for part in range(partial.shape[1]):
             factor = exp_negative(partial[head, part, i, SIZE] - highest)
             total += factor * partial[head, part, i, SIZE + 1]
+            if SPARSE:
+                dropped += factor * partial[head, part, i, SIZE + 2]
             for j in range(SIZE):
                 mixed[j] += factor * partial[head, part, i, j]
         for j in range(SIZE):
             mixed[j] /= total
         hadamard(mixed)
+        if SPARSE:
+            lost += dropped / (total + dropped)
+    return lost / np.float32(HEADS)
 
 
-def attend_one(rank, team, counter, queries, layer, spans, cache, partial, out):
+def attend_one(rank, team, counter, queries, layer, spans, budget, lost, cache, partial, out):
     """Attention of one token over its cache, which holds it already.
 
     queries  float32 [G * h, D] after RoPE
     spans    int64 [3]: S; the end of the first tokens kept in full; the first token of the ring (both only QUANTISED)
-    partial  float32 [G, P, h, D + 2], to work in;  out  float32 [G * h * D]
+    partial  float32 [G, P, h, D + 3], to work in;  out  float32 [G * h * D]
     """
     heads, parts = partial.shape[0], partial.shape[1]
     q = np.empty((HEADS, SIZE), dtype=np.float32)
     scores = np.empty((HEADS, TILE), dtype=np.float32)
     top, total = np.empty(HEADS, dtype=np.float32), np.empty(HEADS, dtype=np.float32)
+    dropped = np.empty(HEADS, dtype=np.float32)
     acc = np.empty((HEADS, SIZE), dtype=np.float32)
     scale = np.float32(1) / np.sqrt(np.float32(SIZE))
     items = heads * parts
@@ -258,13 +307,14 @@ def attend_one(rank, team, counter, queries, layer, spans, cache, partial, out):
             q[i] = queries[head * HEADS + i]
             hadamard(q[i])
             q[i] *= scale
-        attend_stretch(q, layer * heads + head, part, parts, spans, cache, scores, top, total, acc)
+        attend_stretch(q, layer * heads + head, part, parts, spans, budget, cache, scores, top, total, dropped, acc)
         partial[head, part, :, :SIZE] = acc
         partial[head, part, :, SIZE] = top
         partial[head, part, :, SIZE + 1] = total
+        partial[head, part, :, SIZE + 2] = dropped
     meet(counter, team)
     for head in range(heads * rank // team, heads * (rank + 1) // team):
-        merge(partial, head, out[head * HEADS * SIZE : (head + 1) * HEADS * SIZE])
+        lost[head] += merge(partial, head, out[head * HEADS * SIZE : (head + 1) * HEADS * SIZE])
 
 
 # ---- the decoder -------------------------------------------------------------------------------------------
@@ -280,7 +330,7 @@ def product(x, sums, weight, scales, rows, rank, team, out):
 
 
 def decode_one(
-    rank, team, counter, x, cos, sin, eps, spans, cache,
+    rank, team, counter, x, cos, sin, eps, spans, budget, lost, cache,
     norms, qk_norms, qkv_bias, output_bias, mlp_bias, weights, scales, head_weight, head_scales,
     qkv, partial, gate, up, down, logits,
 ):  # fmt: skip
@@ -305,6 +355,7 @@ def decode_one(
     row = np.empty(SIZE, dtype=np.float32)
     scores = np.empty((HEADS, TILE), dtype=np.float32)
     top, total = np.empty(HEADS, dtype=np.float32), np.empty(HEADS, dtype=np.float32)
+    dropped = np.empty(HEADS, dtype=np.float32)
     acc = np.empty((HEADS, SIZE), dtype=np.float32)
     scale = np.float32(1) / np.sqrt(np.float32(SIZE))
     for layer in range(layers):
@@ -346,13 +397,16 @@ def decode_one(
                         row[i] += qkv_bias[layer, queries + heads * SIZE + head * SIZE + i]
                 hadamard(row)
                 keep(row, index, token, values, value_scales, first_values, recent_values)
-            attend_stretch(q, index, part, parts, spans, cache, scores, top, total, acc)
+            attend_stretch(q, index, part, parts, spans, budget, cache, scores, top, total, dropped, acc)
             partial[head, part, :, :SIZE] = acc
             partial[head, part, :, SIZE] = top
             partial[head, part, :, SIZE + 1] = total
+            partial[head, part, :, SIZE + 2] = dropped
         meet(counter, team)
         for head in range(heads):
-            merge(partial, head, mixed[head * HEADS * SIZE : (head + 1) * HEADS * SIZE])
+            left = merge(partial, head, mixed[head * HEADS * SIZE : (head + 1) * HEADS * SIZE])
+            if rank == 0:
+                lost[head] += left
         begin, end = product(mixed, sums, w[O], s[O], hidden, rank, team, down)
         for i in range(begin, end):
             x[i] += down[i]

@@ -11,6 +11,7 @@ head is always int8 then, since it decides every token.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..cache import KVCache
 from ..network import CausalLM
 from ..packing import Packing
 from .build import LAYOUTS, DecoderForm, array, decoder_kernel, stretches, team
-from .one_token import cache_arrays, cache_form
+from .one_token import budget_of, cache_arrays, cache_form
 
 WEIGHTS = ("auto", "full", "int8", "int4")
 GROUP = 32  # weights that share a scale
@@ -77,7 +78,7 @@ class Decoder:
         self.team = team(torch.get_num_threads())
         kv = config.num_kv_heads
         heads = config.num_heads // kv
-        self.partial = np.empty((kv, stretches(kv, self.team.size), heads, config.head_dim + 2), dtype=np.float32)
+        self.partial = np.empty((kv, stretches(kv, self.team.size), heads, config.head_dim + 3), dtype=np.float32)
         self.qkv = np.empty((config.num_heads + 2 * kv) * config.head_dim, dtype=np.float32)
         self.gate, self.up = (np.empty(config.intermediate_size, dtype=np.float32) for _ in range(2))
         self.down = np.empty(config.hidden_size, dtype=np.float32)
@@ -114,13 +115,18 @@ class Decoder:
         cos, sin = (_floats(part.flatten()) for part in model.rotary(torch.tensor([[begin]]), cache.rope_length))
         logits = np.empty(config.vocab_size, dtype=np.float32)
         cache.begin_pass(0, begin + 1)
+        sparse = cache.writes_sparsely()
+        lost = np.zeros(config.num_kv_heads)
         self.team.run(
-            decoder_kernel(form, self.form),
-            x, cos, sin, np.float32(config.norm_eps), np.array(cache.spans(begin + 1)), cache_arrays(cache),
+            decoder_kernel(replace(form, sparse=sparse is not None), self.form),
+            x, cos, sin, np.float32(config.norm_eps), np.array(cache.spans(begin + 1)), budget_of(sparse), lost,
+            cache_arrays(cache),
             self.norms, self.qk_norms, self.qkv_bias, self.output_bias, self.mlp_bias, self.rows, self.scales,
             *self.head, self.qkv, self.partial, self.gate, self.up, self.down, logits,
         )  # fmt: skip
         cache.advance(1)
+        if sparse is not None:
+            sparse.count_written(lost.sum(), lost.size * config.num_layers)
         return torch.from_numpy(logits)
 
     def _lay(self, weight: Tensor, layout: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from . import turned_off
 
 if TYPE_CHECKING:
     from ..cache import KVCache
+    from ..sparse import Sparse
 
 BLOCK = 64  # tokens at a time
 WAVES = 8  # programs for each of the card's processors
@@ -55,9 +56,9 @@ class SplitK:
         (benchmarks/results/gpu_check.json)."""
         return cls(cache, heads) if available() and cache.packing is not None and cache.head_dim >= 16 else None
 
-    def attend(self, layer: int, q: Tensor, spans: tuple[int, int, int]) -> Tensor:
+    def attend(self, layer: int, q: Tensor, spans: tuple[int, int, int], sparse: Sparse | None = None) -> Tensor:
         """q [1, H, 1, D] after RoPE over the tokens of `layer`, the last of which is its own; returns [1, H, 1, D].
-        spans: `KVCache.spans`."""
+        spans: `KVCache.spans`. A card leaves nothing out, whatever `sparse` allows."""
         cache, packing = self.cache, self.cache.packing
         queries = q if packing is None else packing.rotate(q)
         end, first, recent = spans

@@ -5,6 +5,7 @@ Shapes as in `cpu_decode.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from .build import LAYOUTS, CacheForm, array, attention_kernel, stretches, team
 
 if TYPE_CHECKING:
     from ..cache import KVCache
+    from ..sparse import Sparse
+
+EACH = 4.0  # times its even share of what may be left out is the most that a single page may weigh
 
 
 class OneQuery:
@@ -25,8 +29,7 @@ class OneQuery:
         self.parts = cache_arrays(cache)
         self.team = team(torch.get_num_threads())
         count = stretches(cache.kv_heads, self.team.size)
-        self.partial = np.empty((cache.kv_heads, count, form.heads, form.size + 2), dtype=np.float32)
-        self.kernel = attention_kernel(form)
+        self.partial = np.empty((cache.kv_heads, count, form.heads, form.size + 3), dtype=np.float32)
 
     @classmethod
     def of(cls, cache: KVCache, heads: int) -> OneQuery | None:
@@ -34,12 +37,22 @@ class OneQuery:
         form = cache_form(cache, heads)
         return None if form is None else cls(cache, form)
 
-    def attend(self, layer: int, q: Tensor, spans: tuple[int, int, int]) -> Tensor:
-        """q [1, H, 1, D] after RoPE over the tokens of `layer`, the last of which is its own; returns [1, H, 1, D]."""
+    def attend(self, layer: int, q: Tensor, spans: tuple[int, int, int], sparse: Sparse | None = None) -> Tensor:
+        """q [1, H, 1, D] after RoPE over the tokens of `layer`, the last of which is its own; returns [1, H, 1, D].
+        sparse: values that weigh next to nothing are left out, and it is told how much."""
         queries = np.ascontiguousarray(q[0, :, 0].float().numpy())
         out = np.empty(queries.size, dtype=np.float32)
-        self.team.run(self.kernel, queries, layer, np.array(spans), self.parts, self.partial, out)
+        kernel = attention_kernel(replace(self.form, sparse=sparse is not None))
+        budget, lost = budget_of(sparse), np.zeros(len(self.partial))
+        self.team.run(kernel, queries, layer, np.array(spans), budget, lost, self.parts, self.partial, out)
+        if sparse is not None:
+            sparse.count_written(lost.sum(), lost.size)
         return torch.from_numpy(out).view(q.shape).to(q.dtype)
+
+
+def budget_of(sparse: Sparse | None) -> np.ndarray:
+    """float32 [2] as `cpu_decode.py` reads it."""
+    return np.array((1 - sparse.mass if sparse is not None else 0.0, EACH), dtype=np.float32)
 
 
 def cache_form(cache: KVCache, heads: int) -> CacheForm | None:
