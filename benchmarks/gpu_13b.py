@@ -53,7 +53,7 @@ def measure(weights: str, format: str, context: int, tiny: bool, host: bool) -> 
             fill(part)
         cache = KVCache(
             config.num_layers, config.num_kv_heads, config.head_dim, context, torch.bfloat16, device, format=format,
-            home="cpu" if host else None,
+            home=("cpu:0" if tiny else "cpu") if host else None,  # cpu:0 counts as another device than cpu
         )  # fmt: skip
         for name, array in cache.storage().items():
             if name == "recent_tokens":

@@ -227,6 +227,8 @@ def predict(engine: Engine, session: Session, tokens: int) -> tuple[float, float
     """
     shape, form = shape_of_network(engine.name, engine.network.config), weights_form(engine)
     written, cache = written_with(engine, shape, form), session.cache_format
+    if session.home == "machine":  # how fast a link is, is not known
+        return None
     rates = _rates(engine, shape, (form, written, cache), tokens - len(session.tokens))
     if rates is None or form not in rates.linear or cache not in rates.attention:
         return None

@@ -237,6 +237,11 @@ def open_kept(
 
     attention = choose_attention(engine, prompts.planned_tokens, attention, quiet=quiet)
     end = document_end(engine, prompts)
+    if (beside := choose_beside(engine, prompts.planned_tokens, cache, attention, quiet=quiet)) is not None:
+        session = engine.session(prompts.planned_tokens, attention=attention, cache=beside, home="machine")
+        session.boundary = end
+        say_plan(engine, session, prompts.planned_tokens, quiet=quiet)
+        return session
     if not end:  # every question has passages of its own
         form = choose_cache(engine, prompts.planned_tokens, cache, attention, quiet=quiet)
         session = engine.session(prompts.planned_tokens, attention=attention, cache=form)
@@ -330,8 +335,7 @@ def choose_attention(engine: Engine, tokens: int, attention: str, *, quiet: bool
 def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exact", *, quiet: bool = False) -> str:
     """`cache`, or for auto the most precise format that the free memory holds. UserError where none or the given one
     does not fit: before any work, and in one sentence."""
-    from .commands_plan import requirements, shape_of_network
-    from .plan import SLACK, memory_of_machine
+    from .commands_plan import requirements
 
     needs, free = requirements(engine, tokens)
     if attention == "pages":  # has a cache of its own
@@ -339,16 +343,6 @@ def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exac
     if cache != "auto" and cache not in needs:
         raise UserError(f"There is no cache format {cache!r}: choose one of auto, {', '.join(needs)}.")
     form = next((form for form, need in needs.items() if need <= free), None) if cache == "auto" else cache
-    if (form is None or needs[form] > free) and engine.network.device.type == "cuda":
-        beside = form or min(needs, key=lambda name: needs[name])
-        size = tokens * shape_of_network(engine.name, engine.network.config).cache_bytes_per_token(beside)
-        if size <= SLACK * memory_of_machine()[1]:
-            console.note(
-                f"{engine.network.device} has no room for the {beside} cache ({_gb(size)}, {_gb(free)} are free): it is"
-                " kept in the machine's memory, and every token reads it from there.",
-                quiet=quiet,
-            )
-            return beside
     if form is None or needs[form] > free:
         least = min(needs.items(), key=lambda item: item[1])
         ways = [] if form is None or needs[least[0]] > free else [f"take --cache {least[0]} ({_gb(least[1])})"]
@@ -362,6 +356,32 @@ def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exac
         console.note(
             f"A full cache would need {_gb(needs['full'])} and {_gb(free)} are free: the cache is {form}.", quiet=quiet
         )
+    return form
+
+
+def choose_beside(engine: Engine, tokens: int, cache: str, attention: str, *, quiet: bool) -> str | None:
+    """The format of a cache that lies in the machine's memory because the model's card has room for none (or not for
+    the given one); None where the card has, where the machine has not either, and for pages."""
+    from .commands_plan import requirements, shape_of_network
+    from .plan import SLACK, memory_of_machine
+
+    network = engine.network
+    if network.device.type != "cuda" or attention == "pages":
+        return None
+    needs, free = requirements(engine, tokens)
+    wanted = {form: need for form, need in needs.items() if cache in ("auto", form)}
+    if not wanted or min(wanted.values()) <= free:
+        return None
+    form = min(wanted, key=lambda name: wanted[name])
+    shape = shape_of_network(engine.name, network.config)
+    size = tokens * shape.cache_bytes_per_token(form, network.dtype.itemsize)
+    if size > SLACK * memory_of_machine()[1]:
+        return None
+    console.note(
+        f"The card has {_gb(free)} free and {tokens:,} tokens need {_gb(wanted[form])} there (cache: {form}): the cache"
+        " is kept in the machine's memory, and every token reads it from there.",
+        quiet=quiet,
+    )
     return form
 
 

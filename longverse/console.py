@@ -201,6 +201,12 @@ def stats_record(stats: "Stats") -> dict[str, object]:
         "decode_tokens_per_second": round(stats.decode_rate, 1),
         "peak_memory_bytes": stats.peak_memory_bytes,
         "attention": stats.attention,
+        "mass_kept": stats.mass_kept,
+        "mass_written": stats.mass_written,
+        "cache": stats.cache,
+        "cache_home": stats.cache_home,
+        "weights": stats.weights,
+        "kernels": stats.kernels,
         "finish_reason": stats.finish_reason,
         "rope_base": stats.rope_base,
     }

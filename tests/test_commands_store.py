@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longverse import UserError, cli, commands_plan, commands_store
+from longverse import cli, commands_plan, commands_store
 from longverse.documents.ask import prepare
 from longverse.documents.reader import decode
 from longverse.inference.engine import Engine, Session
@@ -285,23 +285,42 @@ def test_the_cache_is_the_most_precise_that_the_memory_holds(plain: Engine, monk
         assert commands_store.choose_cache(plain, 4000, "auto", quiet=True) == expected
 
 
-def test_a_card_without_room_for_the_cache_borrows_the_machines_memory(
+def test_a_card_without_room_for_any_cache_borrows_the_machines_memory(
     plain: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    card = SimpleNamespace(device=torch.device("cuda"), config=plain.network.config)
+    card = SimpleNamespace(device=torch.device("cuda"), config=plain.network.config, dtype=torch.bfloat16)
     engine: Any = SimpleNamespace(network=card, name="tiny")
     needs = {"full": 3e9, "int8": 2e9, "int4": 1e9}
     monkeypatch.setattr(commands_plan, "requirements", lambda engine, tokens: (needs, int(1.5e9)))
     monkeypatch.setattr("longverse.plan.memory_of_machine", lambda: (2**34, 2**33))
-    choose = commands_store.choose_cache
-    assert choose(engine, 4000, "auto", quiet=True) == "int4"  # fits the card
-    assert choose(engine, 4000, "int8") == "int8"
+
+    def choose(cache: str, attention: str = "exact") -> str | None:
+        return commands_store.choose_beside(engine, 4000, cache, attention, quiet=False)
+
+    assert choose("auto") is None  # int4 fits the card
+    assert choose("int4") is None
+    assert not capsys.readouterr().err
+    assert choose("int8") == "int8"
     assert "kept in the machine's memory" in " ".join(capsys.readouterr().err.split())
     needs.update(int4=1.6e9)
-    assert choose(engine, 4000, "auto", quiet=True) == "int4"
+    assert choose("auto") == "int4"
+    assert choose("auto", "pages") is None
     monkeypatch.setattr("longverse.plan.memory_of_machine", lambda: (2**34, 2**10))
-    with pytest.raises(UserError, match="are free"):
-        choose(engine, 4000, "auto", quiet=True)
+    assert choose("auto") is None
+    card.device = torch.device("cpu")
+    assert choose("int8") is None
+
+
+def test_a_session_beside_a_card_answers_and_says_where_its_cache_lies(
+    run: Runner, mill: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = []
+    for form in (None, "full"):
+        monkeypatch.setattr(commands_store, "choose_beside", lambda *_, form=form, **__: form)
+        code, out, _ = run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--json")
+        assert code == 0
+        answers.append(json.loads(out))
+    assert [answer["stats"]["cache_home"] for answer in answers] == ["device", "machine"]
 
 
 # ---- plan --------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from ..models.cache import Allocate, KVCache
 from ..models.chat import ChatFormat, cut_at_stop, may_stop
 from ..models.checkpoint import load
 from ..models.network import CausalLM
-from ..models.packing import Packing
 from ..models.sparse import Sparse
 from ..models.tokenizer import Tokenizer
 from .sampling import Sampler, Sampling
@@ -33,12 +32,12 @@ from .sampling import Sampler, Sampling
 # on_progress(done, total): tokens of the prompt held and tokens of the whole prompt
 Progress = Callable[[int, int], None]
 Cancelled = Callable[[], bool]
+HOMES = ("device", "machine")
 ATTENTIONS = ("exact", "sparse", "pages")
 WEIGHTS = ("auto", "full", "int8", "int4")
 MASS = 0.95  # of the attention that sparse reading keeps
 SPARSE_CHUNK = 1024  # tokens read at once then: what is laid out of the past serves more queries
 EXACT_END = 128  # tokens at the end of a prompt that are read exactly then
-HEADROOM = 2 << 30  # bytes of a card that a forward may take beside weights and cache
 CHUNK = 512  # tokens a forward reads at once: large enough for matrix products to run at full speed
 
 
@@ -56,6 +55,7 @@ class Stats:
     mass_kept: float = 1.0  # the share of the attention that reading really kept, measured over the session
     mass_written: float = 1.0  # the same of writing
     cache: str = "full"  # the format of the keys and values
+    cache_home: str = "device"  # where they lie: with the model, or in the "machine"'s memory beside its card
     weights: str = "full"  # what single tokens are computed with: "full", or the weights rounded to "int8" or "int4"
     kernels: str = ""  # who computed them: "compiled", or "torch" and why; "" on a GPU
     finish_reason: str = ""  # "stop": end token or stop text; "length": max_new_tokens; "cancelled"
@@ -154,6 +154,7 @@ class Engine:
         cache: str = "full",
         allocate: Allocate | None = None,
         mass: float = MASS,
+        home: str = "device",
     ) -> "Session":
         """A conversation of at most `planned_tokens` tokens, prompt and answers together. The RoPE base is chosen
         from that number and stays for the session's life. Raises UserError past the window, but for pages.
@@ -164,7 +165,11 @@ class Engine:
         cache      format of the keys and values, one of models.cache.FORMATS
         allocate   where the cache's storage comes from; memory when left out
         mass       for "sparse": the share of the attention to keep
+        home       where the cache lies: on the model's "device", or, for a card without the room, in the "machine"'s
+                   memory, from which every forward brings it over (not for pages)
         """
+        if home not in HOMES:
+            raise UserError(f"A cache cannot lie in {home!r}: choose one of {', '.join(HOMES)}.")
         if attention not in ATTENTIONS:
             raise UserError(f"There is no attention {attention!r}: choose one of {', '.join(ATTENTIONS)}.")
         if attention == "pages":
@@ -176,7 +181,9 @@ class Engine:
                 f"The conversation needs {planned_tokens:,} tokens and {self.name} reads {self.window:,}:"
                 " shorten the text, or use a model with a larger window."
             )
-        return Session(self, planned_tokens, cache_format=cache, allocate=allocate, attention=attention, mass=mass)
+        return Session(
+            self, planned_tokens, cache_format=cache, allocate=allocate, attention=attention, mass=mass, home=home
+        )
 
 
 @dataclass
@@ -194,15 +201,16 @@ class Session:
     # A forward always ends after this many tokens: the document's, so that an answer has the same bits whether the
     # document was read just before it or kept (inference/store.py).
     boundary: int = 0
+    home: str = "device"  # where the cache lies
 
     def __post_init__(self) -> None:
         network = self.engine.network
         shape = network.config
         sizes = (shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens)
-        home = cache_home(network, self.planned_tokens, self.cache_format) if self.allocate is None else None
         self.cache = KVCache(
-            *sizes, network.dtype, network.device, format=self.cache_format, allocate=self.allocate, home=home
-        )
+            *sizes, network.dtype, network.device, format=self.cache_format, allocate=self.allocate,
+            home="cpu" if self.home == "machine" else None,
+        )  # fmt: skip
         if self.attention == "sparse":
             self.cache.sparse = Sparse(self.mass)
 
@@ -284,7 +292,9 @@ class Session:
         self, prompt: list[int], sampling: Sampling, on_progress: Progress | None, cancelled: Cancelled | None
     ) -> Iterator[int]:
         network, end_ids = self.engine.network, self.engine.tokenizer.eos_ids
-        self.stats = stats = Stats(prompt_tokens=len(prompt), attention=self.attention, cache=self.cache_format)
+        self.stats = stats = Stats(
+            prompt_tokens=len(prompt), attention=self.attention, cache=self.cache_format, cache_home=self.home
+        )  # fmt: skip
         held = stats.reused_tokens = self._begin(prompt, stats, sampling.max_new_tokens)
         started = time.perf_counter()
         try:
@@ -413,17 +423,6 @@ class Session:
             tokens.close()  # type: ignore[attr-defined]
             if reason:
                 self.stats.finish_reason = reason
-
-
-def cache_home(network: CausalLM, tokens: int, format: str) -> torch.device:
-    """Where the keys and values of `tokens` tokens are kept: on the network's device, or in the machine's memory when
-    that is a card with too little left. What a forward needs beside the cache (`HEADROOM`) stays free on the card."""
-    device, shape = network.device, network.config
-    if device.type != "cuda":
-        return device
-    row = shape.head_dim * network.dtype.itemsize if format == "full" else Packing(format, shape.head_dim).bytes_per_row
-    needed = 2 * shape.num_layers * shape.num_kv_heads * row * tokens
-    return device if needed + HEADROOM <= free_on_card(device) else torch.device("cpu")
 
 
 def free_on_card(device: torch.device) -> int:

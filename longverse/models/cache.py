@@ -38,8 +38,8 @@ class KVCache:
     capacity     tokens it can ever hold: the planned length, which also pins the RoPE base
     rope_length  the planned length the keys' angles were computed for; the same for every token in it
     length       tokens held now
-    home         where keys and values lie: `device`, unless told otherwise. A cache that a card has no room for lies in
-                 the machine's memory, and comes to the card a stretch at a time, on every pass
+    home         where keys and values lie: `device`, unless told otherwise. A cache that a card has no room for may lie
+                 in the machine's memory; it comes to the card a stretch at a time, on every pass
 
     Memory: `bytes_per_token * capacity`, and for int8 and int4 the ends kept in full and, while a prompt is read, one
     stretch of the past in floating point. On CPU the system hands out pages as they are written, so an unused capacity
@@ -78,7 +78,7 @@ class KVCache:
         self._written: set[int] = set()  # the layers that hold its tokens
         self.sparse: Sparse | None = None  # when set, chunks of a prompt leave out most of the past
         self.packing = packing.Packing(format, head_dim) if format != "full" else None
-        allocate = allocate or self._allocate
+        allocate = allocate or (lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=self._place(name)))
         shapes = self._shapes()
         try:
             self._storage = {name: allocate(name, shape, kind) for name, (shape, kind) in shapes.items()}
@@ -109,11 +109,9 @@ class KVCache:
             "recent_tokens": ((1, 1, 1, RECENT), torch.int64),
         }  # fmt: skip
 
-    def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Storage as the system gives it. A card reads the machine's memory at full speed only where it is pinned."""
-        if self.at_home or name not in ("keys", "key_scales", "values", "value_scales"):
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        return torch.empty(shape, dtype=dtype, device=self.home, pin_memory=self.device.type == "cuda")
+    def _place(self, name: str) -> torch.device:
+        """Where an array lies: the ends kept in full are small and stay on the device."""
+        return self.home if name in ("keys", "key_scales", "values", "value_scales") else self.device
 
     @property
     def at_home(self) -> bool:
@@ -133,7 +131,7 @@ class KVCache:
             self.values[layer, :, :, self.length : end] = v
             self._written.add(layer)
             if one:
-                return one.attend(layer, q, self.spans(end), self.writes_sparsely())
+                return one.attend(layer, q, self.spans(end), self.sparse_writing())
             if sparse is not None or (new > 1 and self._compiled(q)):
                 return self._attend_chunk(layer, q, k, v, sparse)
             if not self.at_home:
@@ -143,7 +141,7 @@ class KVCache:
         if new == 1:
             self._append(layer, k, v)
             if one:
-                return one.attend(layer, q, self.spans(end), self.writes_sparsely())
+                return one.attend(layer, q, self.spans(end), self.sparse_writing())
             return self.packing.rotate(self._attend_past(layer, rotated, end)[0])
         # The chunk itself is attended in full, and the ring is read before it is written.
         if sparse is not None or self._compiled(rotated):
@@ -181,7 +179,7 @@ class KVCache:
             while self._recent_begin > 0 and slots[(self._recent_begin - 1) % RECENT] == self._recent_begin - 1:
                 self._recent_begin -= 1
 
-    def writes_sparsely(self) -> Sparse | None:
+    def sparse_writing(self) -> Sparse | None:
         """What the token that is being read now may leave out; None where it sees everything."""
         return self.sparse if self.sparse is not None and self.sparse.writing else None
 
@@ -280,7 +278,8 @@ class KVCache:
         return merge(*self._attend_past(layer, q, self.length), mixed, weight) if self.length else mixed
 
     def _attend_past(self, layer: int, q: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Unmasked attention of rotated q over tokens 0 .. end - 1, a stretch at a time; with log-sum-exps."""
+        """Unmasked attention of q, rotated where keys are, over tokens 0 .. end - 1, a stretch at a time; with
+        log-sum-exps."""
         result: tuple[Tensor, Tensor] | None = None
         for start in range(0, end, STRETCH):
             stop = min(start + STRETCH, end)
@@ -309,7 +308,7 @@ class KVCache:
 
     def _here(self, name: str, layer: int, begin: int, end: int) -> Tensor:
         """Rows of one array on `device`: a view of it where it lies there."""
-        return self._storage[name][layer, :, :, begin:end].to(self.device, non_blocking=True)
+        return self._storage[name][layer, :, :, begin:end].to(self.device)
 
     def _compiled(self, q: Tensor) -> bool:
         """Whether the CPU kernel for many queries runs for this cache's layout, too."""

@@ -1,7 +1,6 @@
 """The engine on small random models: the same text as transformers' `generate`, reuse, stop texts, cancelling."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from longverse import UserError, XverseConfig, XverseForCausalLM
 from longverse.inference import engine as engine_module
-from longverse.inference.engine import Engine, Session
+from longverse.inference.engine import HOMES, Engine, Session
 from longverse.inference.sampling import Sampling
 from longverse.models import kernels
 from longverse.models.chat import ChatFormat
@@ -223,16 +222,13 @@ def test_statistics(tokenizer: Tokenizer) -> None:
     assert stats.peak_memory_bytes > 10**7
 
 
-@pytest.mark.parametrize(("free", "format", "home"), [(10, "full", "cpu"), (10, "int4", "cuda"), (0, "int4", "cpu")])
-def test_a_cache_that_a_card_has_no_room_for_lies_in_the_machines_memory(
-    free: float, format: str, home: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shape = SimpleNamespace(num_layers=40, num_kv_heads=40, head_dim=128)
-    network: Any = SimpleNamespace(device=torch.device("cuda"), config=shape, dtype=torch.bfloat16)
-    monkeypatch.setattr(engine_module, "free_on_card", lambda device: engine_module.HEADROOM + free * 2**30)
-    assert engine_module.cache_home(network, 32_768, format).type == home  # 25 GiB in full, 7.1 GiB as int4
-    network.device = torch.device("cpu")
-    assert engine_module.cache_home(network, 1 << 30, "full").type == "cpu"
+def test_a_cache_in_the_machines_memory_gives_the_same_answer(tokenizer: Tokenizer, small_chunks: None) -> None:
+    engine = make_engine(tokenizer)
+    answers = [engine.session(80, home=home).complete(prompt(50), Sampling(max_new_tokens=9)) for home in HOMES]
+    assert answers[0].tokens == answers[1].tokens
+    assert [answer.stats.cache_home for answer in answers] == list(HOMES)
+    with pytest.raises(UserError, match="cannot lie in"):
+        engine.session(80, home="cellar")
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -1,5 +1,7 @@
 """Block-sparse reading against exact attention: the dial, the measured share, chunks and formats."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -169,8 +171,17 @@ def test_writing_leaves_out_what_the_rule_says(mass: float) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Two key/value heads are then cut into three stretches each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("format", ["full", "int8", "int4"])
-def test_writing_keeps_the_mass_over_every_format_and_with_several_threads(format: str) -> None:
+def test_writing_keeps_the_mass_over_every_format_and_stretch(format: str, three_threads: None) -> None:
     if kernels.unavailable():
         pytest.skip(f"no CPU kernels: {kernels.unavailable()}")
     q, k, v = heaped(seed=4)
@@ -181,6 +192,7 @@ def test_writing_keeps_the_mass_over_every_format_and_with_several_threads(forma
         read(cache, q, k, v, (1300,))
         cache.sparse.writing = True
         mixed, exact = read(cache, q, k, v, (1,) * 20)
+        assert cache._kernel(2 * GROUP).partial.shape[:2] == (2, 3)
         lost.append(1 - cache.sparse.mass_written)
         errors.append(error(mixed, exact))
         assert lost[-1] <= 1 - mass + 1e-6

@@ -63,6 +63,40 @@ def test_the_decoder_is_the_network(shape: str) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("format", ["full", "int8"])
+def test_the_decoder_leaves_out_what_the_cache_does(format: str) -> None:
+    from longverse.models.kernels.decoder import Decoder
+    from longverse.models.sparse import Sparse
+
+    network = random_network(tiny_config(num_key_value_heads=2, max_position_embeddings=1024))
+    decoder, shape = Decoder.of(network, "full"), network.config
+    assert decoder is not None
+    ids = torch.randint(0, shape.vocab_size, (1, 904), generator=torch.Generator().manual_seed(3))
+    caches = [KVCache(shape.num_layers, 2, shape.head_dim, 1000, torch.float32, format=format) for _ in range(3)]
+    logits = []
+    with torch.inference_mode():
+        for cache, mass in zip(caches, (0.5, 0.5, 1.0), strict=True):
+            network.model(ids[:, :900], torch.arange(900)[None], 1000, cache.attend)
+            cache.advance(900)
+            cache.sparse = Sparse(mass, writing=True)
+            for n in range(900, 904):
+                if cache is caches[0]:
+                    last = network(ids[:, n : n + 1], torch.tensor([[n]]), 1000, cache.attend)[0, 0]
+                    cache.advance(1)
+                else:
+                    step = decoder.step(int(ids[0, n]), cache)
+                    assert step is not None
+                    last = step
+            logits.append(last)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+    kept = [cache.sparse.mass_written for cache in caches if cache.sparse is not None]
+    assert kept[0] == pytest.approx(kept[1], abs=2e-3)
+    assert 0.5 <= kept[0] < 0.95
+    assert kept[2] == 1
+    assert not torch.allclose(logits[2], logits[0], rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
 def test_rounded_weights_are_those_of_the_packing() -> None:
     network = random_network(tiny_config(**SHAPES["everything"]))
     rounded = random_network(tiny_config(**SHAPES["everything"]))

@@ -115,7 +115,7 @@ class Decoder:
         cos, sin = (_floats(part.flatten()) for part in model.rotary(torch.tensor([[begin]]), cache.rope_length))
         logits = np.empty(config.vocab_size, dtype=np.float32)
         cache.begin_pass(0, begin + 1)
-        sparse = cache.writes_sparsely()
+        sparse = cache.sparse_writing()
         lost = np.zeros(config.num_kv_heads)
         self.team.run(
             decoder_kernel(replace(form, sparse=sparse is not None), self.form),
