@@ -1,8 +1,8 @@
 """A small model from nothing: a tokenizer of XVERSE's construction trained on one's own texts, and random weights.
 
 The tokenizer: BPE whose unknown characters are spelt in bytes (`<0xE4>`), spaces are the mark `▁` with none put before
-the text, digits stand alone, punctuation is isolated. Weights: normal with deviation 0.02, those that end a residual
-branch divided by sqrt(2 * layers) (GPT-2's initialisation), norms 1.
+the text, digits stand alone, punctuation is isolated. Weights: normal, those that end a residual branch divided by
+sqrt(2 * layers) (GPT-2's initialisation), norms 1.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class NewModel:
     texts       JSON-lines files (also .gz) with a `text` a line, or plain text files
     vocabulary  tokens, special and byte tokens included
     characters  of the texts that the tokenizer's training sees, the files in equal parts
+    deviation   of the weights at the beginning; GPT-2's 0.02 is for a width of 768, and narrow models want more
     window, theta  the base model's window in tokens and RoPE base
     """
 
@@ -43,6 +44,7 @@ class NewModel:
     layers: int = 4
     heads: int = 4
     mlp: int = 352
+    deviation: float = 0.02
     window: int = 2048
     theta: float = 10_000.0
 
@@ -51,6 +53,8 @@ class NewModel:
             raise UserError("A new model needs at least one text file for its tokenizer.")
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise UserError(f"{self.heads} heads do not divide a width of {self.hidden} into even sizes.")
+        if self.deviation <= 0:
+            raise UserError(f"Weights with a deviation of {self.deviation} are all alike: take one above 0, such as 0.02.")
         if self.vocabulary < 600:
             raise UserError(f"A vocabulary of {self.vocabulary} has no room beside 260 fixed tokens: take 600 or more.")
 
@@ -110,7 +114,7 @@ def make_model(new: NewModel, folder: Path, seed: int = 0) -> None:
         writer = SafetensorsWriter(aside, {name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()})
         for name, shape in shapes.items():
             branch_end = name.endswith(("o_proj.weight", "down_proj.weight"))
-            deviation = 0.02 / math.sqrt(2 * new.layers) if branch_end else 0.02
+            deviation = new.deviation / math.sqrt(2 * new.layers) if branch_end else new.deviation
             values = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * deviation
             writer.write(name, values)
         writer.close()
