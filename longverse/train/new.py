@@ -54,7 +54,7 @@ class NewModel:
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise UserError(f"{self.heads} heads do not divide a width of {self.hidden} into even sizes.")
         if self.deviation <= 0:
-            raise UserError(f"Weights with a deviation of {self.deviation} are all alike: take one above 0, such as 0.02.")
+            raise UserError(f"Weights of deviation {self.deviation} are all alike: take one above 0, such as 0.02.")
         if self.vocabulary < 600:
             raise UserError(f"A vocabulary of {self.vocabulary} has no room beside 260 fixed tokens: take 600 or more.")
 

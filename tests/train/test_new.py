@@ -115,6 +115,8 @@ def test_a_recipe_from_nothing(texts: tuple[str, str], tmp_path: Path) -> None:
 
 
 def test_refuses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="above 0"):
+        NewModel(("a",), deviation=0)
     with pytest.raises(UserError, match="600"):
         NewModel(("a",), vocabulary=300)
     with pytest.raises(UserError, match="even"):
