@@ -180,7 +180,7 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("format", ["full", "int8", "int4"])
+@pytest.mark.parametrize("format", ["full", "int4"])
 def test_writing_keeps_the_mass_over_every_format_and_stretch(format: str, three_threads: None) -> None:
     if kernels.unavailable():
         pytest.skip(f"no CPU kernels: {kernels.unavailable()}")
@@ -197,5 +197,5 @@ def test_writing_keeps_the_mass_over_every_format_and_stretch(format: str, three
         errors.append(error(mixed, exact))
         assert lost[-1] <= 1 - mass + 1e-6
     assert lost[0] > lost[1] > lost[2]
-    assert errors[2] < {"full": 1e-5, "int8": 0.02, "int4": 0.25}[format]
+    assert errors[2] < {"full": 1e-5, "int4": 0.25}[format]
     assert errors[1] < errors[2] + 0.05

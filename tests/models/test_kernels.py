@@ -63,8 +63,7 @@ def test_the_decoder_is_the_network(shape: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("format", ["full", "int8"])
-def test_the_decoder_leaves_out_what_the_cache_does(format: str) -> None:
+def test_the_decoder_leaves_out_what_the_cache_does() -> None:
     from longverse.models.kernels.decoder import Decoder
     from longverse.models.sparse import Sparse
 
@@ -72,7 +71,7 @@ def test_the_decoder_leaves_out_what_the_cache_does(format: str) -> None:
     decoder, shape = Decoder.of(network, "full"), network.config
     assert decoder is not None
     ids = torch.randint(0, shape.vocab_size, (1, 904), generator=torch.Generator().manual_seed(3))
-    caches = [KVCache(shape.num_layers, 2, shape.head_dim, 1000, torch.float32, format=format) for _ in range(3)]
+    caches = [KVCache(shape.num_layers, 2, shape.head_dim, 1000, torch.float32) for _ in range(3)]
     logits = []
     with torch.inference_mode():
         for cache, mass in zip(caches, (0.5, 0.5, 1.0), strict=True):
