@@ -16,6 +16,10 @@ ones are asked again in other words than the report's, where a rewording is know
 Results are written after every length (a Chinese report of 32,000 tokens and its question do not fit smol's window, and
 the run ends there), beside those of other lengths and languages that the same model and code gave: the file holds
 their digest, and rows of another are dropped. A quick look, with fewer reports or questions, is only printed.
+
+What a report was answered, and where the answer's tokens looked, is kept in build/citations by a digest of all that it
+rests on. Words and limits (documents/words.py, documents/citations.py) judge it afterwards, so a change of those alone
+is measured anew in seconds.
 """
 
 import argparse
@@ -26,20 +30,25 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common import RESULTS, machine, write_results
 
 import longverse
 from longverse.commands_demo import ANSWER_TOKENS, sized_report
-from longverse.documents.ask import cited, prepare
+from longverse.documents.ask import attended_by, prepare
+from longverse.documents.citations import Attended, cite
 from longverse.documents.document import Document
-from longverse.documents.evidence import attend_to, token_spans, trace
+from longverse.documents.evidence import token_spans, trace
 from longverse.documents.reader import decode
 from longverse.documents.report import Fact, unanswerable
-from longverse.inference.engine import Engine, Session
+from longverse.documents.words import Index
+from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 
 REPORTS, QUESTIONS = 4, 8
+KEPT = RESULTS.parents[1] / "build" / "citations"
+JUDGES = ("words.py", "citations.py")  # of documents/, and this file, which names what it asks with in `answered`
 SAMPLING = Sampling(max_new_tokens=ANSWER_TOKENS, stop=("\n", ". ", "。"))
 # The generated questions repeat the report's words; people do not.
 REWORDINGS = (
@@ -81,8 +90,13 @@ def reworded(question: str) -> str:
     return ""
 
 
-def measure(engine: Engine, tokens: int, seed: int, questions: int, language: str, tally: Tally) -> None:
-    """One report: ask, cite, count."""
+def answered(engine: Engine, tokens: int, seed: int, questions: int, language: str, kept: str) -> dict[str, Any]:
+    """One report, the questions put to it, and for each the answer, the attention of its tokens, and seconds; from
+    build/citations where the same was asked before. `kept` stands for everything that the arguments do not say."""
+    name = hashlib.sha256(repr((kept, tokens, seed, questions, language, SAMPLING, REWORDINGS)).encode()).hexdigest()
+    path = KEPT / f"{language}-{tokens}-{seed}-{name[:12]}.json"
+    if path.exists():
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
     report = sized_report(engine, seed, tokens, questions, language)
     document = decode(report.text.encode(), "report.md")
     asked: list[tuple[str, Fact | None, str]] = [(fact.question, fact, "answerable") for fact in report.facts]
@@ -90,46 +104,69 @@ def measure(engine: Engine, tokens: int, seed: int, questions: int, language: st
     asked += [(other, fact, "reworded") for fact in report.facts if (other := reworded(fact.question))]
     prompts = prepare(engine, document, [question for question, _, _ in asked], ANSWER_TOKENS)
     session = engine.session(prompts.planned_tokens)
+    items = []
     for number, (question, fact, kind) in enumerate(asked):
         started = time.perf_counter()
         done = session.complete(prompts.ids[number], SAMPLING)
-        answered = time.perf_counter()
-        if number:  # the first question also pays for reading
-            tally.seconds["answers"] += answered - started
-        alone = attention_alone(session, prompts.ids[number], done.tokens, prompts)
+        said = time.perf_counter()
+        found = attended_by(session, prompts, number, done.tokens)
+        traced = time.perf_counter() - said
+        items.append({
+            "question": question, "kind": kind, "answer": done.text,
+            "right": fact is not None and fact.is_answered_by(done.text), "position": fact and fact.position,
+            "shares": found and [list(row.items()) for row in found.shares], "offsets": found and list(found.offsets),
+            "logprob": found and found.logprob, "seconds": [said - started, traced],
+        })  # fmt: skip
+    made = {"text": report.text, "items": items, "machine": machine()}
+    KEPT.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(made, ensure_ascii=False))
+    aside.replace(path)
+    return made
+
+
+def measure(made: dict[str, Any], tally: Tally) -> None:
+    """One answered report: cite, count."""
+    document = decode(made["text"].encode(), "report.md")
+    index = Index((document,))
+    for number, item in enumerate(made["items"]):
+        question, kind, answer = item["question"], item["kind"], item["answer"]
+        attended = None
+        if item["shares"] is not None:
+            attended = Attended([dict(row) for row in item["shares"]], item["offsets"], item["logprob"])
         begun = time.perf_counter()
-        result = cited(session, prompts, number, done.text, done.tokens)
-        if number:
-            tally.seconds["citations"] += time.perf_counter() - begun
+        result = cite(question, answer.strip(), index, attended)
+        if number:  # the first question also pays for reading
+            tally.seconds["answers"] += item["seconds"][0]
+            tally.seconds["citations"] += item["seconds"][1] + time.perf_counter() - begun
         tally.counts[kind] += 1
         tally.counts[f"{kind} refused"] += not result.found
-        if fact is None:
+        signals = {name: round(value, 2) for name, value in result.signals.items()}
+        if item["position"] is None:
             if result.found:
-                tally.misses.append(f"accepted: {question} | {done.text.strip()[:100]}")
+                tally.misses.append(f"accepted: {question} | {answer.strip()[:100]} | {signals}")
             continue
-        right = fact.is_answered_by(done.text)
-        truth = document.paragraph_at(fact.position).number
+        truth = document.paragraph_at(item["position"]).number
         hit = result.found and bool(result.citations) and result.citations[0].paragraph == truth
+        status = result.citations[0].status if result.citations else "no answer"
+        right, verified = item["right"], hit and status != "unverified"
         tally.counts[f"{kind} right"] += right
         tally.counts[f"{kind} cited"] += hit
-        tally.counts[f"{kind} attention"] += alone == truth
-        tally.counts[f"{kind} right verified"] += right and hit and result.citations[0].status != "unverified"
-        tally.counts[f"{kind} wrong verified"] += not right and hit and result.citations[0].status != "unverified"
-        status = result.citations[0].status if result.citations else "no answer"
-        if not hit or (status != "unverified" and not right):
+        tally.counts[f"{kind} attention"] += most_attended(attended, index) == truth
+        tally.counts[f"{kind} right verified"] += right and verified
+        tally.counts[f"{kind} wrong verified"] += not right and verified
+        if not hit or (verified and not right):
             what = f"{kind}, {'cited' if hit else 'elsewhere' if result.found else 'refused'}, {status}"
-            signals = {name: round(value, 2) for name, value in result.signals.items()}
-            tally.misses.append(f"{what}: {question} | {done.text.strip()[:100]} | {signals}")
+            tally.misses.append(f"{what}: {question} | {answer.strip()[:100]} | {signals}")
 
 
-def attention_alone(session: Session, prompt: list[int], answer: list[int], prompts) -> int:  # type: ignore[no-untyped-def]
+def most_attended(attended: Attended | None, index: Index) -> int:
     """The number of the paragraph with most attention, headings aside; 0 without an answer."""
-    attended = attend_to(session, prompt, answer, prompts.index)
     if attended is None:
         return 0
     shares = attended.over(0, 10**9)
-    text = {place: share for place, share in shares.items() if not prompts.index.places[place][1].level}
-    return prompts.index.places[max(text, key=lambda place: text[place])][1].number if text else 0
+    text = {place: share for place, share in shares.items() if not index.places[place][1].level}
+    return index.places[max(text, key=lambda place: text[place])][1].number if text else 0
 
 
 def heads(engine: Engine, tokens: int, seeds: list[int], questions: int) -> list[dict[str, float]]:
@@ -182,7 +219,7 @@ def main() -> None:
             print(entry)
         print("written:", write_results(f"{name}-heads", {"model": options.model, "heads": best}))
         return
-    made_by = digest()
+    made_by, kept = digest(), f"{options.model} {options.rope} {digest(judges=False)}"
     path = RESULTS / f"{name}.json"
     settings = {"model": options.model, "rope": options.rope, "code": made_by}
     before = json.loads(path.read_text()) if path.exists() else {}
@@ -191,7 +228,9 @@ def main() -> None:
         for length in options.lengths:
             tally = Tally()
             for report in range(options.reports):
-                measure(engine, length, 1000 + report, options.questions, language, tally)
+                made = answered(engine, length, 1000 + report, options.questions, language, kept)
+                measure(made, tally)
+            # Of the machine that answered; it may have been another day.
             row = {"language": language, "tokens": length, "reports": options.reports}
             for kind in ("answerable", "reworded"):
                 row |= {f"{kind} {part}": tally.share(f"{kind} {part}", kind) for part in
@@ -201,19 +240,22 @@ def main() -> None:
             row |= {"seconds for citations, of the answers'": round(
                 tally.seconds["citations"] / max(tally.seconds["answers"], 1e-9), 3)}  # fmt: skip
             rows = [old for old in rows if (old["language"], old["tokens"]) != (language, length)]
-            rows.append(row | {"machine": machine(), "misses": tally.misses})
+            rows.append(row | {"machine": made["machine"], "misses": tally.misses})
             rows.sort(key=lambda one: (one["language"] != "en", one["tokens"]))
             print(row, *tally.misses, sep="\n  ", flush=True)
             if (options.reports, options.questions) == (REPORTS, QUESTIONS) or options.name:
                 print("written:", write_results(name, {**settings, "rows": rows}))
 
 
-def digest() -> str:
+def digest(judges: bool = True) -> str:
     """12 hexadecimal digits of what the figures rest on beside the engine's exact arithmetic: the adapter that is
-    shipped, the code that makes the reports and asks, cites and refuses, and this file."""
+    shipped, the code that makes the reports and asks, cites and refuses, and this file. Without `judges`, of what the
+    answers and their attention rest on alone."""
     package = Path(longverse.__file__).parent
     files = [*(package / "documents").glob("*"), *(package / "models" / "embedded").rglob("*"), Path(__file__)]
     files += [package / "wording.py", package / "commands_demo.py", package / "models" / "chat.py"]
+    if not judges:
+        files = [file for file in files if file.name not in JUDGES]
     found = hashlib.sha256()
     for file in sorted(file for file in files if file.is_file() and file.suffix != ".pyc"):
         found.update(file.read_bytes())

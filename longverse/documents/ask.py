@@ -11,7 +11,7 @@ from functools import cached_property
 from ..errors import UserError
 from ..inference.engine import Engine, Session
 from ..wording import language_of, messages
-from .citations import NOT_FOUND, Cited, cite
+from .citations import NOT_FOUND, Attended, Cited, cite
 from .document import Document
 from .evidence import attend_to
 from .words import Index, groups, names, terms
@@ -117,13 +117,16 @@ def doubtful(prompts: Prompts, number: int) -> bool:
 def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Sequence[int]) -> Cited:
     """Tie the answer that `session` just gave to the question of that number to the documents, and check it. `ids` are
     the answer's tokens."""
-    places = prompts.places[number]
-    attended = attend_to(session, prompts.ids[number], ids, prompts.index, places)
+    attended = attended_by(session, prompts, number, ids)
+    return cite(prompts.questions[number], answer.strip(), prompts.index, attended)
+
+
+def attended_by(session: Session, prompts: Prompts, number: int, ids: Sequence[int]) -> Attended | None:
+    """Where the tokens of that answer looked, with offsets into the answer as it is shown: stripped."""
+    attended = attend_to(session, prompts.ids[number], ids, prompts.index, prompts.places[number])
     written = session.engine.tokenizer.decode(list(ids))
     lead = len(written) - len(written.lstrip())  # what stripping took from the beginning
-    if attended is not None and lead:
-        attended = attended.moved(-lead)
-    return cite(prompts.questions[number], answer.strip(), prompts.index, attended)
+    return attended.moved(-lead) if attended is not None and lead else attended
 
 
 def not_found(prompts: Prompts, number: int) -> str:
