@@ -32,6 +32,8 @@ _MEASURES = "个座支条所家名位间件台辆份张种本片项处口"  # wh
 _ASKING_HAN = re.compile(
     "什么时候|为什么|什么|多少(?:名(?![额称字])|[个位座份件](?![位置数额谈税性])|辆|台)?|哪[里家个些位种年]?|谁|怎么样?|怎样|如何|是否|请问|几[个年月]|吗|呢|何[时地种处]"
 )
+# "Painted in what colour": a passage names the colour and not the word.
+_KIND_HAN = re.compile(rf"(什么样?的?|哪一?[种类个家])[{HAN}]{{1,3}}(?=\W*$)")
 _SENTENCE = re.compile(
     rf"(?<=[.!?])[\"”’)\]]*\s+(?=[\"“‘(\[]?[A-Z0-9\u0400-\u04ff{HAN}])|(?<=[。！？；])[”’」』）]*|\n+"
 )
@@ -103,7 +105,13 @@ def terms(text: str) -> list[str]:
 
 def groups(question: str) -> list[tuple[str, ...]]:
     """What a question asks with, one group for each English word or number and one for each unbroken run of Chinese:
-    its pairs are parts of one thing. Question words are left out."""
+    its pairs are parts of one thing. Question words are left out, and the kind of thing that a Chinese question ends
+    with asking for, where it says more than a subject beside it."""
+    general = _groups(_KIND_HAN.sub(r"\1", question))
+    return general if len(general) > 1 else _groups(question)
+
+
+def _groups(question: str) -> list[tuple[str, ...]]:
     found: dict[tuple[str, ...], None] = {}
     for part in re.split(rf"([{HAN}]+)", _ASKING_HAN.sub(" ", question)):
         if not _HAN_RUN.fullmatch(part):

@@ -62,6 +62,9 @@ def test_terms_of_both_languages() -> None:
     assert terms("What are the cities' costs, 1,240 or 3.5%?") == ["city", "cost", "1240", "3.5%"]
     assert terms("青溪的厂长") == ["青溪", "厂长"]
     assert groups("货轮恒达号运送什么？") == [("货轮", "轮恒", "恒达", "达号", "号运", "运送")]
+    hull = [("货轮", "轮恒", "恒达", "达号"), ("船身", "身漆", "漆成")]
+    assert groups("货轮恒达号的船身漆成什么颜色？") == hull  # "black" says the colour without the word
+    assert groups("恒达采用什么方法？") == [("恒达", "达采", "采用"), ("方法",)]  # else the subject alone would do
     assert groups("Who is the captain?") == [("captain",)]
     assert groups("What is it about?") == []
 
