@@ -57,6 +57,9 @@ _DATE = re.compile(
 # "A hospital" is no number; "only one clerk" is.
 _ARTICLE_HAN = re.compile(rf"(?<![一二三四五六七八九十百千万亿第只仅共])(?<![只仅共]有)一([{_MEASURES}])(.?)")
 _COUNTED = re.compile(r"(?:多少|几)(.)")
+# How many are counted in whole things, and a share of them is no count; how much may be a share.
+_ASKS_COUNT = re.compile(rf"(?:多少|几)[{_MEASURES}人](?!百)|\bhow many\b(?! per ?cent)", re.IGNORECASE)
+_SHARE = re.compile(r"\d+(?:\.\d+)?\s*(?:%|percent|per cent)|百分之[\d零一二三四五六七八九十百点.]+")
 _NUMBER_WORDS = (
     "one two three four five six seven eight nine ten eleven twelve thirteen fifteen hundred thousand million dozen"
     " half once twice few several none no nothing free all"
@@ -68,13 +71,15 @@ _NUMBER = re.compile(
 
 
 def can_answer(question: str, passage: str) -> bool:
-    """False where a question asks for a number or a time, and the passage has none. A date is no number."""
+    """False where a question asks for a number or a time, and the passage has none. A date is no number, and a
+    percentage no count."""
     text = normalise(passage)
     if _ASKS_TIME.search(question):
         return _TIME.search(text) is not None
     if _ASKS_NUMBER.search(question):
         counted = _COUNTED.search(question)  # how many hospitals: then "a hospital" is a number after all
         plain = _ARTICLE_HAN.sub(lambda found: found[0] if counted and counted[1] in found.groups() else " ", text)
+        plain = _SHARE.sub(" ", plain) if _ASKS_COUNT.search(question) else plain
         return _NUMBER.search(_DATE.sub(" ", plain)) is not None
     return True
 
