@@ -1,0 +1,111 @@
+"""A document read once and opened again: seconds to the first new token, and whether the answer is the fresh reader's.
+
+    python benchmarks/reopen.py [--tokens 262144] [--attention pages] [--cache full] [--model smol] [--folder DIR]
+
+Three processes: one reads the document fresh and answers; one reads it into a store (and could be killed: give the same
+--folder again, and reading goes on); one opens the store and answers. The last is done twice: with the store's files in
+the machine's memory, as they are after reading, and with them dropped from there. Its clock starts when the model is
+loaded and stops at the first new token; checksums are compared in between. Writes benchmarks/results/reopen.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import table, write_results
+
+QUESTION = " Question: who presides over the society? Answer:"
+NEW = 32
+
+
+def worker(what: str, options: argparse.Namespace) -> dict[str, Any]:
+    """fresh, keep or open: seconds and the answer's tokens."""
+    from longverse.evaluation.haystack import generated_text
+    from longverse.inference.engine import Engine
+    from longverse.inference.sampling import Sampling
+    from longverse.inference.store import Store
+
+    engine = Engine.load(options.model, device="cpu")
+    engine.tokenizer.eos_ids = frozenset()  # all write NEW tokens
+    ids = engine.tokenizer.encode(generated_text("en", 7, 6 * options.tokens))[: options.tokens]
+    assert len(ids) == options.tokens
+    prompt = ids + engine.tokenizer.encode(QUESTION)
+    planned = len(prompt) + NEW
+    ways = {"cache": options.cache, "attention": options.attention}
+    store = Store(Path(options.folder))
+    begun = time.perf_counter()
+    if what == "fresh":
+        session = engine.session(planned, **ways)
+        session.boundary = len(ids)
+    elif what == "keep":
+        session = store.read(engine, ids, planned, name="long", **ways)
+    else:
+        found = store.find(engine, prompt, planned, **ways)
+        assert found is not None, store.notes
+        session = found
+    opened = time.perf_counter() - begun
+    done = session.complete(prompt, Sampling(max_new_tokens=NEW))
+    assert not store.notes, store.notes
+    return {
+        "seconds": opened + done.stats.prefill_seconds, "opening": opened, "reused": done.stats.reused_tokens,
+        "tokens": list(done.tokens), "kept_bytes": sum(x.bytes for x in store.entries()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smol")
+    parser.add_argument("--tokens", type=int, default=262_144)
+    parser.add_argument("--attention", default="pages")
+    parser.add_argument("--cache", default="full")
+    parser.add_argument("--folder", help="of the store; a temporary one when left out")
+    parser.add_argument("--worker", choices=("fresh", "keep", "open"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(worker(options.worker, options)))
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(options.folder or aside)
+        found: dict[str, Any] = {}
+        for name, what in (("fresh", "fresh"), ("keep", "keep"), ("open", "open"), ("open, files dropped", "open")):
+            if name.endswith("dropped"):
+                drop(folder)
+            found[name] = run(what, folder)
+            same = found[name]["tokens"] == found["fresh"]["tokens"]
+            print(f"{name}: {found[name]['seconds']:.1f} s to the first token; {'same' if same else 'OTHER'} answer",
+                  flush=True)  # fmt: skip
+    rows = [
+        [name, f"{one['reused']:,}", f"{one['opening']:.2f}", f"{one['seconds']:.2f}",
+         "yes" if one["tokens"] == found["fresh"]["tokens"] else "NO"]
+        for name, one in found.items()
+    ]  # fmt: skip
+    print(table(["", "tokens reused", "opening, s", "to the first token, s", "answer as fresh"], rows))
+    settings = {name: getattr(options, name) for name in ("model", "tokens", "attention", "cache")}
+    print(write_results("reopen", settings | {"runs": found}))
+
+
+def run(what: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, *sys.argv, "--worker", what, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{what}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def drop(folder: Path) -> None:
+    """Drop a folder's files from the machine's memory."""
+    os.sync()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    main()
