@@ -120,7 +120,7 @@ class Made:
         start = rng.randrange(max(1, len(text) - 6 * target))
         maker = FactMaker(language, "train", rng, text[start : start + 6 * target])
         facts: list[Told] = []
-        for _ in range(rng.randint(1, max(1, min(6, target // 96)))):
+        for _ in range(rng.randint(1, max(1, min(6, target // 48)))):
             known = plain_facts(maker, 1) if rng.random() < 0.5 else []
             facts += [(fact.sentences[0], fact.question, fact.answers[0]) for fact in known] or [
                 _open_fact(rng, language, words)
