@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--ours", type=int, nargs="*", default=[131_072, 262_144], help="lengths for pages alone")
     parser.add_argument("--limit", type=int, default=900, help="seconds a measurement may take")
     parser.add_argument("--llama", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--only", nargs="+", help="names that begin so")
+    parser.add_argument("--only", nargs="+", choices=(*OURS, *PEERS), help="these alone")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--tokens", type=int, default=400_000, help="of the caches of --kernels")
@@ -201,7 +201,7 @@ def main() -> None:
     plan += [("ours pages", length) for length in options.ours]
     for name, length in plan:
         key = f"{name} @ {length}"
-        if (options.only and not any(name.startswith(x) for x in options.only)) or (key in known and not options.again):
+        if (options.only and name not in options.only) or (key in known and not options.again):
             continue
         python = options.llama if name.startswith("llama") else sys.executable
         if python is None:
@@ -223,17 +223,20 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             known[key] = {"limit": options.limit}
         write_results("cpu_long", {"rows": known})
-    header = ["", "tokens", "reading, s", "tokens/s", "a token, ms", "peak GB", "weights", "attention kept"]
+    header = ["", "tokens", "reading, s", "tokens/s", "a token, ms", "peak GB", "of goal", "weights", "attention kept"]
     lines = []
     for key, row in sorted(known.items(), key=lambda item: int(item[0].split(" @ ")[1])):
         name, length = key.split(" @ ")
         if "limit" in row:
-            lines.append([name, f"{int(length):,}", f"not in {row['limit']}", "–", "–", "–", "–", "–"])
+            lines.append([name, f"{int(length):,}", f"not in {row['limit']}", *["–"] * 6])
             continue
+        # The goal: 1.15 times weights and cache, and a gigabyte.
+        goal = 1.15 * (row["weights_bytes"] + row["cache_bytes"]) + 1e9 if "cache_bytes" in row else 0
         lines.append(
             [
                 name, f"{int(length):,}", f"{row['read_seconds']:.1f}", f"{int(length) / row['read_seconds']:,.0f}",
-                f"{1e3 * row['token_seconds']:.1f}", f"{row['peak_bytes'] / 1e9:.2f}", row.get("weights", "–"),
+                f"{1e3 * row['token_seconds']:.1f}", f"{row['peak_bytes'] / 1e9:.2f}",
+                f"{row['peak_bytes'] / goal:.0%}" if goal else "–", row.get("weights", "–"),
                 f"{row['mass_kept']:.1%}" if "sparse" in name else "–",
             ]
         )  # fmt: skip
