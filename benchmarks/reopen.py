@@ -42,13 +42,13 @@ def worker(what: str, options: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     if what == "fresh":
         session = engine.session(planned, **ways)
-        session.boundary = len(ids)
     elif what == "keep":
         session = store.read(engine, ids, planned, name="long", **ways)
     else:
         found = store.find(engine, prompt, planned, **ways)
         assert found is not None, store.notes
         session = found
+    session.boundary = len(ids)
     opened = time.perf_counter() - begun
     done = session.complete(prompt, Sampling(max_new_tokens=NEW))
     assert not store.notes, store.notes

@@ -135,6 +135,18 @@ def test_pages_are_kept_too(tmp_path: Path, store: Store) -> None:
     assert answer(kept, question, 1900) == (answer(plain, question, 1900)[0], 1900)
 
 
+def test_sparse_readings_are_kept_apart_from_exact_ones(tmp_path: Path, store: Store) -> None:
+    engine, ids = make_engine(tmp_path, tiny_config(max_position_embeddings=1024)), document(900)
+    question = ids + document(9, 1)
+    plain = fresh(engine, ids, 1000, attention="sparse")
+    store.read(engine, ids, 1000, attention="sparse")
+    kept = store.find(make_engine(tmp_path, tiny_config(max_position_embeddings=1024)), question, 1000)
+    assert kept is not None and kept.attention == "sparse"
+    assert store.find(engine, question, 1000, attention="exact") is None
+    assert same_cache(kept, plain, 900)
+    assert answer(kept, question, 900) == (answer(plain, question, 900)[0], 900)
+
+
 def test_asking_never_writes_to_the_files(engine: Engine, store: Store) -> None:
     ids = document(LENGTH)
     store.read(engine, ids, LENGTH + 50)
