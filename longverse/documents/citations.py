@@ -133,7 +133,7 @@ def cite(question: str, answer: str, index: Index, attended: Attended | None = N
         best["logprob"] = attended.logprob
     if found and asked and not speaks_of(best):
         # The answer leads nowhere, and a passage may hold the question's words all the same: then that is shown.
-        for place in index.nearest(asked, 1):
+        for place in index.nearest(asked, 3):
             citation, signals = _passage(answer, question, index, place)
             if signals["asked"] >= SURE and signals["kind"] and not signals["strangers"]:
                 return Cited(answer, (citation,), ((len(answer), (1,)),), True, best | signals)
