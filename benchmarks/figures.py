@@ -177,7 +177,125 @@ def round_trip(chinese: bool) -> str:
     return f"{table(['step', 'perplexity', 'MB'], rows)}\n"
 
 
+def cpu_long(chinese: bool) -> str:
+    """Reading and writing on a CPU, beside transformers and llama.cpp."""
+    results = load("cpu_long")
+    names = {
+        "ours exact": ("longverse, exact", "longverse，精确"),
+        "ours exact, int8 cache": ("int8 cache", "int8 缓存"),
+        "ours sparse": ("sparse", "稀疏"),
+        "ours pages": ("pages", "分页"),
+        "transformers bf16": ("transformers, bf16", "transformers，bf16"),
+        "llama.cpp Q4_1, f16 cache": ("llama.cpp, Q4_1", "llama.cpp，Q4_1"),
+    }
+    parts = {
+        "read_seconds": ("reading, s", "阅读，秒", 1.0),
+        "token_seconds": ("a further token, ms", "每多写一个 token，毫秒", 1e3),
+    }
+    rows = []
+    for length in sorted({int(key.split(" @ ")[1]) for key in results["rows"]}):
+        for part, (english, translated, scale) in parts.items():
+            cells = []
+            for name in names:
+                row = results["rows"].get(f"{name} @ {length}", {})
+                late = f"> {row['limit']}" if "limit" in row and part == "read_seconds" else "–"
+                cells.append(f"{row[part] * scale:.1f}" if part in row else late)
+            rows.append([f"{length:,}", translated if chinese else english, *cells])
+    header = ["token 数", ""] if chinese else ["tokens", ""]
+    return (
+        f"{table([*header, *(name[chinese] for name in names.values())], rows)}\n\n{machine_line(results, chinese)}\n"
+    )
+
+
+def cpu_kernels(chinese: bool) -> str:
+    """How near the kernels that write come to the memory's own speed."""
+    results = load("cpu_kernels")
+    rows = [[row["what"], f"{row['gb']:.1f}", f"{row['share']:.0%}"] for row in results["rows"]]
+    return f"{table(['', 'GB/s', 'of plain reading'], rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def kv_quality(chinese: bool) -> str:
+    """What rounded caches cost, by layout."""
+    results = load("kv_quality")
+    columns = [key for key in next(iter(results["layouts"].values())) if key.startswith("KL")]
+    rows = []
+    for name, row in results["layouts"].items():
+        found = results["facts_found"].get(name.split(" ")[0]) if "ours" in name or name == "full" else None
+        cells = [f"{row[key]:.5f}" for key in columns]
+        rows.append([name, f"{row['bytes a token']:,.0f}", *cells, "–" if found is None else f"{found:.0%}"])
+    return f"{table(['layout', 'bytes a token', *columns, 'facts found'], rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def sparse_quality(chinese: bool) -> str:
+    """What sparse reading and writing cost and give."""
+    results = load("sparse_quality")
+    forms = {
+        "seconds": "{:.1f}", "times faster": "{:.2f}", "blocks read": "{:.0%}", "mass kept": "{:.1%}", "KL": "{:.4f}",
+        "ms a token": "{:.1f}", "mass written": "{:.1%}", "facts found": "{:.0%}",
+    }  # fmt: skip
+    rows = [
+        [f"{row['tokens']:,}", str(row["dial"])]
+        + [form.format(row[key]) if row.get(key) is not None else "–" for key, form in forms.items()]
+        for row in results["rows"]
+    ]
+    return f"{table(['tokens', 'dial', *forms], rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def pages_lengths(chinese: bool) -> str:
+    """Facts found past the window, and what reading costs."""
+    results = load("pages_lengths")
+    modes = [mode for mode in ("facts", "several", "hop") if mode in results["lengths"][0]]
+    rows = []
+    for record in results["lengths"]:
+        cells = [
+            f"{sum(trial['score'] or 0 for trial in record[mode]):.0f} of {len(record[mode])}"
+            if mode in record
+            else "–"
+            for mode in modes
+        ]
+        speed = [f"{record['microseconds a token']:.0f} µs", f"{record['first token']:.2f} s"]
+        rows.append([f"{record['length']:,}", *cells, *speed])
+    header = ["tokens", *modes, "reading, a token", "slowest first token of an answer"]
+    return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def plan_check(chinese: bool) -> str:
+    """Planned beside measured memory and seconds."""
+    results = load("plan_check")
+
+    def pair(row: dict[str, Any], key: str, scale: float, form: str) -> str:
+        planned, measured = row[f"planned_{key}"], row[f"measured_{key}"]
+        return f"{form.format(planned * scale)} / {form.format(measured * scale)} ({planned / measured - 1:+.0%})"
+
+    rows = [
+        [f"{row['tokens']:,}", row["cache"], pair(row, "bytes", 1e-6, "{:,.0f}"), pair(row, "prefill", 1, "{:.2f}"),
+         pair(row, "token", 1e3, "{:.1f}")]
+        for row in results["rows"]
+    ]  # fmt: skip
+    header = ["tokens", "cache", "memory, MB, planned / measured", "reading, s", "a token, ms"]
+    return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def reopen(chinese: bool) -> str:
+    """A document of 256K tokens read, kept and opened again."""
+    results = load("reopen")
+    fresh = results["runs"]["fresh"]["tokens"]
+    rows = [
+        [name, f"{one['reused']:,}", f"{one['seconds']:.1f}", "yes" if one["tokens"] == fresh else "NO"]
+        for name, one in results["runs"].items()
+    ]
+    header = ["", "tokens reused", "to the first new token, s", "answer as read fresh"]
+    return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
+
+
 WRITERS: dict[str, Callable[[bool], str]] = {
+    "cpu_long": cpu_long,
+    "cpu_kernels": cpu_kernels,
+    "kv_quality": kv_quality,
+    "sparse_quality": sparse_quality,
+    "pages_lengths": pages_lengths,
+    "plan_check": plan_check,
+    "reopen": reopen,
     "first_light": first_light,
     "needle": needle,
     "smol_facts": smol_facts,

@@ -141,7 +141,8 @@ def test_sparse_readings_are_kept_apart_from_exact_ones(tmp_path: Path, store: S
     plain = fresh(engine, ids, 1000, attention="sparse")
     store.read(engine, ids, 1000, attention="sparse")
     kept = store.find(make_engine(tmp_path, tiny_config(max_position_embeddings=1024)), question, 1000)
-    assert kept is not None and kept.attention == "sparse"
+    assert kept is not None
+    assert kept.attention == "sparse"
     assert store.find(engine, question, 1000, attention="exact") is None
     assert same_cache(kept, plain, 900)
     assert answer(kept, question, 900) == (answer(plain, question, 900)[0], 900)
