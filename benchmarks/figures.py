@@ -1,4 +1,5 @@
-"""Write the figures of benchmarks/results/ into README.md, README.zh-CN.md and docs/: no number is typed by hand.
+"""Write the figures of benchmarks/results/ into README.md, README.zh-CN.md and docs/: no number in their places is
+typed by hand.
 
 A place for figures is a pair of comments, `<!-- figures: NAME -->` and `<!-- end -->`; what stands between them is
 replaced. `--check` changes nothing and fails where a file is not up to date (the tests run it).
@@ -28,7 +29,8 @@ def machine_line(results: dict[str, Any], chinese: bool) -> str:
     machine = results["machine"]
     if chinese:
         return f"{machine['cpu']}，{machine['threads']} 线程，torch {machine['torch']}，{machine['date']}。"
-    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}."
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    return f"{machine['cpu']}, {threads}, torch {machine['torch']}, {machine['date']}."
 
 
 def first_light(chinese: bool) -> str:
@@ -183,6 +185,7 @@ def cpu_long(chinese: bool) -> str:
     names = {
         "ours exact": ("longverse, exact", "longverse，精确"),
         "ours exact, int8 cache": ("int8 cache", "int8 缓存"),
+        "ours exact, int4 cache": ("int4 cache", "int4 缓存"),
         "ours sparse": ("sparse", "稀疏"),
         "ours pages": ("pages", "分页"),
         "transformers bf16": ("transformers, bf16", "transformers，bf16"),
@@ -202,9 +205,16 @@ def cpu_long(chinese: bool) -> str:
                 cells.append(f"{row[part] * scale:.1f}" if part in row else late)
             rows.append([f"{length:,}", translated if chinese else english, *cells])
     header = ["token 数", ""] if chinese else ["tokens", ""]
-    return (
-        f"{table([*header, *(name[chinese] for name in names.values())], rows)}\n\n{machine_line(results, chinese)}\n"
+    kept = min(row["mass_kept"] for key, row in results["rows"].items() if "sparse" in key and "mass_kept" in row)
+    weights = ", ".join(sorted({row["weights"] for row in results["rows"].values() if "weights" in row}))
+    note = (
+        f"longverse 写答案时用 {weights} 权重；稀疏阅读至少保留 {kept:.0%} 的注意力，分页是近似。"
+        if chinese
+        else f"Ours writes with {weights} weights; sparse reading kept {kept:.0%} of the attention or more; pages are"
+        " an approximation. "
     )
+    shown = table([*header, *(name[chinese] for name in names.values())], rows)
+    return f"{shown}\n\n{note}{machine_line(results, chinese)}\n"
 
 
 def cpu_kernels(chinese: bool) -> str:
@@ -265,6 +275,8 @@ def plan_check(chinese: bool) -> str:
 
     def pair(row: dict[str, Any], key: str, scale: float, form: str) -> str:
         planned, measured = row[f"planned_{key}"], row[f"measured_{key}"]
+        if planned is None:
+            return f"– / {form.format(measured * scale)}"
         return f"{form.format(planned * scale)} / {form.format(measured * scale)} ({planned / measured - 1:+.0%})"
 
     rows = [
@@ -277,14 +289,14 @@ def plan_check(chinese: bool) -> str:
 
 
 def reopen(chinese: bool) -> str:
-    """A document of 256K tokens read, kept and opened again."""
+    """A long document read, kept and opened again."""
     results = load("reopen")
     fresh = results["runs"]["fresh"]["tokens"]
     rows = [
         [name, f"{one['reused']:,}", f"{one['seconds']:.1f}", "yes" if one["tokens"] == fresh else "NO"]
         for name, one in results["runs"].items()
     ]
-    header = ["", "tokens reused", "to the first new token, s", "answer as read fresh"]
+    header = [f"{results['tokens']:,} tokens", "reused", "to the first new token, s", "answer as read fresh"]
     return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
 
 

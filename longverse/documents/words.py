@@ -33,7 +33,7 @@ _ASKING_HAN = re.compile(
     "什么时候|为什么|什么|多少(?:名(?![额称字])|[个位座份件](?![位置数额谈税性])|辆|台)?|哪[里家个些位种年]?|谁|怎么样?|怎样|如何|是否|请问|几[个年月]|吗|呢|何[时地种处]"
 )
 # "Painted in what colour": a passage names the colour and not the word.
-_KIND_HAN = re.compile(rf"(什么样?的?|哪一?[种类个家])[{HAN}]{{1,3}}(?=\W*$)")
+_KIND_HAN = re.compile(r"(?<=[成作染涂])(什么样?的?|何种|哪一?种)(?:颜色|形状|样子|语言|文字)的?(?=\W*$)")
 _SENTENCE = re.compile(
     rf"(?<=[.!?])[\"”’)\]]*\s+(?=[\"“‘(\[]?[A-Z0-9\u0400-\u04ff{HAN}])|(?<=[。！？；])[”’」』）]*|\n+"
 )
@@ -42,7 +42,7 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE,
 )
 _MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
-_ASKS_NUMBER = re.compile(r"多少|几[^乎何]|\bhow (?:many|much|old)\b", re.IGNORECASE)
+_ASKS_NUMBER = re.compile(r"多少|(?<![这那哪前后上头十数好])几[^乎何]|\bhow (?:many|much|old)\b", re.IGNORECASE)
 _ASKS_TIME = re.compile(
     r"什么时候|何时|哪一?[年天]|哪个?月|几[年月号]|^when\b|\b(?:which|what) (?:year|month|day|date)\b", re.IGNORECASE
 )
@@ -57,9 +57,19 @@ _DATE = re.compile(
 # "A hospital" is no number; "only one clerk" is.
 _ARTICLE_HAN = re.compile(rf"(?<![一二三四五六七八九十百千万亿第只仅共])(?<![只仅共]有)一([{_MEASURES}])(.?)")
 _COUNTED = re.compile(r"(?:多少|几)(.)")
-# How many are counted in whole things, and a share of them is no count; how much may be a share.
-_ASKS_COUNT = re.compile(rf"(?:多少|几)[{_MEASURES}人](?!百)|\bhow many\b(?! per ?cent)", re.IGNORECASE)
-_SHARE = re.compile(r"\d+(?:\.\d+)?\s*(?:%|percent|per cent)|百分之[\d零一二三四五六七八九十百点.]+")
+# How many are counted in whole things, and a change by nine percent is no count; "62% of them" may say one.
+_ASKS_COUNT = re.compile(
+    r"多少(?:[名位个座辆台](?![数额字点称置])|人(?![口工均])|员工|职工|工人|学生)"
+    r"|\bhow many\b(?! of| per ?cent| points)",
+    re.IGNORECASE,
+)
+_ASKS_SHARE = re.compile(
+    r"率|比例|比重|占|百分|份额|股[权份]|多少.*多少|\b(?:percent\w*|share|rate|points?|how much)\b", re.IGNORECASE
+)
+_SHARE = re.compile(
+    r"(?:\d+(?:\.\d+)?|\b[a-z]+)\s*(?:%|pct|percent|per cent)(?!\s*(?:of\b|的))"
+    r"|(?:[百十千万一二三四五六七八九]+分之[\d零一二三四五六七八九十百点.]+|[\d.]+\s*个百分点)(?!的)"
+)
 _NUMBER_WORDS = (
     "one two three four five six seven eight nine ten eleven twelve thirteen fifteen hundred thousand million dozen"
     " half once twice few several none no nothing free all"
@@ -71,15 +81,16 @@ _NUMBER = re.compile(
 
 
 def can_answer(question: str, passage: str) -> bool:
-    """False where a question asks for a number or a time, and the passage has none. A date is no number, and a
-    percentage no count."""
+    """False where a question asks for a number or a time, and the passage has none. A date is no number, a
+    change in per cent no count."""
     text = normalise(passage)
     if _ASKS_TIME.search(question):
         return _TIME.search(text) is not None
     if _ASKS_NUMBER.search(question):
         counted = _COUNTED.search(question)  # how many hospitals: then "a hospital" is a number after all
         plain = _ARTICLE_HAN.sub(lambda found: found[0] if counted and counted[1] in found.groups() else " ", text)
-        plain = _SHARE.sub(" ", plain) if _ASKS_COUNT.search(question) else plain
+        if _ASKS_COUNT.search(question) and not _ASKS_SHARE.search(question):
+            plain = _SHARE.sub(" ", plain)
         return _NUMBER.search(_DATE.sub(" ", plain)) is not None
     return True
 
@@ -110,8 +121,8 @@ def terms(text: str) -> list[str]:
 
 def groups(question: str) -> list[tuple[str, ...]]:
     """What a question asks with, one group for each English word or number and one for each unbroken run of Chinese:
-    its pairs are parts of one thing. Question words are left out, and the kind of thing that a Chinese question ends
-    with asking for, where it says more than a subject beside it."""
+    its pairs are parts of one thing. Question words are left out, and so is what follows them in "painted in what
+    colour" in Chinese, where more than a subject stands beside it."""
     general = _groups(_KIND_HAN.sub(r"\1", question))
     return general if len(general) > 1 else _groups(question)
 

@@ -32,6 +32,7 @@ from longverse.train.examples import Example, encode_conversation
 from longverse.train.new import read_texts
 
 KINDS = ("copy", "facts")
+VERSION = 2  # counts up whenever example n becomes another: a run that was begun does not go on with those
 SENTENCE = re.compile(r"(?<=[。！？；])|(?<=[.!?;] )|(?<=\n)")
 SHORTEST = 4  # tokens of a run that is copied
 EVEN = 20  # the n-th token is drawn in proportion to 1 / (n + EVEN)
@@ -89,7 +90,7 @@ class Made:
                     raise UserError(f"{path} holds no words to put facts together from: give a text in prose.")
                 self._texts.append((language, text, words))
         told = "".join(text for _, text, _ in self._texts)
-        self.identity = hashlib.sha256(f"{kind} {seed} {told}".encode()).hexdigest()[:16]
+        self.identity = hashlib.sha256(f"{VERSION} {kind} {seed} {told}".encode()).hexdigest()[:16]
         self._ordinary = [n for n in range(tokenizer.vocab_size) if n not in tokenizer.special_ids]
         self._weights = list(itertools.accumulate(1 / (n + EVEN) for n in range(len(self._ordinary))))
 

@@ -135,10 +135,15 @@ def test_pages_are_kept_too(tmp_path: Path, store: Store) -> None:
     assert answer(kept, question, 1900) == (answer(plain, question, 1900)[0], 1900)
 
 
-def test_sparse_readings_are_kept_apart_from_exact_ones(tmp_path: Path, store: Store) -> None:
+def test_sparse_readings_are_kept_apart_from_exact_ones(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "SPARSE_CHUNK", 256)
     engine, ids = make_engine(tmp_path, tiny_config(max_position_embeddings=1024)), document(900)
     question = ids + document(9, 1)
     plain = fresh(engine, ids, 1000, attention="sparse")
+    assert plain.cache.sparse is not None
+    assert plain.cache.sparse.blocks_all > 0  # it had blocks to choose among
     store.read(engine, ids, 1000, attention="sparse")
     kept = store.find(make_engine(tmp_path, tiny_config(max_position_embeddings=1024)), question, 1000)
     assert kept is not None
