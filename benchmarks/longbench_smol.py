@@ -1,10 +1,10 @@
-"""Two whole tasks of LongBench with smol, by the benchmark's own protocol: multi_news and passage_retrieval_zh.
+"""Two whole tasks of LongBench with smol-8k, by the benchmark's own protocol: multi_news and passage_retrieval_zh.
 
     python benchmarks/longbench_smol.py [--limit N] [--processes 2] [--keep FOLDER]
 
 Reads ../shared/longbench (or $LONGVERSE_SHARED/longbench): config and two data files of 200 rows. --max-length is
-7,500, so that prompt, template and 512 new tokens fit smol's 8,192. Takes hours on two cores; a stopped run goes on.
-Writes benchmarks/results/longbench_smol.json and, with all rows, docs/longbench_smol.md. smol was never
+7,500, so that prompt, template and 512 new tokens fit its 8,192. Takes hours on two cores; a stopped run goes on.
+Writes benchmarks/results/longbench_smol.json and, with all rows, docs/longbench_smol.md. It was never
 trained on Chinese and is small: the figures are weak, and theirs is only to be right.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "longverse-longbench")
     options = parser.parse_args()
     data = Path(os.environ.get("LONGVERSE_SHARED", ROOT / "../shared")) / "longbench"
-    with EngineProcesses("smol", processes=options.processes) as backend:
+    with EngineProcesses("smol-8k", processes=options.processes) as backend:
         model = backend.describe()
         scores = LongBenchRun(
             backend=backend,
@@ -56,7 +56,7 @@ def main() -> None:
         "tasks": list(TASKS),
         "cut_rows": sum(s.cut or 0 for s in scores),
     }
-    text = tables.markdown(scores, model="smol", settings=settings)
+    text = tables.markdown(scores, model="smol-8k", settings=settings)
     print(text)
     path = write_results("longbench_smol", tables.to_dict(scores, model=model, settings=settings))
     print(f"written: {path}")

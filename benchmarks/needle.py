@@ -4,7 +4,8 @@
 
 Facts of eight kinds in generated texts at five depths: `smol` in English and Chinese, `smol-8k` (the same model before
 it was read further) in English, and at twice its window with ABF (base 100,000 to 500,000) and with dynamic NTK alone:
-what a change of RoPE does without training. None of the texts and kinds are of the training's data. Writes
+what a change of RoPE does without training. None of the texts and sentences are of the training's data; some
+kinds (birthplaces, colours, prices) are, with other sentences and values. Writes
 benchmarks/results/needle.json and docs/needle_smol.png. A stopped run goes on; with --only the others keep what they
 have.
 """
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2, help="facts a cell")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "longverse-needle", help="journals")
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS), help="nothing: draw anew")
     options = parser.parse_args()
     before = json.loads((RESULTS / "needle.json").read_text())
     results = {name: NeedleResult.from_dict(before[name]) for name in RUNS if name not in options.only}
@@ -70,7 +71,7 @@ def main() -> None:
         [results[name].panels()[number] | {"title": title} for name, number, title in titles],
         picture,
         title="Facts found by depth and length, per cent",
-        subtitle=f"{options.repeats} facts a cell, eight kinds · generated texts · greedy, exact prompt lengths",
+        subtitle="eight kinds of fact · generated texts · greedy, exact prompt lengths",
     )
     print(f"written: {picture}")
 

