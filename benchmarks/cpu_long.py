@@ -13,6 +13,7 @@ llama.cpp needs an interpreter with llama-cpp-python 0.3.36 (see llama_cpp_check
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -215,8 +216,13 @@ def main() -> None:
             str(embedded.find("smol")),
             str(torch.get_num_threads()),
         ]
+        # As the `longverse` command sets it; the peers run as they come.
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if name in OURS else {}
+        peers = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit, cwd=ROOT)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=options.limit, cwd=ROOT, env=peers | waiting
+            )
             if done.returncode:
                 raise SystemExit(f"{key}: {done.stderr[-2000:]}")
             known[key] = json.loads(done.stdout.splitlines()[-1])
