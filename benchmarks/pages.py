@@ -16,6 +16,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import time
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
@@ -203,6 +204,7 @@ def lengths(engine: Engine, sizes: list[int], documents: int, modes: list[str]) 
         record["microseconds a token"] = 1e6 * sum(a["first"] for a in reading) / sum(a["read"] for a in reading)
         record["first token"] = max((a["first"] for a in asked if a["read"] < 1000), default=float("nan"))
         record["asked"] = asked
+        record["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far
         results.append(record)
         rows.append([*row, f"{record['microseconds a token']:.0f} µs", f"{record['first token']:.2f} s"])
         print(f"{length:,}: {rows[-1][1:]}", flush=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.checkpoint import cpu_has_bfloat16
-from ..models.compiled import attend_chunk
+from ..models.compiled import attend_chunk, compiled_fits
 
 BLOCK = 128  # queries of one head at once
 
@@ -18,11 +18,15 @@ BLOCK = 128  # queries of one head at once
 def read_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention aligned to the lower right: q [1, H, T, D], k, v [1, G, S, D] -> [1, H, T, D].
 
-    bfloat16 on a CPU that has instructions for it goes through blocked products, within bfloat16's own error (scores
-    and weights are rounded to it); all else through attend_chunk.
+    bfloat16 on a CPU with AMX goes through blocked products, within bfloat16's own error (scores and weights are
+    rounded to it); all else through attend_chunk, whose own kernel is the faster one where it runs.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] < BLOCK or not cpu_has_bfloat16():
-        return attend_chunk(q, k, v)
+    blocked = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] >= BLOCK and cpu_has_bfloat16()
+    return blocked_attention(q, k, v) if blocked and not compiled_fits(q) else attend_chunk(q, k, v)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`read_attention` by plain products of a block of queries with all its keys."""
     _, heads, new, size = q.shape
     groups, seen = k.shape[1], k.shape[2]
     share, past = heads // groups, seen - new
