@@ -130,9 +130,10 @@ def kernel_speeds(
 
     @njit(nogil=True, fastmath=True)
     def read(rank: int, size: int, counter: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+        part = x[x.size * rank // size : x.size * (rank + 1) // size]  # a loop from 0 is made into vectors
         total = np.float32(0)
-        for i in range(x.size * rank // size, x.size * (rank + 1) // size):
-            total += x[i]
+        for i in range(part.size):
+            total += part[i]
         out[rank] = total
 
     threads = team(torch.get_num_threads())

@@ -34,7 +34,7 @@ COPY_LIMIT = 4 << 30
 ROUNDED = ("rounded int8", "rounded int4")
 CHUNK = 512  # tokens of a forward (inference/engine.py)
 STRETCH = 4096  # tokens of a quantised past in floating point at a time (models/cache.py)
-PROCESS = 330 * 10**6  # of a process that has loaded torch and the tokenizer, before any weight
+PROCESS = 490 * 10**6  # of a process with torch, numba's kernels and the tokenizer, their libraries' pages counted
 CUDA_CONTEXT = 600 * 10**6  # of a card, before any tensor
 SLACK = 0.97  # of the memory may be planned: what stays is for the system's own moves
 

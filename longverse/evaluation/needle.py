@@ -28,11 +28,12 @@ from longverse.evaluation import facts as fact_lists
 from longverse.evaluation.backends import Backend, Failure, Reply, Request, answer_all, check_count, check_window
 from longverse.evaluation.facts import Fact, Picker, contains, make_fact, several_facts
 from longverse.evaluation.files import Journal
-from longverse.evaluation.fitting import PADS, fit, padding_for
+from longverse.evaluation.fitting import PADS, PadWords, fit, padding_for
 from longverse.evaluation.haystack import LANGUAGES, from_text, generated
 from longverse.evaluation.needle_result import NeedleResult, Trial
 
 MODES = ("facts", "several", "hop", "paraphrase")
+FEWER = 60  # sentences that a document may give up so that every question fits
 _FRAME = {
     "en": (
         "Read the following text carefully; a question about it comes at the end.\n\n",
@@ -274,11 +275,12 @@ def _build(backend: Backend, settings: NeedleSettings, about: _Document) -> list
         fitted.append((inside, number, padding))
     if shared and len(plans) > 1:
         # One document for all: as many sentences as the longest question leaves room for, the rest padded.
-        number = min(n for _, n, _ in fitted)
-        fitted = [
-            (inside, number, _pad_again(backend, request, compose, number, inside, plan[1], length, language))
-            for (inside, _, _), plan in zip(fitted, plans, strict=True)
-        ]
+        questions = [question for _, question in plans]
+        number, paddings = _fit_all(
+            lambda n, question, text: backend.count(request(compose(n, every, text, question))),
+            questions, min(n for _, n, _ in fitted), length, pad,
+        )  # fmt: skip
+        fitted = [(every, number, padding) for padding in paddings]
     built = []
     for (placed, question), (inside, number, padding) in zip(plans, fitted, strict=True):
         text = compose(number, inside, padding, question)
@@ -296,26 +298,27 @@ def _build(backend: Backend, settings: NeedleSettings, about: _Document) -> list
     return sorted(built, key=lambda q: -q.placed[0].depth) if settings.one_per_document else built
 
 
-def _pad_again(
-    backend: Backend,
-    request: Callable[[str], Request],
-    compose: Callable[[int, Sequence[_Placed], str, str], str],
-    number: int,
-    placed: Sequence[_Placed],
-    question: str,
-    length: int,
-    language: str,
-) -> str:
-    def count(padding: str) -> int:
-        return backend.count(request(compose(number, placed, padding, question)))
+def _fit_all(
+    count: Callable[[int, str, str], int], questions: Sequence[str], most: int, length: int, pad: PadWords
+) -> tuple[int, list[str]]:
+    """The most sentences, `most` or a few fewer, that leave every question a pad text with which its prompt has exactly
+    `length` tokens; and those texts. count(sentences, question, padding): tokens of the whole prompt.
 
-    padding = padding_for(count, length, PADS[language])
-    if padding is None:
-        raise UserError(
-            f"No prompts of exactly {length:,} tokens could be built from one document; ask for another length, or one "
-            "document a fact with --one-per-document."
-        )
-    return padding
+    One question's gap may be smaller than the shortest pad text: then a sentence less is room for all.
+    """
+    for number in range(most, max(-1, most - FEWER), -1):
+        paddings = []
+        for question in questions:
+            padding = padding_for(lambda text, n=number, q=question: count(n, q, text), length, pad)  # type: ignore[misc]
+            if padding is None:
+                break
+            paddings.append(padding)
+        else:
+            return number, paddings
+    raise UserError(
+        f"No prompts of exactly {length:,} tokens could be built from one document; ask for another length, or one "
+        "document a fact with --one-per-document."
+    )
 
 
 def _document(

@@ -10,7 +10,8 @@ import pytest
 from longverse.errors import UserError
 from longverse.evaluation.backends import Request
 from longverse.evaluation.engine_backend import EngineBackend
-from longverse.evaluation.needle import MODES, NeedleResult, NeedleSettings, default_lengths, run_needle
+from longverse.evaluation.fitting import ENGLISH_PAD
+from longverse.evaluation.needle import MODES, NeedleResult, NeedleSettings, _fit_all, default_lengths, run_needle
 from longverse.inference.engine import Engine
 
 from .conftest import Echo
@@ -39,6 +40,22 @@ def test_the_prompt_has_exactly_the_stated_tokens(echo: Echo, monkeypatch: pytes
     )
     run_needle(echo, replace(QUICK, lengths=(517, 640, 933), languages=("en", "zh"), repeats=2))
     assert {n for n, _ in seen} == {517, 640, 933}
+
+
+def test_a_gap_below_the_shortest_pad_text_costs_a_sentence() -> None:
+    """Found at 131,072 tokens of novels: the longest question fitted without a pad text, another lacked one token."""
+
+    def count(sentences: int, question: str, padding: str) -> int:
+        return 10 * sentences + len(question) + len(padding.split())
+
+    number, paddings = _fit_all(count, ["five5", "four"], 6, 65, ENGLISH_PAD)
+    assert number == 5
+    assert [count(number, question, text) for question, text in zip(["five5", "four"], paddings, strict=True)] == [
+        65,
+        65,
+    ]
+    with pytest.raises(UserError, match="exactly 3 tokens"):
+        _fit_all(count, ["five5", "four"], 6, 3, ENGLISH_PAD)
 
 
 def test_depth_shows_where_the_model_stops_seeing(echo: Echo) -> None:
