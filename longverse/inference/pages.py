@@ -70,7 +70,7 @@ class PagesSettings:
     reserve: int = 1024
     scope: Scope = "all"
     rounds: int = 1
-    score: Score = "two-step"
+    score: Score = "mass"
     shortlist: int = 256
     distance: int = 1536
     positions: Positions = "renumbered"
