@@ -224,33 +224,6 @@ def cpu_kernels(chinese: bool) -> str:
     return f"{table(['', 'GB/s', 'of plain reading'], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
-def kv_quality(chinese: bool) -> str:
-    """What rounded caches cost, by layout."""
-    results = load("kv_quality")
-    columns = [key for key in next(iter(results["layouts"].values())) if key.startswith("KL")]
-    rows = []
-    for name, row in results["layouts"].items():
-        found = results["facts_found"].get(name.split(" ")[0]) if "ours" in name or name == "full" else None
-        cells = [f"{row[key]:.5f}" for key in columns]
-        rows.append([name, f"{row['bytes a token']:,.0f}", *cells, "–" if found is None else f"{found:.0%}"])
-    return f"{table(['layout', 'bytes a token', *columns, 'facts found'], rows)}\n\n{machine_line(results, chinese)}\n"
-
-
-def sparse_quality(chinese: bool) -> str:
-    """What sparse reading and writing cost and give."""
-    results = load("sparse_quality")
-    forms = {
-        "seconds": "{:.1f}", "times faster": "{:.2f}", "blocks read": "{:.0%}", "mass kept": "{:.1%}", "KL": "{:.4f}",
-        "ms a token": "{:.1f}", "mass written": "{:.1%}", "facts found": "{:.0%}",
-    }  # fmt: skip
-    rows = [
-        [f"{row['tokens']:,}", str(row["dial"])]
-        + [form.format(row[key]) if row.get(key) is not None else "–" for key, form in forms.items()]
-        for row in results["rows"]
-    ]
-    return f"{table(['tokens', 'dial', *forms], rows)}\n\n{machine_line(results, chinese)}\n"
-
-
 def pages_lengths(chinese: bool) -> str:
     """Facts found past the window, and what reading costs."""
     results = load("pages_lengths")
@@ -303,8 +276,6 @@ def reopen(chinese: bool) -> str:
 WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_long": cpu_long,
     "cpu_kernels": cpu_kernels,
-    "kv_quality": kv_quality,
-    "sparse_quality": sparse_quality,
     "pages_lengths": pages_lengths,
     "plan_check": plan_check,
     "reopen": reopen,
