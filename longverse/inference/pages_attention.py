@@ -18,8 +18,9 @@ BLOCK = 128  # queries of one head at once
 def read_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention aligned to the lower right: q [1, H, T, D], k, v [1, G, S, D] -> [1, H, T, D].
 
-    bfloat16 on a CPU with AMX goes through blocked products, within bfloat16's own error (scores and weights are
-    rounded to it); all else through attend_chunk, whose own kernel is the faster one where it runs.
+    Through attend_chunk, whose own kernel is the fastest where it runs; but bfloat16 on a CPU that multiplies it and
+    does not run that kernel (with AMX, or without numba) through blocked products, within bfloat16's own error (scores
+    and weights are rounded to it).
     """
     blocked = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] >= BLOCK and cpu_has_bfloat16()
     return blocked_attention(q, k, v) if blocked and not compiled_fits(q) else attend_chunk(q, k, v)
