@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .simd import (
+from .vectors import (
     F32,
     I16,
     I32,
@@ -27,15 +27,15 @@ from .simd import (
     LANES,
     VF,
     VI,
-    _constants,
-    _data,
-    _fma,
-    _load,
-    _row_stride,
-    _splat,
-    _total,
-    _variable,
+    all_literal,
+    data_of,
+    fma,
     intrinsic,
+    load_vector,
+    row_stride_of,
+    splat,
+    sum_of_all,
+    variable,
 )  # fmt: skip
 
 TILE_ROWS = 6  # times four vectors of keys: 24 sums in registers, and room for what is multiplied
@@ -59,16 +59,16 @@ def attend_tile(
     top       float32 [rows], the largest score so far in powers of two; total [rows, LANES], whose sum is that of the
               weights; acc [rows, D], the weighted values
     """
-    if not _constants(size, masked):
+    if not all_literal(size, masked):
         return None
     size_, masked_ = size.literal_value, bool(masked.literal_value)
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        data = {n: _data(context, b, signature, args, n) for n in (3, 5, 6, 8, 9, 10, 11, 12)}
+        data = {n: data_of(context, b, signature, args, n) for n in (3, 5, 6, 8, 9, 10, 11, 12)}
         queries, weights = (b.bitcast(data[n], I32.as_pointer()) for n in (3, 9))
         keys, values, limits, top, total, acc = (data[n] for n in (5, 6, 8, 10, 11, 12))
         block = args[7]
-        scale = _splat(b, args[2])
+        scale = splat(b, args[2])
         rows = [b.add(args[4], I64(r)) for r in range(TILE_ROWS)]
         zero = ir.Constant(VF, [0.0] * LANES)
 
@@ -82,11 +82,11 @@ def attend_tile(
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
             before = b.load(b.gep(top, [rows[r]]))
             highest = _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3]))
-            now = _larger(b, _largest(b, highest), before)
+            now = _larger(b, largest_of_all(b, highest), before)
             b.store(now, b.gep(top, [rows[r]]))
-            factor = _power_of_two(b, _splat(b, b.fsub(before, now)))
+            factor = _power_of_two(b, splat(b, b.fsub(before, now)))
             factors.append(factor)
-            shift = _splat(b, now)
+            shift = splat(b, now)
             added = None
             for j, score in enumerate(scores):
                 weight = _power_of_two(b, b.fsub(score, shift))
@@ -98,7 +98,7 @@ def attend_tile(
                 place = b.gep(weights, [I64((r * BLOCK + j * LANES) // 2)])
                 b.store(half, b.bitcast(place, VH.as_pointer()), align=4)
             place = b.bitcast(b.gep(total, [b.mul(rows[r], I64(LANES))]), VF.as_pointer())
-            b.store(_fma(b, b.load(place, align=4), factor, added), place, align=4)
+            b.store(fma(b, b.load(place, align=4), factor, added), place, align=4)
 
         # Weighted values, four vectors of a row at a time.
         value_start = b.mul(block, I64(BLOCK // 2 * size_))
@@ -110,12 +110,12 @@ def attend_tile(
                 for start in starts
             ]
             held = [
-                [_variable(b, b.fmul(b.load(place, align=4), factor, ("fast",))) for place in of_row]
+                [variable(b, b.fmul(b.load(place, align=4), factor, ("fast",))) for place in of_row]
                 for of_row, factor in zip(places, factors, strict=True)
             ]
             with cgutils.for_range(b, I64(BLOCK // 2), intp=I64) as loop:
                 at = b.add(value_start, b.add(b.mul(loop.index, I64(size_)), I64(first)))
-                vectors = [_load(b, values, b.add(at, I64(j * LANES)), VI) for j in range(width)]
+                vectors = [load_vector(b, values, b.add(at, I64(j * LANES)), VI) for j in range(width)]
                 for r, slots in enumerate(held):
                     pair = _splat_int(b, b.load(b.gep(weights, [b.add(I64(r * BLOCK // 2), loop.index)])))
                     for slot, vector in zip(slots, vectors, strict=True):
@@ -139,21 +139,21 @@ def weigh_tile(
     """How much one block of keys weighs for each of TILE_ROWS queries, values apart: top[row + r, column] the largest
     score in powers of two, total[row + r, column] the sum of 2 ** (score - top). float32 [rows, columns] both; the rest
     as in attend_tile."""
-    if not _constants(size, masked):
+    if not all_literal(size, masked):
         return None
     size_, masked_ = size.literal_value, bool(masked.literal_value)
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        queries = b.bitcast(_data(context, b, signature, args, 3), I32.as_pointer())
-        keys, limits, top, total = (_data(context, b, signature, args, n) for n in (5, 7, 8, 9))
-        stride = _row_stride(context, b, signature, args, 8)
+        queries = b.bitcast(data_of(context, b, signature, args, 3), I32.as_pointer())
+        keys, limits, top, total = (data_of(context, b, signature, args, n) for n in (5, 7, 8, 9))
+        stride = row_stride_of(context, b, signature, args, 8)
         rows = [b.add(args[4], I64(r)) for r in range(TILE_ROWS)]
-        for r, scores in enumerate(_tile_scores(b, size_, _splat(b, args[2]), queries, rows, keys, args[6])):
+        for r, scores in enumerate(_tile_scores(b, size_, splat(b, args[2]), queries, rows, keys, args[6])):
             seen = _seen(b, limits, r) if masked_ else []
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
-            highest = _largest(b, _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3])))
-            shift, added = _splat(b, highest), None
+            highest = largest_of_all(b, _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3])))
+            shift, added = splat(b, highest), None
             for j, score in enumerate(scores):
                 weight = _power_of_two(b, b.fsub(score, shift))
                 if masked_:
@@ -161,7 +161,7 @@ def weigh_tile(
                 added = weight if added is None else b.fadd(added, weight, ("fast",))
             at = b.add(b.mul(rows[r], stride), args[10])
             b.store(highest, b.gep(top, [at]))
-            b.store(_total(b, added), b.gep(total, [at]))
+            b.store(sum_of_all(b, added), b.gep(total, [at]))
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -171,12 +171,12 @@ def weigh_tile(
 def _tile_scores(b: ir.IRBuilder, size: int, scale: Any, queries: Any, rows: list[Any], keys: Any, block: Any) -> Any:
     """The scaled scores of some rows against a block, VECTORS vectors a row."""
     zero = ir.Constant(VF, [0.0] * LANES)
-    sums = [[_variable(b, zero) for _ in range(VECTORS)] for _ in rows]
+    sums = [[variable(b, zero) for _ in range(VECTORS)] for _ in rows]
     starts = [b.mul(r, I64(size // 2)) for r in rows]
     key_start = b.mul(block, I64(size // 2 * BLOCK))
     with cgutils.for_range(b, I64(size // 2), intp=I64) as loop:
         at = b.add(key_start, b.mul(loop.index, I64(BLOCK)))
-        vectors = [_load(b, keys, b.add(at, I64(j * LANES)), VI) for j in range(VECTORS)]
+        vectors = [load_vector(b, keys, b.add(at, I64(j * LANES)), VI) for j in range(VECTORS)]
         for start, slots in zip(starts, sums, strict=True):
             pair = _splat_int(b, b.load(b.gep(queries, [b.add(start, loop.index)])))
             for slot, vector in zip(slots, vectors, strict=True):
@@ -205,7 +205,7 @@ def _power_of_two(b: ir.IRBuilder, x: Any) -> Any:
     f = b.fsub(x, whole)
     p = ir.Constant(VF, [0.00187623] * LANES)
     for term in (0.00899258, 0.0558236, 0.24015453, 0.69315297, 0.99999993):
-        p = _fma(b, p, f, ir.Constant(VF, [term] * LANES))
+        p = fma(b, p, f, ir.Constant(VF, [term] * LANES))
     exponent = b.shl(b.fptosi(whole, VI), ir.Constant(VI, [23] * LANES))
     return b.bitcast(b.add(b.bitcast(p, VI), exponent), VF)
 
@@ -214,7 +214,7 @@ def _larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
-def _largest(b: ir.IRBuilder, vector: Any) -> Any:
+def largest_of_all(b: ir.IRBuilder, vector: Any) -> Any:
     name = f"llvm.vector.reduce.fmax.v{LANES}f32"
     largest = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [VF]), name)
     return b.call(largest, (vector,), fastmath=("fast",))

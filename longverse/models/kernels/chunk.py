@@ -78,7 +78,7 @@ def _attend(
     """q [1, H, T, D] over the past in `parts` and k, v [G, T, D]."""
     from .bf16 import BLOCK, TILE_ROWS
     from .cpu_prefill import ITEM_TILES
-    from .simd import LANES
+    from .vectors import LANES
 
     assert BLOCK == sparse_module.BLOCK
     assert ITEM_TILES * TILE_ROWS == sparse_module.ITEM_ROWS

@@ -25,7 +25,17 @@ nothing has its values left out. So what a page weighs is known and not estimate
 
 import numpy as np
 
-from .simd import bf16_to_float, dots, float_to_bf16, matvec, power_of_two, weighted_sum
+from .simd import (
+    POWER_OF_TWO,
+    bf16_to_float,
+    dots,
+    exponentials,
+    float_to_bf16,
+    largest,
+    matvec,
+    power_of_two,
+    weighted_sum,
+)  # fmt: skip
 from .team import meet
 
 # Bound by specialise:
@@ -50,12 +60,9 @@ def exp_negative(x):
     x = max(x, np.float32(-87.0)) * np.float32(1.4426950408889634)
     whole = np.floor(x)
     f = x - whole
-    p = np.float32(0.00187623)
-    p = p * f + np.float32(0.00899258)
-    p = p * f + np.float32(0.0558236)
-    p = p * f + np.float32(0.24015453)
-    p = p * f + np.float32(0.69315297)
-    p = p * f + np.float32(0.99999993)
+    p = np.float32(POWER_OF_TWO[0])
+    for coefficient in POWER_OF_TWO[1:]:
+        p = p * f + np.float32(coefficient)
     return p * power_of_two(np.int32(whole))
 
 
@@ -162,10 +169,11 @@ def fold(scores, n, top, total, dropped, acc, most, most_each):
     Returns whether the values of these tokens are to be added. They are not where the tokens weigh at most `most_each`
     of what was seen so far, as the mean over the heads, and all that was left out at most `most`, for every head."""
     together, alone = np.float32(0), np.float32(0)
+    whole = (n + 15) // 16 * 16
     for head in range(HEADS):
-        highest = top[head]
-        for i in range(n):
-            highest = max(highest, scores[head, i])
+        for i in range(n, whole):
+            scores[head, i] = np.float32(-1e30)
+        highest = max(top[head], largest(scores, head, whole))
         if highest > top[head]:
             factor = exp_negative(top[head] - highest)
             total[head] *= factor
@@ -174,11 +182,7 @@ def fold(scores, n, top, total, dropped, acc, most, most_each):
             for i in range(SIZE):
                 acc[head, i] *= factor
             top[head] = highest
-        added = np.float32(0)
-        for i in range(n):
-            weight = exp_negative(scores[head, i] - highest)
-            scores[head, i] = weight
-            added += weight
+        added = exponentials(scores, head, whole, highest)
         total[head] += added
         if SPARSE:
             seen = total[head] + dropped[head]

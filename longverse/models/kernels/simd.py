@@ -1,7 +1,7 @@
 """Inner loops of the CPU kernels, as LLVM vectors of 16 floats, built into numba functions.
 
 numba's own loops vectorise when LLVM happens to see through them; a decode step waits for these few lines alone, so
-they are spelled out. LLVM makes of a vector what the processor has: one AVX-512 register, two of AVX, four of NEON.
+they are spelled out.
 
 A row (the key or value of a token and head, or a row of a weight matrix) of `size` elements has one of four layouts; a
 group is `group` elements of a row that share a scale:
@@ -23,15 +23,37 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic as _intrinsic
 
-intrinsic: Any = _intrinsic  # its own annotation takes no account of the first argument, which numba gives
-LANES = 16
-I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-VF = ir.VectorType(F32, LANES)
-VI = ir.VectorType(I32, LANES)
+from .vectors import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    VF,
+    VI,
+    all_literal,
+    call,
+    data_of,
+    filled,
+    fma,
+    intrinsic,
+    largest_of_all,
+    load_vector,
+    pointer_to,
+    row_of,
+    row_stride_of,
+    splat,
+    sum_of_all,
+    variable,
+)  # fmt: skip
+
 ELEMENT = {"f32": F32, "bf16": I16, "int8": I8, "int4": I8}
-ROWS_AT_ONCE = 4  # of a matrix: they share the loads of the vector, and their sums do not wait for each other
+# 2 ** x for 0 <= x < 1, to 2e-7: a polynomial, the highest power first.
+POWER_OF_TWO = (0.00187623, 0.00899258, 0.0558236, 0.24015453, 0.69315297, 0.99999993)
+PACKED = ("int8", "int4")  # layouts whose groups have scales
+IN_ORDER = [4 * (i % 4) + i // 4 for i in range(LANES)]  # where `_halve` left the sum of vector i
 
 
 @intrinsic
@@ -71,7 +93,7 @@ def arrive(typing: Any, counter: Any) -> Any:
     """Add one to the first element of an int64 array, for all threads to see; returns what was there."""
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return b.atomic_rmw("add", _data(context, b, signature, args, 0), I64(1), "seq_cst")
+        return b.atomic_rmw("add", data_of(context, b, signature, args, 0), I64(1), "seq_cst")
 
     return types.int64(counter), emit
 
@@ -81,7 +103,7 @@ def look(typing: Any, counter: Any) -> Any:
     """The first element of an int64 array as other threads left it."""
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return b.load_atomic(_data(context, b, signature, args, 0), "seq_cst", 8)
+        return b.load_atomic(data_of(context, b, signature, args, 0), "seq_cst", 8)
 
     return types.int64(counter), emit
 
@@ -108,33 +130,78 @@ def dots(
     q float32 [heads, size]; sums float32 [heads, size / group], q's sum over each group (int4 reads them); out float32
     [heads, at least n].
     """
-    if not _constants(layout, size, heads, group):
+    if not all_literal(layout, size, heads, group):
         return None
     layout_, size_, heads_, group_ = (x.literal_value for x in (layout, size, heads, group))
     groups = size_ // group_
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        q, sums, rows, scales, out = (_data(context, b, signature, args, i) for i in (4, 5, 6, 7, 10))
-        stride = _row_stride(context, b, signature, args, 10)
-        with cgutils.for_range(b, args[9], intp=I64) as loop:
-            row = b.add(args[8], loop.index)
-            sum_of: list[Any] = [None] * heads_
-            rest: list[Any] = [None] * heads_
+        q, sums, rows, scales, out = (data_of(context, b, signature, args, i) for i in (4, 5, 6, 7, 10))
+        begin, n = args[8:10]
+        stride = row_stride_of(context, b, signature, args, 10)
+        every = range(size_ // LANES)
+        queries = [[load_vector(b, q, I64(head * size_ + i * LANES), VF) for i in every] for head in range(heads_)]
+        # What is summed apart: a head's whole product, or where groups have scales, each group's.
+        parts = groups if layout_ in PACKED else 1
+
+        def products(row: Any) -> list[Any]:
+            """q . levels of a row, as vectors still to be added up: by head and part."""
+            levels = []
             for part in range(groups):
-                vectors = _levels(b, layout_, group_, rows, _element(b, layout_, size_, group_, row, I64(part)))
-                scale, low = _scales(b, layout_, scales, b.add(b.mul(row, I64(groups)), I64(part)))
-                for head in range(heads_):
-                    acc = None if scale is not None else sum_of[head]
-                    for i, vector in enumerate(vectors):
-                        acc = _fma(b, _load(b, q, I64(head * size_ + part * group_ + i * LANES), VF), vector, acc)
-                    sum_of[head] = acc if scale is None else _fma(b, acc, _splat(b, scale), sum_of[head])
-                    if low is not None:
-                        rest[head] = _fma(b, low, b.load(b.gep(sums, [I64(head * groups + part)])), rest[head])
+                levels += _levels(b, layout_, group_, rows, _element(b, layout_, size_, group_, row, I64(part)))
+            sums_of = []
             for head in range(heads_):
-                result = _total(b, sum_of[head])
-                if rest[head] is not None:
-                    result = b.fadd(result, rest[head], ("fast",))
-                b.store(result, b.gep(out, [b.add(b.mul(stride, I64(head)), loop.index)]))
+                for part in range(parts):
+                    total = None
+                    for i in range(len(levels) // parts * part, len(levels) // parts * (part + 1)):
+                        total = fma(b, queries[head][i], levels[i], total)
+                    sums_of.append(total)
+            return sums_of
+
+        # LANES rows at a time, four by four: what is half added up waits in memory.
+        waiting = cgutils.alloca_once(b, ir.ArrayType(VF, heads_ * parts * 4))
+        zero = I64(0)
+        with cgutils.for_range(b, b.sdiv(n, I64(LANES)), intp=I64) as loop:
+            first = b.add(begin, b.mul(loop.index, I64(LANES)))
+            with cgutils.for_range(b, I64(4), intp=I64) as inner:
+                row = b.add(first, b.mul(inner.index, I64(4)))
+                four = [products(b.add(row, I64(i))) for i in range(4)]
+                for slot in range(heads_ * parts):
+                    one, other = (_halve(b, four[i][slot], four[i + 1][slot], 8) for i in (0, 2))
+                    at = b.add(b.mul(inner.index, I64(heads_ * parts)), I64(slot))
+                    b.store(_halve(b, one, other, 4), b.gep(waiting, [zero, at]))
+            for head in range(heads_):
+                result = None
+                for part in range(parts):
+                    slots = [I64(i * heads_ * parts + head * parts + part) for i in range(4)]
+                    held = [b.load(b.gep(waiting, [zero, slot])) for slot in slots]
+                    one, other = (_halve(b, held[i], held[i + 1], 2) for i in (0, 2))
+                    total = _halve(b, one, other, 1)
+                    total = b.shuffle_vector(total, ir.Constant(VF, ir.Undefined), ir.Constant(VI, IN_ORDER))
+                    scale, low = _scales_of_rows(b, layout_, groups, scales, first, part)
+                    if scale is not None:
+                        total = fma(b, total, scale, result)
+                    if low is not None:
+                        total = fma(b, low, splat(b, b.load(b.gep(sums, [I64(head * groups + part)]))), total)
+                    result = total
+                at = b.add(b.mul(stride, I64(head)), b.mul(loop.index, I64(LANES)))
+                b.store(result, pointer_to(b, out, at, VF), align=1)
+        done = b.and_(n, I64(-LANES))
+        with cgutils.for_range(b, b.sub(n, done), intp=I64) as loop:
+            index = b.add(done, loop.index)
+            row = b.add(begin, index)
+            found = products(row)
+            for head in range(heads_):
+                result = None
+                for part in range(parts):
+                    total = sum_of_all(b, found[head * parts + part])
+                    scale, low = _scales(b, layout_, scales, b.add(b.mul(row, I64(groups)), I64(part)))
+                    if scale is not None:
+                        total = fma(b, total, scale, result)
+                    if low is not None:
+                        total = fma(b, low, b.load(b.gep(sums, [I64(head * groups + part)])), total)
+                    result = total
+                b.store(result, b.gep(out, [b.add(b.mul(stride, I64(head)), index)]))
         return context.get_dummy_value()
 
     return types.void(layout, size, heads, group, q, sums, rows, scales, types.int64, types.int64, out), emit
@@ -150,41 +217,109 @@ def weighted_sum(
     weights float32 [heads, at least n]; out float32 [heads, size]. One group of elements at a time, so that the sums of
     all heads stay in registers while the rows pass by.
     """
-    if not _constants(layout, size, heads, group):
+    if not all_literal(layout, size, heads, group):
         return None
     layout_, size_, heads_, group_ = (x.literal_value for x in (layout, size, heads, group))
     groups = size_ // group_
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        weights, rows, scales, out = (_data(context, b, signature, args, i) for i in (4, 5, 6, 9))
-        stride = _row_stride(context, b, signature, args, 4)
+        weights, rows, scales, out = (data_of(context, b, signature, args, i) for i in (4, 5, 6, 9))
+        begin, n = args[7:9]
+        stride = row_stride_of(context, b, signature, args, 4)
+        scaled = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(F32, heads_ * LANES)), F32.as_pointer())
         for part in range(groups):
             places = [
                 [I64(head * size_ + part * group_ + i * LANES) for i in range(group_ // LANES)]
                 for head in range(heads_)
             ]
-            held = [[_variable(b, _load(b, out, at, VF)) for at in of_head] for of_head in places]
-            lows = [_variable(b, F32(0)) for _ in range(heads_)]
-            with cgutils.for_range(b, args[8], intp=I64) as loop:
-                row = b.add(args[7], loop.index)
+            held = [[variable(b, load_vector(b, out, at, VF)) for at in of_head] for of_head in places]
+            lows = [variable(b, filled(0.0)) for _ in range(heads_)]
+
+            def add(row: Any, factors: list[Any], part: int = part, held: list[list[Any]] = held) -> None:
                 vectors = _levels(b, layout_, group_, rows, _element(b, layout_, size_, group_, row, I64(part)))
-                scale, low = _scales(b, layout_, scales, b.add(b.mul(row, I64(groups)), I64(part)))
                 for head in range(heads_):
-                    weight = b.load(b.gep(weights, [b.add(b.mul(stride, I64(head)), loop.index)]))
-                    if low is not None:
-                        b.store(_fma(b, weight, low, b.load(lows[head])), lows[head])
-                    factor = _splat(b, weight if scale is None else b.fmul(weight, scale, ("fast",)))
+                    factor = splat(b, factors[head])
                     for slot, vector in zip(held[head], vectors, strict=True):
-                        b.store(_fma(b, factor, vector, b.load(slot)), slot)
+                        b.store(fma(b, factor, vector, b.load(slot)), slot)
+
+            # LANES rows at a time, whose weights take their scales together.
+            with cgutils.for_range(b, b.sdiv(n, I64(LANES)), intp=I64) as loop:
+                offset = b.mul(loop.index, I64(LANES))
+                first = b.add(begin, offset)
+                scale, low = _scales_of_rows(b, layout_, groups, scales, first, part)
+                for head in range(heads_):
+                    weight = load_vector(b, weights, b.add(b.mul(stride, I64(head)), offset), VF)
+                    if low is not None:
+                        b.store(fma(b, weight, low, b.load(lows[head])), lows[head])
+                    if scale is not None:
+                        weight = b.fmul(weight, scale, ("fast",))
+                    b.store(weight, pointer_to(b, scaled, I64(head * LANES), VF), align=4)
+                with cgutils.for_range(b, I64(LANES), intp=I64) as inner:
+                    at = [b.gep(scaled, [b.add(inner.index, I64(head * LANES))]) for head in range(heads_)]
+                    add(b.add(first, inner.index), [b.load(place) for place in at])
+            done = b.and_(n, I64(-LANES))
+            with cgutils.for_range(b, b.sub(n, done), intp=I64) as loop:
+                index = b.add(done, loop.index)
+                row = b.add(begin, index)
+                scale, low = _scales(b, layout_, scales, b.add(b.mul(row, I64(groups)), I64(part)))
+                factors = []
+                for head in range(heads_):
+                    weight = b.load(b.gep(weights, [b.add(b.mul(stride, I64(head)), index)]))
+                    if low is not None:
+                        one = b.insert_element(filled(0.0), b.fmul(weight, low, ("fast",)), I32(0))
+                        b.store(b.fadd(one, b.load(lows[head]), ("fast",)), lows[head])
+                    factors.append(weight if scale is None else b.fmul(weight, scale, ("fast",)))
+                add(row, factors)
             for head in range(heads_):
                 for slot, at in zip(held[head], places[head], strict=True):
                     value = b.load(slot)
                     if layout_ == "int4":
-                        value = b.fadd(value, _splat(b, b.load(lows[head])), ("fast",))
-                    b.store(value, _pointer(b, out, at, VF), align=1)
+                        value = b.fadd(value, splat(b, sum_of_all(b, b.load(lows[head]))), ("fast",))
+                    b.store(value, pointer_to(b, out, at, VF), align=1)
         return context.get_dummy_value()
 
     return types.void(layout, size, heads, group, weights, rows, scales, types.int64, types.int64, out), emit
+
+
+@intrinsic
+def largest(typing: Any, x: Any, row: Any, n: Any) -> Any:
+    """The largest of the first n elements of a row of float32 [.., at least n]; -3e38 for none. n: a multiple of 16."""
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        first = row_of(context, b, signature, args, 0, args[1])
+        most = variable(b, filled(-3e38))
+        with cgutils.for_range(b, b.sdiv(args[2], I64(LANES)), intp=I64) as loop:
+            vector = load_vector(b, first, b.mul(loop.index, I64(LANES)), VF)
+            b.store(call(b, "llvm.maxnum", b.load(most), vector), most)
+        return largest_of_all(b, b.load(most))
+
+    return types.float32(x, types.int64, types.int64), emit
+
+
+@intrinsic
+def exponentials(typing: Any, x: Any, row: Any, n: Any, top: Any) -> Any:
+    """Turn the first n elements of a row of float32 [.., at least n], none above `top`, into exp(x - top), to 2e-7
+    relative, and return their sum. n: a multiple of 16."""
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        first, top = row_of(context, b, signature, args, 0, args[1]), splat(b, args[3])
+        total = variable(b, filled(0.0))
+        with cgutils.for_range(b, b.sdiv(args[2], I64(LANES)), intp=I64) as loop:
+            at = b.mul(loop.index, I64(LANES))
+            power = b.fmul(b.fsub(load_vector(b, first, at, VF), top, ("fast",)), filled(1.4426950408889634), ("fast",))
+            power = call(b, "llvm.maxnum", power, filled(-126.0))
+            whole = call(b, "llvm.floor", power)
+            rest = b.fsub(power, whole, ("fast",))
+            value: Any = filled(POWER_OF_TWO[0])
+            for coefficient in POWER_OF_TWO[1:]:
+                value = fma(b, value, rest, filled(coefficient))
+            exponent = b.shl(b.add(b.fptosi(whole, VI), ir.Constant(VI, [127] * LANES)), ir.Constant(VI, [23] * LANES))
+            value = b.fmul(value, b.bitcast(exponent, VF), ("fast",))
+            b.store(value, pointer_to(b, first, at, VF), align=1)
+            b.store(b.fadd(value, b.load(total), ("fast",)), total)
+        return sum_of_all(b, b.load(total))
+
+    return types.float32(x, types.int64, types.int64, types.float32), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -194,50 +329,39 @@ def matvec(
 ) -> Any:  # fmt: skip
     """out[i] = row[i] . x for begin <= i < end, of a matrix given by addresses.
 
+    One row after the other: several at once would share the loads of x, but the memory is read ahead only where it is
+    read in order, which is worth three times as much.
+
     x float32 [groups * group]; sums float32 [groups], x's sum over each group (int4 reads them); rows and scales: where
     the matrix and its scales begin (int64); out float32.
     """
-    if not _constants(layout, group):
+    if not all_literal(layout, group):
         return None
     layout_, group_ = layout.literal_value, group.literal_value
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        x, sums, out = (_data(context, b, signature, args, i) for i in (2, 3, 9))
+        x, sums, out = (data_of(context, b, signature, args, i) for i in (2, 3, 9))
         rows = b.inttoptr(args[4], ELEMENT[layout_].as_pointer())
         scales = b.inttoptr(args[5], I16.as_pointer())
         groups, begin, end = args[6:9]
         size = b.mul(groups, I64(group_))
 
-        def block(first: Any, many: int) -> None:
-            """Rows first .. first + many - 1."""
-            acc = [_variable(b, ir.Constant(VF, [0.0] * LANES)) for _ in range(many)]
-            rest = [_variable(b, F32(0)) for _ in range(many)]
+        with cgutils.for_range(b, b.sub(end, begin), intp=I64) as rows_loop:
+            row = b.add(begin, rows_loop.index)
+            acc, rest = variable(b, filled(0.0)), variable(b, F32(0))
             with cgutils.for_range(b, groups, intp=I64) as loop:
                 part = loop.index
                 at = b.mul(part, I64(group_))
-                parts = [_load(b, x, b.add(at, I64(i * LANES)), VF) for i in range(group_ // LANES)]
-                for r in range(many):
-                    row = b.add(first, I64(r))
-                    vectors = _levels(b, layout_, group_, rows, _element(b, layout_, size, group_, row, part))
-                    scale, low = _scales(b, layout_, scales, b.add(b.mul(row, groups), part))
-                    total = None if scale is not None else b.load(acc[r])
-                    for mine, vector in zip(parts, vectors, strict=True):
-                        total = _fma(b, mine, vector, total)
-                    if scale is not None:
-                        total = _fma(b, total, _splat(b, scale), b.load(acc[r]))
-                    b.store(total, acc[r])
-                    if low is not None:
-                        b.store(_fma(b, low, b.load(b.gep(sums, [part])), b.load(rest[r])), rest[r])
-            for r in range(many):
-                result = b.fadd(_total(b, b.load(acc[r])), b.load(rest[r]), ("fast",))
-                b.store(result, b.gep(out, [b.add(first, I64(r))]))
-
-        blocks = b.sdiv(b.sub(end, begin), I64(ROWS_AT_ONCE))
-        with cgutils.for_range(b, blocks, intp=I64) as loop:
-            block(b.add(begin, b.mul(loop.index, I64(ROWS_AT_ONCE))), ROWS_AT_ONCE)
-        done = b.add(begin, b.mul(blocks, I64(ROWS_AT_ONCE)))
-        with cgutils.for_range(b, b.sub(end, done), intp=I64) as loop:
-            block(b.add(done, loop.index), 1)
+                vectors = _levels(b, layout_, group_, rows, _element(b, layout_, size, group_, row, part))
+                scale, low = _scales(b, layout_, scales, b.add(b.mul(row, groups), part))
+                total = None if scale is not None else b.load(acc)
+                for i, vector in enumerate(vectors):
+                    total = fma(b, load_vector(b, x, b.add(at, I64(i * LANES)), VF), vector, total)
+                b.store(total if scale is None else fma(b, total, splat(b, scale), b.load(acc)), acc)
+                if low is not None:
+                    b.store(fma(b, low, b.load(b.gep(sums, [part])), b.load(rest)), rest)
+            result = b.fadd(sum_of_all(b, b.load(acc)), b.load(rest), ("fast",))
+            b.store(result, b.gep(out, [row]))
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -245,10 +369,6 @@ def matvec(
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------
-
-
-def _constants(*given: Any) -> bool:
-    return all(isinstance(x, types.Literal) for x in given)
 
 
 def _element(b: ir.IRBuilder, layout: str, size: Any, group: int, row: Any, part: Any) -> Any:
@@ -263,7 +383,7 @@ def _levels(b: ir.IRBuilder, layout: str, group: int, rows: Any, at: Any) -> lis
     if layout == "int4":
         low, high = [], []
         for i in range(group // 2 // LANES):
-            raw = b.zext(_load(b, rows, b.add(at, I64(i * LANES)), ir.VectorType(I8, LANES)), VI)
+            raw = b.zext(load_vector(b, rows, b.add(at, I64(i * LANES)), ir.VectorType(I8, LANES)), VI)
             low.append(b.sitofp(b.and_(raw, ir.Constant(VI, [15] * LANES)), VF))
             high.append(b.sitofp(b.lshr(raw, ir.Constant(VI, [4] * LANES)), VF))
         return low + high
@@ -271,12 +391,12 @@ def _levels(b: ir.IRBuilder, layout: str, group: int, rows: Any, at: Any) -> lis
     for i in range(group // LANES):
         here = b.add(at, I64(i * LANES))
         if layout == "f32":
-            vectors.append(_load(b, rows, here, VF))
+            vectors.append(load_vector(b, rows, here, VF))
         elif layout == "bf16":
-            raw = b.zext(_load(b, rows, here, ir.VectorType(I16, LANES)), VI)
+            raw = b.zext(load_vector(b, rows, here, ir.VectorType(I16, LANES)), VI)
             vectors.append(b.bitcast(b.shl(raw, ir.Constant(VI, [16] * LANES)), VF))
         else:
-            vectors.append(b.sitofp(b.sext(_load(b, rows, here, ir.VectorType(I8, LANES)), VI), VF))
+            vectors.append(b.sitofp(b.sext(load_vector(b, rows, here, ir.VectorType(I8, LANES)), VI), VF))
     return vectors
 
 
@@ -294,48 +414,39 @@ def _scales(b: ir.IRBuilder, layout: str, scales: Any, at: Any) -> tuple[Any, An
     return None, None
 
 
-def _data(context: Any, b: ir.IRBuilder, signature: Any, args: Any, i: int) -> Any:
-    """Where the array that is argument i begins."""
-    return context.make_array(signature.args[i])(context, b, args[i]).data
+def _scales_of_rows(b: ir.IRBuilder, layout: str, groups: int, scales: Any, first: Any, part: int) -> tuple[Any, Any]:
+    """`_scales` of group `part` of LANES rows from `first` on, as vectors."""
+    if layout not in PACKED:
+        return None, None
+    kind = I16 if layout == "int8" else I32  # scale and low of an int4 group are read as one
+    start = b.bitcast(b.gep(scales, [b.mul(first, I64(groups * (kind.width // 16)))]), kind.as_pointer())
+    wide = ir.VectorType(kind, LANES * groups)
+    bits = load_vector(b, start, I64(0), wide)
+    if groups > 1:
+        places = ir.Constant(VI, [i * groups + part for i in range(LANES)])
+        bits = b.shuffle_vector(bits, ir.Constant(wide, ir.Undefined), places)
+    if layout == "int8":
+        return b.bitcast(b.shl(b.zext(bits, VI), ir.Constant(VI, [16] * LANES)), VF), None
+    scale = b.shl(bits, ir.Constant(VI, [16] * LANES))
+    low = b.and_(bits, ir.Constant(VI, [0xFFFF0000] * LANES))
+    return b.bitcast(scale, VF), b.bitcast(low, VF)
 
 
-def _row_stride(context: Any, b: ir.IRBuilder, signature: Any, args: Any, i: int) -> Any:
-    """float32 elements from row to row of argument i."""
-    array = context.make_array(signature.args[i])(context, b, args[i])
-    return b.sdiv(cgutils.unpack_tuple(b, array.strides, 2)[0], I64(4))
+def _halve(b: ir.IRBuilder, x: Any, y: Any, distance: int) -> Any:
+    """One step of adding up the elements of many vectors at once: x and y hold several sums, each still spread over
+    2 * distance neighbours; the result holds the sums of both, over `distance` neighbours each.
 
-
-def _pointer(b: ir.IRBuilder, base: Any, at: Any, kind: Any) -> Any:
-    return b.bitcast(b.gep(base, [at]), kind.as_pointer())
-
-
-def _load(b: ir.IRBuilder, base: Any, at: Any, vector: ir.VectorType) -> Any:
-    return b.load(_pointer(b, base, at, vector), align=1)
-
-
-def _variable(b: ir.IRBuilder, value: Any) -> Any:
-    """A slot that holds `value` now; LLVM keeps it in a register."""
-    slot = cgutils.alloca_once(b, value.type)
-    b.store(value, slot)
-    return slot
-
-
-def _fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
-    """x * y + z, or x * y where there is no z yet."""
-    if z is None:
-        return b.fmul(x, y, ("fast",))
-    name = "llvm.fma.f32" if x.type == F32 else f"llvm.fma.v{LANES}f32"
-    fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(x.type, [x.type] * 3), name)
-    return b.call(fma, (x, y, z), fastmath=("fast",))
-
-
-def _total(b: ir.IRBuilder, vector: Any) -> Any:
-    """The sum of a vector's elements."""
-    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-    total = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [F32, VF]), name)
-    return b.call(total, (F32(0), vector), fastmath=("fast",))
-
-
-def _splat(b: ir.IRBuilder, value: Any) -> Any:
-    one = b.insert_element(ir.Constant(VF, ir.Undefined), value, I32(0))
-    return b.shuffle_vector(one, ir.Constant(VF, ir.Undefined), ir.Constant(VI, [0] * LANES))
+    Distance 8 puts y's after x's, 4 too; 2 and 1 stay within quarters of a vector, where shuffles are cheapest, so that
+    16 vectors end in the order IN_ORDER mends.
+    """
+    if distance == 8:
+        near = [*range(8), *range(16, 24)]
+    elif distance == 4:
+        near = [*range(4), *range(8, 12), *range(16, 20), *range(24, 28)]
+    elif distance == 2:
+        near = [4 * quarter + i for quarter in range(4) for i in (0, 1, 16, 17)]
+    else:
+        near = [4 * quarter + i for quarter in range(4) for i in (0, 2, 16, 18)]
+    one = b.shuffle_vector(x, y, ir.Constant(VI, near))
+    other = b.shuffle_vector(x, y, ir.Constant(VI, [i + distance for i in near]))
+    return b.fadd(one, other, ("fast",))

@@ -1,0 +1,96 @@
+"""Writing LLVM code for numba functions by hand: vectors of LANES floats and the pieces they are handled with.
+
+LLVM makes of such a vector what the processor has: one AVX-512 register, two of AVX, four of NEON.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as _intrinsic
+
+intrinsic: Any = _intrinsic  # its own annotation takes no account of the first argument, which numba gives
+LANES = 16
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VF = ir.VectorType(F32, LANES)
+VI = ir.VectorType(I32, LANES)
+
+
+def all_literal(*given: Any) -> bool:
+    """Whether numba knows the values of these arguments where the function is called."""
+    return all(isinstance(x, types.Literal) for x in given)
+
+
+def data_of(context: Any, b: ir.IRBuilder, signature: Any, args: Any, i: int) -> Any:
+    """Where the array that is argument i begins."""
+    return context.make_array(signature.args[i])(context, b, args[i]).data
+
+
+def row_stride_of(context: Any, b: ir.IRBuilder, signature: Any, args: Any, i: int) -> Any:
+    """float32 elements from row to row of argument i."""
+    array = context.make_array(signature.args[i])(context, b, args[i])
+    return b.sdiv(cgutils.unpack_tuple(b, array.strides, 2)[0], I64(4))
+
+
+def row_of(context: Any, b: ir.IRBuilder, signature: Any, args: Any, i: int, row: Any) -> Any:
+    """Where a row of the matrix that is argument i begins."""
+    stride = row_stride_of(context, b, signature, args, i)
+    return b.gep(data_of(context, b, signature, args, i), [b.mul(stride, row)])
+
+
+def pointer_to(b: ir.IRBuilder, base: Any, at: Any, kind: Any) -> Any:
+    return b.bitcast(b.gep(base, [at]), kind.as_pointer())
+
+
+def load_vector(b: ir.IRBuilder, base: Any, at: Any, vector: ir.VectorType) -> Any:
+    return b.load(pointer_to(b, base, at, vector), align=1)
+
+
+def variable(b: ir.IRBuilder, value: Any) -> Any:
+    """A slot that holds `value` now; LLVM keeps it in a register."""
+    slot = cgutils.alloca_once(b, value.type)
+    b.store(value, slot)
+    return slot
+
+
+def fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z, or x * y where there is no z yet."""
+    if z is None:
+        return b.fmul(x, y, ("fast",))
+    name = "llvm.fma.f32" if x.type == F32 else f"llvm.fma.v{LANES}f32"
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(x.type, [x.type] * 3), name)
+    return b.call(function, (x, y, z), fastmath=("fast",))
+
+
+def call(b: ir.IRBuilder, name: str, *vectors: Any) -> Any:
+    """One of LLVM's functions of whole vectors."""
+    kind = ir.FunctionType(VF, [VF] * len(vectors))
+    return b.call(cgutils.get_or_insert_function(b.module, kind, f"{name}.v{LANES}f32"), vectors, fastmath=("fast",))
+
+
+def sum_of_all(b: ir.IRBuilder, vector: Any) -> Any:
+    """The sum of a vector's elements."""
+    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [F32, VF]), name)
+    return b.call(function, (F32(0), vector), fastmath=("fast",))
+
+
+def largest_of_all(b: ir.IRBuilder, vector: Any) -> Any:
+    """The largest of a vector's elements."""
+    name = f"llvm.vector.reduce.fmax.v{LANES}f32"
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [VF]), name)
+    return b.call(function, (vector,), fastmath=("fast",))
+
+
+def filled(value: float) -> Any:
+    """A vector of the same constant everywhere."""
+    return ir.Constant(VF, [value] * LANES)
+
+
+def splat(b: ir.IRBuilder, value: Any) -> Any:
+    """A vector of the same float everywhere."""
+    one = b.insert_element(ir.Constant(VF, ir.Undefined), value, I32(0))
+    return b.shuffle_vector(one, ir.Constant(VF, ir.Undefined), ir.Constant(VI, [0] * LANES))
