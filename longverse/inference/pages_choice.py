@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..models import kernels
+
 Score = Literal["mass", "mean", "bounds", "two-step"]
 SCORES: tuple[Score, ...] = ("mass", "mean", "bounds", "two-step")
 STEP = 8192  # keys scored at once: the [R, STEP] scores stay in the processor's cache
@@ -73,9 +75,18 @@ def _page_lse(q: Tensor, keys: Tensor, page: int, offset: float) -> Tensor:
     for group in range(groups):
         for begin in range(0, out.shape[2], step):
             some = keys[group, begin * page : (begin + step) * page]  # [s, D]
-            scores = (q[group] @ some.T).unflatten(1, (-1, page))  # [R, pages, page]
-            out[group, :, begin : begin + step] = scores.float().logsumexp(-1) + offset
+            out[group, :, begin : begin + step] = _log_sums(q[group] @ some.T, page) + offset
     return out
+
+
+def _log_sums(scores: Tensor, page: int) -> Tensor:
+    """Log-sum-exps of scores [R, n] over every `page` of them: float32 [R, n / page]."""
+    if scores.device.type == "cpu" and not kernels.unavailable():
+        from ..models.kernels import page_sums
+
+        if page_sums.fits(scores, page):
+            return page_sums.page_log_sums(scores, page)
+    return scores.unflatten(1, (-1, page)).float().logsumexp(-1)
 
 
 def _bounds_lse(q: Tensor, far: Far) -> Tensor:
