@@ -11,6 +11,8 @@ unseen asks reports that no rule was made on. Each report is asked as many quest
 half of those about what it leaves unsaid of its own subjects, half about the subjects of other reports. The answerable
 ones are asked again in other words than the report's, names aside, where a rewording is known.
 
+    right      share of answerable questions answered rightly, after a second look at the passage where the first answer
+               is not what it says (documents/ask.py); "at first": before it
     cited      share of answerable questions whose first citation is the right paragraph, refused ones counted wrong
     attention  the same by the attention of the answer alone, without the words of question and answer
     refused    share said to be "not found in the document"
@@ -31,7 +33,7 @@ import json
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from common import RESULTS, machine, write_results
 
 import longverse
 from longverse.commands_demo import ANSWER_TOKENS, sized_report
-from longverse.documents.ask import attended_by, prepare
+from longverse.documents.ask import Prompts, attended_by, prepare, second_look
 from longverse.documents.citations import Attended, cite
 from longverse.documents.document import Document
 from longverse.documents.evidence import token_spans, trace
@@ -120,7 +122,7 @@ def answered(
         traced = time.perf_counter() - said
         items.append({
             "question": question, "kind": kind, "answer": done.text,
-            "right": fact is not None and fact.is_answered_by(done.text), "position": fact and fact.position,
+            "fact": fact and asdict(fact),
             "shares": found and [list(row.items()) for row in found.shares], "offsets": found and list(found.offsets),
             "logprob": found and found.logprob, "seconds": [said - started, traced],
         })  # fmt: skip
@@ -132,8 +134,8 @@ def answered(
     return made
 
 
-def measure(made: dict[str, Any], tally: Tally) -> None:
-    """One answered report: cite, count."""
+def measure(engine: Engine, made: dict[str, Any], tally: Tally) -> None:
+    """One answered report: cite, look again at passages that do not say what was answered, count."""
     document = decode(made["text"].encode(), "report.md")
     index = Index((document,))
     for number, item in enumerate(made["items"]):
@@ -142,21 +144,26 @@ def measure(made: dict[str, Any], tally: Tally) -> None:
         if item["shares"] is not None:
             attended = Attended([dict(row) for row in item["shares"]], item["offsets"], item["logprob"])
         begun = time.perf_counter()
-        result = cite(question, answer.strip(), index, attended)
+        first = result = cite(question, answer.strip(), index, attended)
         if number:  # the first question also pays for reading
             tally.seconds["answers"] += item["seconds"][0]
             tally.seconds["citations"] += item["seconds"][1] + time.perf_counter() - begun
+        if first.found and not first.borne_out:
+            prompts = Prompts((question,), ((),), 0, (document,), places=(None,), made_index=index)
+            result = second_look(engine, prompts, 0, first, SAMPLING) or first
         tally.counts[kind] += 1
         tally.counts[f"{kind} refused"] += not result.found
         signals = {name: round(value, 2) for name, value in result.signals.items()}
-        if item["position"] is None:
+        if item["fact"] is None:
             if result.found:
                 tally.misses.append(f"accepted: {question} | {answer.strip()[:100]} | {signals}")
             continue
-        truth = document.paragraph_at(item["position"]).number
+        fact = Fact(**item["fact"])
+        truth = document.paragraph_at(fact.position).number
         hit = result.found and bool(result.citations) and result.citations[0].paragraph == truth
         status = result.citations[0].status if result.citations else "no answer"
-        right, verified = item["right"], hit and status != "unverified"
+        right, verified = result.found and fact.is_answered_by(result.answer), result.borne_out
+        tally.counts[f"{kind} right at first"] += fact.is_answered_by(answer)
         tally.counts[f"{kind} right"] += right
         tally.counts[f"{kind} cited"] += hit
         tally.counts[f"{kind} attention"] += most_attended(attended, index) == truth
@@ -164,7 +171,7 @@ def measure(made: dict[str, Any], tally: Tally) -> None:
         tally.counts[f"{kind} wrong verified"] += not right and verified
         if not hit or (verified and not right):
             what = f"{kind}, {'cited' if hit else 'elsewhere' if result.found else 'refused'}, {status}"
-            tally.misses.append(f"{what}: {question} | {answer.strip()[:100]} | {signals}")
+            tally.misses.append(f"{what}: {question} | {result.answer.strip()[:100]} | {signals}")
 
 
 def most_attended(attended: Attended | None, index: Index) -> int:
@@ -241,11 +248,12 @@ def main() -> None:
             for report in range(options.reports):
                 seed = options.seed + report
                 made = answered(engine, length, seed, options.questions, language, kept, options.again)
-                measure(made, tally)
+                measure(engine, made, tally)
             row = {"language": language, "tokens": length, "reports": options.reports, "seed": options.seed}
             for kind in ("answerable", "reworded"):
                 row |= {f"{kind} {part}": tally.share(f"{kind} {part}", kind) for part in
-                        ("right", "cited", "attention", "refused", "right verified", "wrong verified")}  # fmt: skip
+                        ("right at first", "right", "cited", "attention", "refused", "right verified",
+                         "wrong verified")}  # fmt: skip
             row |= {"unanswerable refused": tally.share("unanswerable refused", "unanswerable")}
             row |= {f"{kind} questions": tally.counts[kind] for kind in ("answerable", "reworded", "unanswerable")}
             row |= {"seconds for citations, of the answers'": round(

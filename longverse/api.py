@@ -118,11 +118,12 @@ class Reading:
         stats = replace(session.stats)
         cited: Cited | None = None
         if way != "off" and text.strip():
-            cited = asking.cited(session, prompts, 0, text, ids)
+            cited = asking.checked(session, prompts, 0, text, ids, sampling)
         if cited is None:
             self.answer = Answer(text.strip(), bool(text.strip()), text.strip(), (), text.strip(), stats)
         elif cited.found:
-            self.answer = Answer(cited.answer, True, cited.answer, cited.citations, cited.marked, stats)
+            said = cited.first or cited.answer
+            self.answer = Answer(cited.answer, True, said, cited.citations, cited.marked, stats)
         else:
             said = asking.not_found(prompts, 0)
             self.answer = Answer(said, False, cited.answer, (), said, stats)

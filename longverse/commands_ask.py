@@ -104,7 +104,8 @@ def ask(
             record: dict[str, object] = {"question": question, "answer": text, "model": engine.name}
             record |= {"document": _about(documents[0]), "documents": [_about(document) for document in documents]}
             record |= commands_cite.record(cited) if cited is not None else {}
-            record |= {"model_answer": cited.answer} if cited is not None and not cited.found else {}
+            if cited is not None and (cited.first or not cited.found):
+                record["model_answer"] = cited.first or cited.answer
             record |= {"read": read[number]} if read else {}
             console.json_line(record | {"stats": console.stats_record(session.stats)})
             continue
@@ -130,12 +131,12 @@ def answer(
 ) -> tuple[str, Cited | None]:
     """Answer one question: the text to give out, and its citations unless `way` is off.
 
-    With `shown` the answer appears as it is written. Where the words of the question already make it doubtful that the
-    document answers it, and where the model writes references, it waits for the check instead.
+    With `shown` the answer appears as it is written, and where its passage says something else, that stands below it.
+    Where the words of the question already make it doubtful that the document answers it, and where the model writes
+    references, it waits for the check instead.
     """
-    from .documents.ask import cited as tie
-    from .documents.ask import doubtful, not_found
-    from .wording import NOT_STATED
+    from .documents.ask import checked, doubtful, not_found
+    from .wording import NOT_STATED, SAYS, language_of
 
     waits = way == "numbers" or (way != "off" and doubtful(prompts, number))
     name = prompts.documents[0].name if len(prompts.documents) == 1 else f"{len(prompts.documents)} documents"
@@ -149,7 +150,7 @@ def answer(
                 console.write(piece)
     cited = None
     if way != "off" and text.strip():
-        cited = tie(session, prompts, number, text, ids)
+        cited = checked(session, prompts, number, text, ids, settings)
         text = cited.answer if cited.found else not_found(prompts, number)
     if not shown:
         return text.strip(), cited
@@ -157,6 +158,8 @@ def answer(
         console.write(cited.marked if cited is not None and cited.found else text)
     elif cited is not None and not cited.found:
         console.write(f"\n{text}")
+    elif cited is not None and cited.first:
+        console.write(f"\n{SAYS[language_of(text)]}{cited.marked}")
     elif cited is not None and len(cited.marks) == 1:
         console.write(" " + "".join(f"[{mark}]" for mark in cited.marks[0][1]))
     console.write("" if text.endswith("\n") and not waits else "\n")

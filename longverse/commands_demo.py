@@ -58,7 +58,7 @@ def run(
     engine: Engine, seed: int, tokens: int, questions: int, language: str, folder: Path, *, as_json: bool, quiet: bool
 ) -> None:
     """Write the report, ask, and show the table. A report past the model's window is read by pages."""
-    from .documents.ask import cited, prepare
+    from .documents.ask import checked, prepare
     from .inference.sampling import Sampling
 
     report = sized_report(engine, seed, tokens, questions, language)
@@ -82,17 +82,18 @@ def run(
         with console.Task(title, quiet=quiet) as task:
             done = session.complete(ids, sampling, on_progress=task)
         answer = done.text.strip()
-        checked = cited(session, prompts, number - 1, answer, done.tokens)
+        cited = checked(session, prompts, number - 1, answer, done.tokens, sampling)
+        answer = cited.answer or answer
         seconds = time.perf_counter() - started
-        cites_it = any(passage.start <= fact.position < passage.end for passage in checked.citations)
+        cites_it = any(passage.start <= fact.position < passage.end for passage in cited.citations)
         right = fact.is_answered_by(answer)
-        rows.append(Row(fact.question, fact.answer, answer, right, seconds, done.stats, checked, cites_it))
+        rows.append(Row(fact.question, fact.answer, answer, right, seconds, done.stats, cited, cites_it))
         if not as_json:
             show(number, rows[-1])
     refused = None
     if absent:
         done = session.complete(prompts.ids[-1], sampling)
-        refused = cited(session, prompts, len(asked), done.text, done.tokens)
+        refused = checked(session, prompts, len(asked), done.text, done.tokens, sampling)
     if as_json:
         made = record(report, rows, path, length, engine.name)
         if refused is not None:

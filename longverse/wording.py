@@ -30,6 +30,9 @@ _QUESTION_NUMBERS = {
 # What smol says where a document does not answer: the words its training used (data/long_sft/prompts).
 NOT_STATED = ("The text does not say.", "文中没有提到。")
 
+# Before what a passage says, where the model's first answer did not say it.
+SAYS = {"en": "The document says: ", "zh": "原文说："}
+
 
 def messages(text: str, question: str, *, system: str | None = None, numbered: bool = False) -> list[dict[str, str]]:
     """The conversation that asks `question` about `text`. The instructions before the document are in its language and

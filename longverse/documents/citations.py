@@ -64,6 +64,12 @@ class Cited:
     marks: tuple[tuple[int, tuple[int, ...]], ...]  # (offset in the answer, citation numbers that belong there)
     found: bool  # whether the documents speak of what was asked
     signals: dict[str, float] = field(default_factory=dict)  # what `found` was decided by
+    first: str = ""  # what was answered first, where the answer comes from a second look at the passage (ask.checked)
+
+    @property
+    def borne_out(self) -> bool:
+        """Whether a passage says what the answer says."""
+        return self.found and any(citation.status != "unverified" for citation in self.citations)
 
     @property
     def marked(self) -> str:

@@ -202,7 +202,8 @@ class Answer:
 
     def _cited(self, event: Ended) -> dict[str, Any]:
         """The citations of an answer about documents: `marks` tell behind which character of `answer` which of them,
-        counted from 1, belong. Without `found`, `answer` says so, and `model_answer` is what the model guessed."""
+        counted from 1, belong. Without `found`, `answer` says so, and `model_answer` is what the model guessed; with
+        it, what it wrote first, where the answer comes from a second look at the passage."""
         found = event.cited
         record: dict[str, Any] = {"answer": event.text, "found": False, "citations": [], "marks": []}
         if found is not None:
@@ -212,8 +213,8 @@ class Answer:
                 for citation in found.citations
             ]
             record["marks"] = [{"offset": offset, "citations": list(numbers)} for offset, numbers in found.marks]
-            if not found.found:
-                record["model_answer"] = found.answer
+            if found.first or not found.found:
+                record["model_answer"] = found.first or found.answer
         return record
 
     def usage(self, stats: Sequence[Stats]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ..documents import ask
 from ..documents.citations import Cited
 from ..inference.engine import Session, Stats
 from ..inference.sampling import Constraint, Sampling
+from ..wording import SAYS, language_of
 from .keeping import Keeping
 from .sessions import common_prefix
 from .worker import Failed, Turn
@@ -119,10 +120,11 @@ class Generation:
                 stats.finish_reason = "stop"  # whole with its last token
             cited = None
             if self.asked is not None and text.strip():
-                cited = ask.cited(session, self.asked, 0, text, ids)
+                cited = ask.checked(session, self.asked, 0, text, ids, sampling)
                 final = cited.answer if cited.found else ask.not_found(self.asked, 0)
-                if waits or not cited.found:
-                    turn.emit(Piece(self.first + choice, final if waits else f"\n{final}", _drained(logged)))
+                says = SAYS[language_of(final)] if cited.first else ""
+                if waits or cited.first or not cited.found:
+                    turn.emit(Piece(self.first + choice, final if waits else f"\n{says}{final}", _drained(logged)))
                 text = final
             final_text = text if self.asked is not None else None
             turn.emit(Ended(self.first + choice, stats, _drained(logged), turn.queued_seconds, cited, final_text))

@@ -1,0 +1,66 @@
+"""An answer that its passage does not say is asked again over that passage alone."""
+
+import pytest
+
+from longverse import commands_ask
+from longverse.documents import ask
+from longverse.documents.citations import Citation, Cited
+from longverse.documents.reader import decode
+from longverse.documents.report import generate_report, unanswerable
+from longverse.inference.engine import Engine, Session
+from longverse.inference.sampling import Sampling
+
+SAMPLING = Sampling(max_new_tokens=48, stop=("\n", ". ", "。"))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_wrong_answer_becomes_what_the_passage_says(language: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.load("smol", device="cpu")
+    report = generate_report(5, target_words=700, questions=2, language=language)
+    document = decode(report.text.encode(), "report.md")
+    questions = [*(fact.question for fact in report.facts), *unanswerable(report, 1, 5)]
+    prompts = ask.prepare(engine, document, questions, 48)
+    session = engine.session(prompts.planned_tokens)
+    wrong = engine.tokenizer.encode("It is Mr. Nobody of Nowhere.")
+    for number, fact in enumerate(report.facts):
+        session.read(prompts.ids[number])
+        cited = ask.checked(session, prompts, number, "It is Mr. Nobody of Nowhere.", wrong, SAMPLING)
+        assert cited.first == "It is Mr. Nobody of Nowhere."
+        assert cited.borne_out
+        assert fact.is_answered_by(cited.answer)
+        passage = cited.citations[0]
+        assert passage.start <= fact.position < passage.end
+        assert document.text[passage.start : passage.end] == passage.text
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("nothing is to be asked again")
+
+    monkeypatch.setattr(ask, "second_look", never)
+    # What is borne out stands, and what the document does not speak of is no matter of a second look.
+    for number, answer in ((0, report.facts[0].sentence), (len(report.facts), "It is Mr. Nobody of Nowhere.")):
+        session.read(prompts.ids[number])
+        cited = ask.checked(session, prompts, number, answer, engine.tokenizer.encode(answer), SAMPLING)
+        assert (cited.found, cited.first) == (number == 0, "")
+
+
+def test_the_passage_is_said_below_an_answer_that_was_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = decode(b"The mill stands in Upton.", "a.txt")
+    citation = Citation(0, "a.txt", 0, 25, document.text, 1, None, "line 1", (), "verified")
+    cited = Cited("The mill stands in Upton.", (citation,), ((25, (1,)),), True, first="It stands in Ely.")
+    monkeypatch.setattr(ask, "checked", lambda *arguments: cited)
+
+    class Answering(Session):
+        def __init__(self) -> None:
+            pass
+
+        def stream(self, *arguments, **named):  # type: ignore[no-untyped-def]
+            yield "It stands in Ely."
+
+    prompts = ask.Prompts(("Where does the mill stand?",), ((1,),), 1, (document,), places=(None,))
+    text, found = commands_ask.answer(
+        Answering(), prompts, 0, Sampling(max_new_tokens=8), way="attention", shown=True, quiet=True
+    )
+    assert (text, found) == ("The mill stands in Upton.", cited)
+    assert capsys.readouterr().out == "It stands in Ely.\nThe document says: The mill stands in Upton [1].\n"
