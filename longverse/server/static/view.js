@@ -101,9 +101,10 @@ function citedText(cited, t, onCite) {
     text.append(part.text, ...part.citations.map(button));
   }
   const inside = [text];
+  // What the model wrote before it was checked: a guess that nothing bears out, or an answer that its passage corrected.
+  if (cited.model_answer) inside.push(make("details", { class: "quiet" }, make("summary", {}, t(cited.found ? "first" : "guess")), make("p", {}, cited.model_answer)));
   if (!cited.found) {
     text.classList.add("notice");
-    if (cited.model_answer) inside.push(make("details", { class: "quiet" }, make("summary", {}, t("guess")), make("p", {}, cited.model_answer)));
     return inside;
   }
   const rows = cited.citations.map((citation, place) => {
