@@ -52,6 +52,7 @@ from .vectors import (
 ELEMENT = {"f32": F32, "bf16": I16, "int8": I8, "int4": I8}
 # 2 ** x for 0 <= x < 1, to 2e-7: a polynomial, the highest power first.
 POWER_OF_TWO = (0.00187623, 0.00899258, 0.0558236, 0.24015453, 0.69315297, 0.99999993)
+HELD = 256  # floats whose sums stay in registers
 PACKED = ("int8", "int4")  # layouts whose groups have scales
 IN_ORDER = [4 * (i % 4) + i // 4 for i in range(LANES)]  # where `_halve` left the sum of vector i
 
@@ -214,8 +215,8 @@ def weighted_sum(
 ) -> Any:  # fmt: skip
     """out[h] += sum over i < n of weights[h, i] * row[begin + i], for all heads h.
 
-    weights float32 [heads, at least n]; out float32 [heads, size]. One group of elements at a time, so that the sums of
-    all heads stay in registers while the rows pass by.
+    weights float32 [heads, at least n]; out float32 [heads, size]. As many groups of elements at a time as have room in
+    registers for the sums of all heads while the rows pass by.
     """
     if not all_literal(layout, size, heads, group):
         return None
@@ -226,56 +227,66 @@ def weighted_sum(
         weights, rows, scales, out = (data_of(context, b, signature, args, i) for i in (4, 5, 6, 9))
         begin, n = args[7:9]
         stride = row_stride_of(context, b, signature, args, 4)
-        scaled = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(F32, heads_ * LANES)), F32.as_pointer())
-        for part in range(groups):
-            places = [
-                [I64(head * size_ + part * group_ + i * LANES) for i in range(group_ // LANES)]
-                for head in range(heads_)
-            ]
-            held = [[variable(b, load_vector(b, out, at, VF)) for at in of_head] for of_head in places]
-            lows = [variable(b, filled(0.0)) for _ in range(heads_)]
+        together = min(groups, max(1, HELD // (heads_ * group_)))  # groups of a row whose sums are held at once
+        area = ir.ArrayType(F32, heads_ * together * LANES)
+        scaled = b.bitcast(cgutils.alloca_once(b, area), F32.as_pointer())
 
-            def add(row: Any, factors: list[Any], part: int = part, held: list[list[Any]] = held) -> None:
-                vectors = _levels(b, layout_, group_, rows, _element(b, layout_, size_, group_, row, I64(part)))
-                for head in range(heads_):
-                    factor = splat(b, factors[head])
-                    for slot, vector in zip(held[head], vectors, strict=True):
-                        b.store(fma(b, factor, vector, b.load(slot)), slot)
+        def sweep(parts: range) -> None:
+            """The sums of some groups."""
+            units = [(head, part) for part in parts for head in range(heads_)]
+            places = {
+                (head, part): [I64(head * size_ + part * group_ + i * LANES) for i in range(group_ // LANES)]
+                for head, part in units
+            }
+            held = {unit: [variable(b, load_vector(b, out, at, VF)) for at in places[unit]] for unit in units}
+            lows = {unit: variable(b, filled(0.0)) for unit in units}
+
+            def add(row: Any, factors: list[Any]) -> None:
+                for part in parts:
+                    vectors = _levels(b, layout_, group_, rows, _element(b, layout_, size_, group_, row, I64(part)))
+                    for head in range(heads_):
+                        factor = splat(b, factors[units.index((head, part))])
+                        for slot, vector in zip(held[head, part], vectors, strict=True):
+                            b.store(fma(b, factor, vector, b.load(slot)), slot)
 
             # LANES rows at a time, whose weights take their scales together.
             with cgutils.for_range(b, b.sdiv(n, I64(LANES)), intp=I64) as loop:
                 offset = b.mul(loop.index, I64(LANES))
                 first = b.add(begin, offset)
-                scale, low = _scales_of_rows(b, layout_, groups, scales, first, part)
-                for head in range(heads_):
-                    weight = load_vector(b, weights, b.add(b.mul(stride, I64(head)), offset), VF)
+                plain = [load_vector(b, weights, b.add(b.mul(stride, I64(head)), offset), VF) for head in range(heads_)]
+                steps = {part: _scales_of_rows(b, layout_, groups, scales, first, part) for part in parts}
+                for number, (head, part) in enumerate(units):
+                    weight, (scale, low) = plain[head], steps[part]
                     if low is not None:
-                        b.store(fma(b, weight, low, b.load(lows[head])), lows[head])
+                        b.store(fma(b, weight, low, b.load(lows[head, part])), lows[head, part])
                     if scale is not None:
                         weight = b.fmul(weight, scale, ("fast",))
-                    b.store(weight, pointer_to(b, scaled, I64(head * LANES), VF), align=4)
+                    b.store(weight, pointer_to(b, scaled, I64(number * LANES), VF), align=4)
                 with cgutils.for_range(b, I64(LANES), intp=I64) as inner:
-                    at = [b.gep(scaled, [b.add(inner.index, I64(head * LANES))]) for head in range(heads_)]
+                    at = [b.gep(scaled, [b.add(inner.index, I64(number * LANES))]) for number in range(len(units))]
                     add(b.add(first, inner.index), [b.load(place) for place in at])
             done = b.and_(n, I64(-LANES))
             with cgutils.for_range(b, b.sub(n, done), intp=I64) as loop:
                 index = b.add(done, loop.index)
                 row = b.add(begin, index)
-                scale, low = _scales(b, layout_, scales, b.add(b.mul(row, I64(groups)), I64(part)))
                 factors = []
-                for head in range(heads_):
+                for head, part in units:
+                    scale, low = _scales(b, layout_, scales, b.add(b.mul(row, I64(groups)), I64(part)))
                     weight = b.load(b.gep(weights, [b.add(b.mul(stride, I64(head)), index)]))
                     if low is not None:
                         one = b.insert_element(filled(0.0), b.fmul(weight, low, ("fast",)), I32(0))
-                        b.store(b.fadd(one, b.load(lows[head]), ("fast",)), lows[head])
+                        b.store(b.fadd(one, b.load(lows[head, part]), ("fast",)), lows[head, part])
                     factors.append(weight if scale is None else b.fmul(weight, scale, ("fast",)))
                 add(row, factors)
-            for head in range(heads_):
-                for slot, at in zip(held[head], places[head], strict=True):
+            for unit in units:
+                for slot, at in zip(held[unit], places[unit], strict=True):
                     value = b.load(slot)
                     if layout_ == "int4":
-                        value = b.fadd(value, splat(b, sum_of_all(b, b.load(lows[head]))), ("fast",))
+                        value = b.fadd(value, splat(b, sum_of_all(b, b.load(lows[unit]))), ("fast",))
                     b.store(value, pointer_to(b, out, at, VF), align=1)
+
+        for start in range(0, groups, together):
+            sweep(range(start, min(start + together, groups)))
         return context.get_dummy_value()
 
     return types.void(layout, size, heads, group, weights, rows, scales, types.int64, types.int64, out), emit
