@@ -15,8 +15,9 @@ a run of adapters the model it began with, the first and the last stage):
                          transformers' dynamic RoPE does it
 
 For each: the loss of the same last 256 tokens with more and more text before them; the loss by position in the longest
-text; the share of invented facts found (four depths, two languages); the loss of short texts. A variant and length that
-is done is kept in RUN/study.jsonl, so a run that was stopped goes on. Writes benchmarks/results/recipe_study.json
+text; the share of invented facts found (four depths, two languages; for a run that was trained on facts made on the
+way, new ones of that kind); the loss of short texts. A variant and length that is done is kept in RUN/study.jsonl, so a
+run that was stopped goes on. Writes benchmarks/results/recipe_study.json
 (--name gives another name) with the claims judged, and with matplotlib the pictures beside it.
 """
 
@@ -38,12 +39,15 @@ from longverse.evaluation.engine_backend import EngineBackend
 from longverse.evaluation.needle import NeedleSettings, run_needle
 from longverse.evaluation.perplexity import loss_by_length, loss_by_position
 from longverse.inference.engine import Engine
+from longverse.inference.sampling import Sampling
 from longverse.models.adapters import is_adapter, merge_adapter
 from longverse.models.checkpoint import build, open_model
 from longverse.models.network import NetworkConfig
 from longverse.models.rope import RopePlan, Rotary
+from longverse.train.made import Made
 from longverse.train.new import read_texts
 
+FACTS_SEED = 7_000_003
 SCORED = 256  # tokens whose loss is compared at every length
 DEPTHS = (0.1, 0.4, 0.6, 0.9)
 FAR = 1 << 24  # the window is what is studied, so none is enforced
@@ -113,18 +117,48 @@ def variants(places: Places, window: int, factor: int, asked: argparse.Namespace
         yield "stock", engine(places.sft, stock=True)
 
 
-def measure(model: Engine, ids: list[int], length: int, texts: int, repeats: int, curve: bool) -> dict[str, Any]:
+def measure(
+    model: Engine, ids: list[int], factor: int, asked: argparse.Namespace, curve: bool, made: dict[str, Path]
+) -> dict[str, Any]:
     """All figures of one variant at one length."""
     backend = EngineBackend(model)
+    length, texts, repeats = factor * asked.window, asked.texts, asked.repeats
     row: dict[str, Any] = {"length": length}
     row["loss"] = loss_by_length(backend, ids, lengths=[length], scored=SCORED, texts=texts).mean
     row["short_loss"] = loss_by_position(backend, ids, length=2 * SCORED, texts=4 * texts, blocks=1).mean
     if curve:
         found = loss_by_position(backend, ids, length=length, texts=texts, blocks=16)
         row["curve"] = [(begin, end, round(loss, 4)) for begin, end, loss, _ in found.blocks]
+    if made:
+        count = max(4, 4 * repeats // max(1, factor // 4))
+        found_by = {language: made_facts(model, path, length, count) for language, path in made.items()}
+        return row | {"found_en": found_by["en"], "found_zh": found_by["zh"], "facts": 2 * count}
     result = run_needle(backend, NeedleSettings((length,), DEPTHS, ("en", "zh"), repeats=repeats))
-    row |= {"found_en": result.found("en"), "found_zh": result.found("zh"), "facts": len(result.trials)}
-    return row
+    return row | {"found_en": result.found("en"), "found_zh": result.found("zh"), "facts": len(result.trials)}
+
+
+def made_facts(model: Engine, text: Path, length: int, count: int) -> float:
+    """The share of facts found that were put into stretches of a text: one a stretch is asked for, and the answer must
+    be the same to the last token."""
+    source = Made("facts", model.tokenizer, model.chat, length * 31 // 32, length, FACTS_SEED, (str(text),))
+    right = 0
+    for number in range(count):
+        example = source.get(number)
+        begin, end, _ = example.spans[0]  # the first question's answer
+        prompt, answer = example.ids[:begin].tolist(), example.ids[begin:end].tolist()
+        ended = answer[-1] in model.tokenizer.eos_ids
+        said = model.session(end).complete(prompt, Sampling(max_new_tokens=len(answer))).tokens
+        right += said == (answer[:-1] if ended else answer)
+    return right / count
+
+
+def made_texts(run: Path) -> dict[str, Path]:
+    """Texts by language, where the run was trained on facts made on the way: then its own kind of facts is asked for,
+    new ones. A model of two million weights knows no other questions."""
+    stages = json.loads((run / "run.json").read_text())["recipe"]["stages"]
+    if not any(source.get("made") == "facts" for stage in stages for source in stage["data"]):
+        return {}
+    return {"en": shared() / "corpora" / "en_novels.jsonl.gz", "zh": shared() / "corpora" / "zh_classics.jsonl.gz"}
 
 
 # ---- the card's claims ----------------------------------------------------------------------------------
@@ -200,6 +234,8 @@ def main() -> None:
     ids = held_out(asked.text or shared() / "corpora" / "en_novels.jsonl.gz", engine(places.base), asked, factors[-1])
     settings = {"window": asked.window, "texts": asked.texts, "repeats": asked.repeats, "theta": asked.theta}
     settings |= {"stages": [str(place) for place in (places.base, places.cpt, places.sft)]}
+    made = made_texts(asked.run)
+    settings["facts"] = "as in training" if made else "needle"
     journal = asked.run / "study.jsonl"
     rows: list[dict[str, Any]] = []
     done = {(row["variant"], row["factor"]): row for row in read_rows(journal) if row.pop("settings") == settings}
@@ -207,9 +243,7 @@ def main() -> None:
         for name, model in variants(places, asked.window, factor, asked):
             row = done.get((name, factor))
             if row is None:
-                figures = measure(
-                    model, ids, factor * asked.window, asked.texts, asked.repeats, curve=factor == factors[-1]
-                )
+                figures = measure(model, ids, factor, asked, factor == factors[-1], made)
                 row = {"variant": name, "factor": factor, **figures}
                 with journal.open("a") as file:
                     file.write(json.dumps({**row, "settings": settings}) + "\n")
