@@ -11,11 +11,12 @@ unseen asks reports that no rule was made on. Each report is asked as many quest
 half of those about what it leaves unsaid of its own subjects, half about the subjects of other reports. The answerable
 ones are asked again in other words than the report's, names aside, where a rewording is known.
 
-    right      share of answerable questions answered rightly, after a second look at the passage where the first answer
-               is not what it says (documents/ask.py); "at first": before it
+    right      share of answerable questions answered rightly and not refused, after a second look at the passages where
+               the first answer is not what one says (documents/second_look.py); "at first": before it
     cited      share of answerable questions whose first citation is the right paragraph, refused ones counted wrong
     attention  the same by the attention of the answer alone, without the words of question and answer
     refused    share said to be "not found in the document"
+    verified   with right and wrong: a passage says what the answer says
 
 Results are written after every length (a Chinese report of 32,000 tokens and its question do not fit smol's window, and
 the run ends there), beside those of other lengths and languages that the same model and code gave: the file holds
@@ -41,12 +42,13 @@ from common import RESULTS, machine, write_results
 
 import longverse
 from longverse.commands_demo import ANSWER_TOKENS, sized_report
-from longverse.documents.ask import Prompts, attended_by, prepare, second_look
+from longverse.documents.ask import Prompts, attended_by, prepare
 from longverse.documents.citations import Attended, cite
 from longverse.documents.document import Document
 from longverse.documents.evidence import token_spans, trace
 from longverse.documents.reader import decode
 from longverse.documents.report import Fact, unanswerable
+from longverse.documents.second_look import second_look
 from longverse.documents.words import Index
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
@@ -55,7 +57,11 @@ from longverse.models.embedded import EMBEDDED
 
 REPORTS, QUESTIONS, SEED = 4, 8, 1000
 KEPT = RESULTS.parents[1] / "build" / "citations"
-JUDGES = ("words.py", "citations.py")  # of documents/, and this file, which names what it asks with in `answered`
+JUDGES = (
+    "words.py",
+    "citations.py",
+    "second_look.py",
+)  # of documents/, and this file, which names what it asks with in `answered`
 SAMPLING = Sampling(max_new_tokens=ANSWER_TOKENS, stop=("\n", ". ", "。"))
 # The generated questions repeat the report's words; people do not.
 REWORDINGS = (
@@ -145,12 +151,14 @@ def measure(engine: Engine, made: dict[str, Any], tally: Tally) -> None:
             attended = Attended([dict(row) for row in item["shares"]], item["offsets"], item["logprob"])
         begun = time.perf_counter()
         first = result = cite(question, answer.strip(), index, attended)
-        if number:  # the first question also pays for reading
-            tally.seconds["answers"] += item["seconds"][0]
-            tally.seconds["citations"] += item["seconds"][1] + time.perf_counter() - begun
+        told = time.perf_counter()
         if first.found and not first.borne_out:
             prompts = Prompts((question,), ((),), 0, (document,), places=(None,), made_index=index)
             result = second_look(engine, prompts, 0, first, SAMPLING) or first
+        if number:  # the first question also pays for reading
+            tally.seconds["answers"] += item["seconds"][0]
+            tally.seconds["citations"] += item["seconds"][1] + told - begun
+            tally.seconds["second looks"] += time.perf_counter() - told
         tally.counts[kind] += 1
         tally.counts[f"{kind} refused"] += not result.found
         signals = {name: round(value, 2) for name, value in result.signals.items()}
@@ -163,7 +171,7 @@ def measure(engine: Engine, made: dict[str, Any], tally: Tally) -> None:
         hit = result.found and bool(result.citations) and result.citations[0].paragraph == truth
         status = result.citations[0].status if result.citations else "no answer"
         right, verified = result.found and fact.is_answered_by(result.answer), result.borne_out
-        tally.counts[f"{kind} right at first"] += fact.is_answered_by(answer)
+        tally.counts[f"{kind} right at first"] += first.found and fact.is_answered_by(answer)
         tally.counts[f"{kind} right"] += right
         tally.counts[f"{kind} cited"] += hit
         tally.counts[f"{kind} attention"] += most_attended(attended, index) == truth
@@ -258,6 +266,8 @@ def main() -> None:
             row |= {f"{kind} questions": tally.counts[kind] for kind in ("answerable", "reworded", "unanswerable")}
             row |= {"seconds for citations, of the answers'": round(
                 tally.seconds["citations"] / max(tally.seconds["answers"], 1e-9), 3)}  # fmt: skip
+            looks = tally.seconds["second looks"] / max(tally.seconds["answers"], 1e-9)
+            row |= {"seconds for second looks, of the answers'": round(looks, 3)}
             rows = [old for old in rows if (old["language"], old["tokens"]) != (language, length)]
             # The machine that answered the last report.
             rows.append(row | {"machine": made["machine"], "misses": tally.misses})

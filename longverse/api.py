@@ -19,6 +19,7 @@ from typing import Any
 from .documents import ask as asking
 from .documents.citations import Citation, Cited
 from .documents.reader import Document, read_many
+from .documents.second_look import checked
 from .errors import UserError
 from .inference.engine import Cancelled, Engine, Progress, Session, Stats
 from .inference.sampling import Sampling
@@ -31,7 +32,7 @@ class Answer:
     """An answer to a question about documents.
 
     text       what to show: the answer, or that the documents do not hold one
-    found      whether the documents bear the answer out; `model_text` is what the model wrote in any case
+    found      whether the documents bear the answer out; `model_text` is what the model wrote first in any case
     citations  the passages it rests on; `marked` is the text with their numbers
     stats      tokens, seconds, attention
     """
@@ -96,7 +97,8 @@ class Reading:
         on_progress: Progress | None = None, cancelled: Cancelled | None = None,
     ) -> Iterator[str]:  # fmt: skip
         """Yield the model's text as it is written. Afterwards `self.answer` is the checked answer, whose text differs
-        where the documents do not bear the model's out. Arguments as in `ask`; `cancelled` stops it early."""
+        where the documents do not bear the model's out: then they were looked at once more, or do not say it.
+        Arguments as in `ask`; `cancelled` stops it early."""
         sampling = sampling or Sampling(max_new_tokens=max_new_tokens)
         way = asking.way_for(self.model.engine, cite)
         if way == "attention" and cite == "auto" and not sampling.stop:  # small models do not know when to end
@@ -115,10 +117,11 @@ class Reading:
             piece = piece if text else piece.lstrip()
             text += piece
             yield piece
-        stats = replace(session.stats)
         cited: Cited | None = None
+        stats = session.stats
         if way != "off" and text.strip():
-            cited = asking.checked(session, prompts, 0, text, ids, sampling)
+            cited = checked(session, prompts, 0, text, ids, sampling, cancelled=cancelled)
+        stats = replace(stats)
         if cited is None:
             self.answer = Answer(text.strip(), bool(text.strip()), text.strip(), (), text.strip(), stats)
         elif cited.found:

@@ -135,7 +135,8 @@ def answer(
     Where the words of the question already make it doubtful that the document answers it, and where the model writes
     references, it waits for the check instead.
     """
-    from .documents.ask import checked, doubtful, not_found
+    from .documents.ask import doubtful, not_found
+    from .documents.second_look import checked
     from .wording import NOT_STATED, SAYS, language_of
 
     waits = way == "numbers" or (way != "off" and doubtful(prompts, number))

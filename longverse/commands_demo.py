@@ -58,7 +58,8 @@ def run(
     engine: Engine, seed: int, tokens: int, questions: int, language: str, folder: Path, *, as_json: bool, quiet: bool
 ) -> None:
     """Write the report, ask, and show the table. A report past the model's window is read by pages."""
-    from .documents.ask import checked, prepare
+    from .documents.ask import prepare
+    from .documents.second_look import checked
     from .inference.sampling import Sampling
 
     report = sized_report(engine, seed, tokens, questions, language)

@@ -5,12 +5,11 @@ Each question is a conversation of its own: no answer depends on an earlier one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from ..errors import UserError
 from ..inference.engine import Engine, Session
-from ..inference.sampling import Sampling
 from ..wording import language_of, messages
 from .citations import NOT_FOUND, Attended, Cited, cite
 from .document import Document
@@ -18,7 +17,6 @@ from .evidence import attend_to
 from .words import Index, groups, names, terms
 
 WAYS = ("auto", "attention", "numbers", "off")
-NEAREST = 2  # paragraphs nearest to the question that a second look sees beside the cited one
 FOLLOWS = 3e9  # parameters from which a model is taken to follow the numbering of paragraphs
 
 
@@ -34,6 +32,7 @@ class Prompts:
     # Of each question, the paragraphs (places of the index) that its prompt holds, where it is not all of them.
     places: tuple[tuple[int, ...] | None, ...] = ()
     made_index: Index | None = None
+    follows: bool = False  # whether the question follows earlier turns, without which it may not be understood
 
     @cached_property
     def index(self) -> Index:
@@ -121,48 +120,6 @@ def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Seq
     the answer's tokens."""
     attended = attended_by(session, prompts, number, ids)
     return cite(prompts.questions[number], answer.strip(), prompts.index, attended)
-
-
-def checked(
-    session: Session, prompts: Prompts, number: int, answer: str, ids: Sequence[int], sampling: Sampling
-) -> Cited:
-    """`cited`; and where the passage speaks of what was asked but does not say what the answer says, the answer that
-    the model gives with little more than that passage before it, if it says that (`Cited.first` is then the first one).
-
-    Far into a long document a small model finds the place more often than it copies what stands there
-    (benchmarks/citations.py has both shares).
-    """
-    first = cited(session, prompts, number, answer, ids)
-    if not first.found or first.borne_out:
-        return first
-    second = second_look(session.engine, prompts, number, first, sampling)
-    return first if second is None else replace(second, first=first.answer)
-
-
-def second_look(engine: Engine, prompts: Prompts, number: int, first: Cited, sampling: Sampling) -> Cited | None:
-    """Ask again, greedily, with nothing but the cited paragraphs and those nearest to the question in its words, then
-    with the cited ones alone. The first answer that its passage bears out; None where neither is."""
-    index, question = prompts.index, prompts.questions[number]
-    own = {
-        place
-        for place, (document, paragraph) in enumerate(index.places)
-        if any(one.document == document and one.paragraph == paragraph.number for one in first.citations)
-    }
-    near = {place for place in index.nearest(frozenset(terms(question)), NEAREST) if not index.places[place][1].level}
-    greedy = Sampling(max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
-    for places in (sorted(own | near), sorted(own)):
-        text = "\n\n".join(index.places[place][1].text for place in places)
-        ids = engine.chat.encode(messages(text, question))
-        planned = len(ids) + greedy.max_new_tokens
-        if planned > engine.window:
-            continue
-        session = engine.session(planned)
-        done = session.complete(ids, greedy)
-        alone = replace(prompts, questions=(question,), ids=(ids,), places=(tuple(places),), made_index=index)
-        found = cited(session, alone, 0, done.text, done.tokens)
-        if found.borne_out:
-            return found
-    return None
 
 
 def attended_by(session: Session, prompts: Prompts, number: int, ids: Sequence[int]) -> Attended | None:

@@ -64,11 +64,11 @@ class Cited:
     marks: tuple[tuple[int, tuple[int, ...]], ...]  # (offset in the answer, citation numbers that belong there)
     found: bool  # whether the documents speak of what was asked
     signals: dict[str, float] = field(default_factory=dict)  # what `found` was decided by
-    first: str = ""  # what was answered first, where the answer comes from a second look at the passage (ask.checked)
+    first: str = ""  # what was answered first, where the answer comes from a second look (second_look.py)
 
     @property
     def borne_out(self) -> bool:
-        """Whether a passage says what the answer says."""
+        """Whether at least one sentence of the answer stands in its passage."""
         return self.found and any(citation.status != "unverified" for citation in self.citations)
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..documents import ask
 from ..documents.citations import Cited
+from ..documents.second_look import checked
 from ..inference.engine import Session, Stats
 from ..inference.sampling import Constraint, Sampling
 from ..wording import SAYS, language_of
@@ -120,7 +121,10 @@ class Generation:
                 stats.finish_reason = "stop"  # whole with its last token
             cited = None
             if self.asked is not None and text.strip():
-                cited = ask.checked(session, self.asked, 0, text, ids, sampling)
+                cited = checked(session, self.asked, 0, text, ids, sampling, cancelled=turn.cancelled, pause=turn.pause)
+                if turn.cancelled():
+                    turn.emit(Failed(turn.task.reason, "The request was stopped."))
+                    return
                 final = cited.answer if cited.found else ask.not_found(self.asked, 0)
                 says = SAYS[language_of(final)] if cited.first else ""
                 if waits or cited.first or not cited.found:

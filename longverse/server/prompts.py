@@ -83,24 +83,29 @@ class Prompts:
             free = not functions and not request.json_mode
             way = ask.way_for(self.engine, (request.cite or "auto") if free else "off")
             shelf = self.shelf(names)
-            question = next(turn["content"] for turn in reversed(turns) if turn["role"] == "user")
+            asking = [turn["content"] for turn in turns if turn["role"] == "user"]
+            question, follows = asking[-1], len(asking) > 1
             beginning = self._beginning(shelf, way == "numbers")
             if beginning.short and not described and turns[0]["role"] == "user":
                 # A book is not tokenised again for every question: what follows it is the same after its last words.
                 short = self._with_documents(turns, beginning.tail, way == "numbers")
                 ids = beginning.ids + self.engine.chat.encode(short)[beginning.short :]
-                return self._prompt(ids, names, shelf, question, way)
+                return self._prompt(ids, names, shelf, question, way, follows)
             text = ask.text_of(shelf.documents, numbered=way == "numbers")
             turns = self._with_documents(turns, text, way == "numbers")
         native = self.engine.chat.knows_tools
         if described and not native:
             turns = _with_system(turns, tools.introduction(described))
         ids = self.engine.chat.encode(turns, tools=described if described and native else None)
-        return self._prompt(ids, names, shelf, question, way) if names else Prompt(ids)
+        return self._prompt(ids, names, shelf, question, way, follows) if names else Prompt(ids)
 
-    def _prompt(self, ids: list[int], names: tuple[str, ...], shelf: Shelf, question: str, way: str) -> Prompt:
+    def _prompt(
+        self, ids: list[int], names: tuple[str, ...], shelf: Shelf, question: str, way: str, follows: bool
+    ) -> Prompt:
         boundary = common_prefix(self._beginning(shelf, way == "numbers").ids, ids)
-        asked = ask.Prompts((question,), (ids,), len(ids), shelf.documents, way == "numbers", (None,), shelf.index)
+        asked = ask.Prompts(
+            (question,), (ids,), len(ids), shelf.documents, way == "numbers", (None,), shelf.index, follows
+        )
         return Prompt(ids, boundary, names, asked if way != "off" else None, way)
 
     def shelf(self, names: tuple[str, ...]) -> Shelf:

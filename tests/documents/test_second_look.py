@@ -1,9 +1,11 @@
 """An answer that its passage does not say is asked again over that passage alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from longverse import commands_ask
-from longverse.documents import ask
+from longverse.documents import ask, second_look
 from longverse.documents.citations import Citation, Cited
 from longverse.documents.reader import decode
 from longverse.documents.report import generate_report, unanswerable
@@ -24,7 +26,7 @@ def test_a_wrong_answer_becomes_what_the_passage_says(language: str, monkeypatch
     wrong = engine.tokenizer.encode("It is Mr. Nobody of Nowhere.")
     for number, fact in enumerate(report.facts):
         session.read(prompts.ids[number])
-        cited = ask.checked(session, prompts, number, "It is Mr. Nobody of Nowhere.", wrong, SAMPLING)
+        cited = second_look.checked(session, prompts, number, "It is Mr. Nobody of Nowhere.", wrong, SAMPLING)
         assert cited.first == "It is Mr. Nobody of Nowhere."
         assert cited.borne_out
         assert fact.is_answered_by(cited.answer)
@@ -35,12 +37,40 @@ def test_a_wrong_answer_becomes_what_the_passage_says(language: str, monkeypatch
     def never(*arguments: object) -> None:
         raise AssertionError("nothing is to be asked again")
 
-    monkeypatch.setattr(ask, "second_look", never)
+    monkeypatch.setattr(second_look, "second_look", never)
     # What is borne out stands, and what the document does not speak of is no matter of a second look.
     for number, answer in ((0, report.facts[0].sentence), (len(report.facts), "It is Mr. Nobody of Nowhere.")):
         session.read(prompts.ids[number])
-        cited = ask.checked(session, prompts, number, answer, engine.tokenizer.encode(answer), SAMPLING)
+        cited = second_look.checked(session, prompts, number, answer, engine.tokenizer.encode(answer), SAMPLING)
         assert (cited.found, cited.first) == (number == 0, "")
+
+
+def test_where_no_second_look_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for numbered paragraphs, later turns, or a passage that is the whole of a long document."""
+    engine = Engine.load("smol", device="cpu")
+    sentences = " ".join(f"The mill number {n} stands in a town." for n in range(300))
+    document = decode(f"{sentences} The owner of the brewery is Ada Hill.".encode(), "long.txt")
+    question, wrong = "Who is the owner of the brewery?", "The owner of the brewery is Tom Nobody of Nowhere."
+    prompts = ask.prepare(engine, document, [question], 16)
+    session = engine.session(prompts.planned_tokens)
+    session.read(prompts.ids[0])
+    ids = engine.tokenizer.encode(wrong)
+    for told in (prompts, replace(prompts, numbered=True), replace(prompts, follows=True)):
+        cited = second_look.checked(session, told, 0, wrong, ids, SAMPLING)
+        assert cited.found
+        assert not cited.borne_out
+        assert (cited.first, cited.answer) == ("", wrong)
+
+    short = decode(b"The owner of the brewery is Ada Hill.", "short.txt")
+    prompts = ask.prepare(engine, short, [question], 16)
+    session = engine.session(prompts.planned_tokens)
+    session.read(prompts.ids[0])
+    stopped = second_look.checked(session, prompts, 0, wrong, ids, SAMPLING, cancelled=lambda: True)
+    assert (stopped.first, stopped.answer) == ("", wrong)
+    pauses: list[int] = []
+    put_right = second_look.checked(session, prompts, 0, wrong, ids, SAMPLING, pause=lambda: pauses.append(1))
+    assert (put_right.first, "Ada Hill" in put_right.answer) == (wrong, True)
+    assert pauses
 
 
 def test_the_passage_is_said_below_an_answer_that_was_shown(
@@ -49,7 +79,7 @@ def test_the_passage_is_said_below_an_answer_that_was_shown(
     document = decode(b"The mill stands in Upton.", "a.txt")
     citation = Citation(0, "a.txt", 0, 25, document.text, 1, None, "line 1", (), "verified")
     cited = Cited("The mill stands in Upton.", (citation,), ((25, (1,)),), True, first="It stands in Ely.")
-    monkeypatch.setattr(ask, "checked", lambda *arguments: cited)
+    monkeypatch.setattr(second_look, "checked", lambda *arguments: cited)
 
     class Answering(Session):
         def __init__(self) -> None:

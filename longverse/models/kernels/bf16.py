@@ -20,7 +20,6 @@ from numba import types
 from numba.core import cgutils
 
 from .vectors import (
-    F32,
     I16,
     I32,
     I64,
@@ -29,8 +28,10 @@ from .vectors import (
     VI,
     all_literal,
     data_of,
+    exp2,
     fma,
     intrinsic,
+    largest_of_all,
     load_vector,
     row_stride_of,
     splat,
@@ -84,12 +85,12 @@ def attend_tile(
             highest = _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3]))
             now = _larger(b, largest_of_all(b, highest), before)
             b.store(now, b.gep(top, [rows[r]]))
-            factor = _power_of_two(b, splat(b, b.fsub(before, now)))
+            factor = exp2(b, splat(b, b.fsub(before, now)))
             factors.append(factor)
             shift = splat(b, now)
             added = None
             for j, score in enumerate(scores):
-                weight = _power_of_two(b, b.fsub(score, shift))
+                weight = exp2(b, b.fsub(score, shift))
                 if masked_:
                     weight = b.select(seen[j], weight, zero)
                 added = weight if added is None else b.fadd(added, weight, ("fast",))
@@ -155,7 +156,7 @@ def weigh_tile(
             highest = largest_of_all(b, _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3])))
             shift, added = splat(b, highest), None
             for j, score in enumerate(scores):
-                weight = _power_of_two(b, b.fsub(score, shift))
+                weight = exp2(b, b.fsub(score, shift))
                 if masked_:
                     weight = b.select(seen[j], weight, ir.Constant(VF, [0.0] * LANES))
                 added = weight if added is None else b.fadd(added, weight, ("fast",))
@@ -197,27 +198,8 @@ def _pair_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
     return b.call(products, (total, x, y))
 
 
-def _power_of_two(b: ir.IRBuilder, x: Any) -> Any:
-    """2 ** x of a vector with x <= 0, to 2e-7 relative; below 2 ** -126 a number next to nothing."""
-    x = _larger(b, x, ir.Constant(VF, [-126.0] * LANES))
-    floor = cgutils.get_or_insert_function(b.module, ir.FunctionType(VF, [VF]), f"llvm.floor.v{LANES}f32")
-    whole = b.call(floor, (x,))
-    f = b.fsub(x, whole)
-    p = ir.Constant(VF, [0.00187623] * LANES)
-    for term in (0.00899258, 0.0558236, 0.24015453, 0.69315297, 0.99999993):
-        p = fma(b, p, f, ir.Constant(VF, [term] * LANES))
-    exponent = b.shl(b.fptosi(whole, VI), ir.Constant(VI, [23] * LANES))
-    return b.bitcast(b.add(b.bitcast(p, VI), exponent), VF)
-
-
 def _larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
-
-
-def largest_of_all(b: ir.IRBuilder, vector: Any) -> Any:
-    name = f"llvm.vector.reduce.fmax.v{LANES}f32"
-    largest = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [VF]), name)
-    return b.call(largest, (vector,), fastmath=("fast",))
 
 
 def _splat_int(b: ir.IRBuilder, value: Any) -> Any:

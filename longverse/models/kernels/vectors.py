@@ -17,6 +17,8 @@ LANES = 16
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VF = ir.VectorType(F32, LANES)
 VI = ir.VectorType(I32, LANES)
+# 2 ** x for 0 <= x < 1, to 2e-7: a polynomial, the highest power first.
+POWER_OF_TWO = (0.00187623, 0.00899258, 0.0558236, 0.24015453, 0.69315297, 0.99999993)
 
 
 def all_literal(*given: Any) -> bool:
@@ -94,3 +96,15 @@ def splat(b: ir.IRBuilder, value: Any) -> Any:
     """A vector of the same float everywhere."""
     one = b.insert_element(ir.Constant(VF, ir.Undefined), value, I32(0))
     return b.shuffle_vector(one, ir.Constant(VF, ir.Undefined), ir.Constant(VI, [0] * LANES))
+
+
+def exp2(b: ir.IRBuilder, x: Any) -> Any:
+    """2 ** x of a vector with x <= 0, to 2e-7 relative; below 2 ** -126 a number next to nothing."""
+    x = call(b, "llvm.maxnum", x, filled(-126.0))
+    whole = call(b, "llvm.floor", x)
+    rest = b.fsub(x, whole, ("fast",))
+    value: Any = filled(POWER_OF_TWO[0])
+    for coefficient in POWER_OF_TWO[1:]:
+        value = fma(b, value, rest, filled(coefficient))
+    exponent = b.shl(b.fptosi(whole, VI), ir.Constant(VI, [23] * LANES))
+    return b.bitcast(b.add(b.bitcast(value, VI), exponent), VF)
