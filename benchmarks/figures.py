@@ -104,11 +104,12 @@ def citations(chinese: bool) -> str:
     results = load("citations")
     names = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
     columns = {
-        "answerable right": ("answered rightly", "答对"),
+        "answerable right at first": ("answered rightly at first", "初次答对"),
+        "answerable right": ("and after a second look", "重读后答对"),
         "answerable cited": ("right paragraph cited", "引用段落正确"),
         "answerable refused": ("refused wrongly", "误拒"),
         "unanswerable refused": ("no answer there: refused", "无答案时拒答"),
-        "reworded right": ("reworded: answered rightly", "换说法：答对"),
+        "reworded right": ("reworded: answered rightly in the end", "换说法：最终答对"),
         "reworded cited": ("reworded: right paragraph", "换说法：段落正确"),
     }
     rows = []
