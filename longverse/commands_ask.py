@@ -136,8 +136,8 @@ def answer(
     references, it waits for the check instead.
     """
     from .documents.ask import doubtful, not_found
-    from .documents.second_look import checked
-    from .wording import NOT_STATED, SAYS, language_of
+    from .documents.second_look import checked, introduction
+    from .wording import NOT_STATED
 
     waits = way == "numbers" or (way != "off" and doubtful(prompts, number))
     name = prompts.documents[0].name if len(prompts.documents) == 1 else f"{len(prompts.documents)} documents"
@@ -160,7 +160,7 @@ def answer(
     elif cited is not None and not cited.found:
         console.write(f"\n{text}")
     elif cited is not None and cited.first:
-        console.write(f"\n{SAYS[language_of(text)]}{cited.marked}")
+        console.write(f"\n{introduction(text)}{cited.marked}")
     elif cited is not None and len(cited.marks) == 1:
         console.write(" " + "".join(f"[{mark}]" for mark in cited.marks[0][1]))
     console.write("" if text.endswith("\n") and not waits else "\n")

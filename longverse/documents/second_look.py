@@ -17,7 +17,7 @@ from dataclasses import replace
 from ..errors import UserError
 from ..inference.engine import Cancelled, Engine, Session
 from ..inference.sampling import Sampling
-from ..wording import messages
+from ..wording import SAYS, language_of, messages
 from .ask import Prompts, cited
 from .citations import Cited
 from .words import terms
@@ -99,3 +99,8 @@ def text_of_places(prompts: Prompts, places: Sequence[int]) -> str:
         parts.append(paragraph.text)
         last = number
     return "\n\n".join(parts)
+
+
+def introduction(answer: str) -> str:
+    """What stands before a second answer where the first is already shown above it, in the answer's language."""
+    return SAYS[language_of(answer)]

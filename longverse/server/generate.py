@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..documents import ask
 from ..documents.citations import Cited
-from ..documents.second_look import checked
+from ..documents.second_look import checked, introduction
 from ..inference.engine import Session, Stats
 from ..inference.sampling import Constraint, Sampling
-from ..wording import SAYS, language_of
 from .keeping import Keeping
 from .sessions import common_prefix
 from .worker import Failed, Turn
@@ -126,7 +125,7 @@ class Generation:
                     turn.emit(Failed(turn.task.reason, "The request was stopped."))
                     return
                 final = cited.answer if cited.found else ask.not_found(self.asked, 0)
-                says = SAYS[language_of(final)] if cited.first else ""
+                says = introduction(final) if cited.first else ""
                 if waits or cited.first or not cited.found:
                     turn.emit(Piece(self.first + choice, final if waits else f"\n{says}{final}", _drained(logged)))
                 text = final
