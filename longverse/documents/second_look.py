@@ -5,8 +5,8 @@ Far into a long document a small model finds the place more often than it copies
 paragraphs it copies (benchmarks/citations.py has the shares before and after). The second answer is checked like the
 first and stands only where its passage says it.
 
-Not done: a second look where nothing was found. It would answer most questions put in other words than the document's
-(of eight over reports of 32,000 tokens, seven and not one), and a quarter of those that the document does not answer.
+Not done: a second look where nothing was found. In a trial it answered most questions put in other words than the
+document's, and as many that the document does not answer.
 """
 
 from __future__ import annotations
