@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,11 +140,16 @@ def train_tokenizer(new: NewModel, seed: int = 0) -> Any:
     bytes_ = [f"<0x{n:02X}>" for n in range(256)]
     room = new.vocabulary - len(bytes_)
     learner = splitting(Tokenizer(models.BPE()))
-    # At most half of the vocabulary are single characters: rarer ones are spelt in bytes.
+    pieces = list(_pieces(new, seed))
+    # At most half of the vocabulary are single characters: rarer ones are spelt in bytes. They are named to the trainer,
+    # which would choose among equally frequent ones by chance.
+    counts = Counter(character for piece in pieces for character in piece.replace(" ", "▁"))
+    letters = sorted(counts, key=lambda character: (-counts[character], character))[: room // 2]
     trainer = trainers.BpeTrainer(
-        vocab_size=room, special_tokens=list(SPECIALS), limit_alphabet=room // 2, show_progress=False
-    )
-    learner.train_from_iterator(_pieces(new, seed), trainer)
+        vocab_size=room, special_tokens=list(SPECIALS), initial_alphabet=letters, limit_alphabet=len(letters),
+        show_progress=False,
+    )  # fmt: skip
+    learner.train_from_iterator(pieces, trainer)
     learned = json.loads(learner.to_str())["model"]
     words = [*SPECIALS, *bytes_]
     words += [word for word in sorted(learned["vocab"], key=learned["vocab"].__getitem__) if word not in words]

@@ -12,7 +12,7 @@ from longverse.models.checkpoint import load, open_model
 from longverse.models.tokenizer import Tokenizer
 from longverse.train.config import Recipe
 from longverse.train.made import Made
-from longverse.train.new import NewModel, make_model
+from longverse.train.new import NewModel, make_model, train_tokenizer
 from longverse.train.run import run_recipe
 from longverse.train.trainer import read_log
 
@@ -62,6 +62,17 @@ def test_the_same_seed_makes_the_same_model(model: Path, texts: tuple[str, str],
     make_model(small(texts), tmp_path, seed=1)
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_letters_that_are_equally_frequent_are_chosen_alike(tmp_path: Path) -> None:
+    # 900 characters, each as often as any other, and room for 222: which ones must not be chance.
+    every = "".join(chr(0x4E00 + n) for n in range(900))
+    (tmp_path / "zh.txt").write_text(every * 3)
+    made = [train_tokenizer(small((str(tmp_path / "zh.txt"),))).to_str() for _ in range(4)]
+    assert len(set(made)) == 1
+    vocabulary = json.loads(made[0])["model"]["vocab"]
+    assert {chr(0x4E00 + n) for n in range(222)} <= set(vocabulary)
+    assert chr(0x4E00 + 222) not in vocabulary
 
 
 def test_copies(model: Path, texts: tuple[str, str]) -> None:
