@@ -39,6 +39,9 @@ def extend(
     stages: Annotated[int | None, typer.Option(help="Stop after so many stages.", min=1)] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Only check and forecast the first stage.")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Also write a whole checkpoint for a LoRA recipe.")] = False,
+    stages_from: Annotated[
+        Path | None, typer.Option(help="Another run's folder: first stages that are the same are taken over from it.")
+    ] = None,
 ) -> None:
     """Extend a model's window by a recipe: RoPE change, continued pre-training, long instruction data.
 
@@ -52,7 +55,7 @@ def extend(
 
     # An embedded model is extended as it comes, without the adapter that longverse has for it already.
     plan = Recipe.load(expand(recipe), plain(model))
-    _run(plan, out, device=device, stages=stages, dry=dry, write_merged=merge)
+    _run(plan, out, device=device, stages=stages, dry=dry, write_merged=merge, stages_from=stages_from)
 
 
 def finetune(

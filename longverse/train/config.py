@@ -242,7 +242,8 @@ class Recipe:
     probe      what is measured on the way, see Probe
     clip       norm to which gradients are clipped, 0 for never
     save_every steps between checkpoints; `keep` newest are kept
-    keep_stages  also write what each stage ends with, to OUT/stages/NN-NAME: for comparing stages
+    keep_stages  also write what each stage ends with, to OUT/stages/NN-NAME: for comparing stages, and for runs that
+                 take them over (--stages-from)
     new        makes the model from nothing when the folder `model` is not there
     sequence   Ulysses degree: ranks that share one sequence; divides the heads and the number of ranks
     """

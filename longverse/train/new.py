@@ -141,8 +141,8 @@ def train_tokenizer(new: NewModel, seed: int = 0) -> Any:
     room = new.vocabulary - len(bytes_)
     learner = splitting(Tokenizer(models.BPE()))
     pieces = list(_pieces(new, seed))
-    # At most half of the vocabulary are single characters: rarer ones are spelt in bytes. They are named to the trainer,
-    # which would choose among equally frequent ones by chance.
+    # At most half of the vocabulary are single characters: rarer ones are spelt in bytes. They are named to the
+    # trainer, which would choose among equally frequent ones by chance.
     counts = Counter(character for piece in pieces for character in piece.replace(" ", "▁"))
     letters = sorted(counts, key=lambda character: (-counts[character], character))[: room // 2]
     trainer = trainers.BpeTrainer(

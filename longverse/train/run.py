@@ -6,7 +6,7 @@ probe; then write what came of it.
     OUT/tensorboard/       the same, where TensorBoard is installed
     OUT/checkpoints/       state to go on from
     OUT/probe-NN-STAGE.json   facts found and loss by position after each stage
-    OUT/stages/NN-STAGE/   (keep_stages) what each stage ended with
+    OUT/stages/NN-STAGE/   (keep_stages) what each stage ended with, and its trained weights as they were
     OUT/adapter/           (lora) PEFT's format, our RoPE plan and window, a model card
     OUT/model/             (full, or merged on request) a checkpoint folder
 
@@ -15,7 +15,6 @@ Running the same command again goes on from the newest checkpoint, or does nothi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,6 @@ import torch
 from torch import nn
 
 from longverse.data.lock import FolderLock, disk_errors
-from longverse.data.vocabulary import fingerprint
 from longverse.errors import UserError, expand
 from longverse.models.adapters import read_adapter
 from longverse.models.checkpoint import (
@@ -38,8 +36,8 @@ from longverse.models.checkpoint import (
 )
 from longverse.models.network import NetworkConfig
 from longverse.models.rope import RopePlan
-from longverse.models.shards import read_json, write_json
 from longverse.train import parallel
+from longverse.train.belonging import check_run, first_change, take_stages
 from longverse.train.board import Board
 from longverse.train.config import Recipe, Source, Stage
 from longverse.train.doctor import Finding, examine
@@ -51,7 +49,7 @@ from longverse.train.new import make_model
 from longverse.train.parallel import Ranks
 from longverse.train.probe import Figures, Prober, has_stopped_growing
 from longverse.train.results import write_results
-from longverse.train.state import checkpoints, latest, load_state, remove_remnants
+from longverse.train.state import latest, load_state, remove_remnants, save_state
 from longverse.train.trainer import Log, StageEnd, StepReport, make_optimizer, read_probes, train_stage
 
 
@@ -110,11 +108,13 @@ def run_recipe(
     stages: int | None = None,
     dry: bool = False,
     watch: Watch | None = None,
+    stages_from: str | Path | None = None,
 ) -> Outcome:
     """Run a recipe, or go on with it.
 
     write_merged  also write OUT/model for a LoRA run
     stages        stop after so many stages
+    stages_from   the folder of another run, whose first stages are taken over where the recipes begin alike
     dry           load, examine and forecast the first stage only
     Raises UserError for whatever the user can mend.
     """
@@ -128,7 +128,7 @@ def run_recipe(
     ranks = parallel.start(loaded.network.config, recipe.sequence, loaded.network.device)
     for text in loaded.notes:
         watch.note(text)
-    run = _Run(recipe, out, loaded, ranks, watch, write_merged)
+    run = _Run(recipe, out, loaded, ranks, watch, write_merged, expand(stages_from) if stages_from else None)
     if ranks.rank:
         return run.all_stages(stages, dry)
     with FolderLock(out), disk_errors(out):
@@ -145,6 +145,7 @@ class _Run:
     ranks: Ranks
     watch: Watch
     write_merged: bool
+    stages_from: Path | None
     probes: dict[str, Figures] = field(default_factory=dict)
 
     def all_stages(self, stages: int | None, dry: bool) -> Outcome:
@@ -152,6 +153,10 @@ class _Run:
         network = loaded.network
         self.original = network.config
         with ranks.leader_first():
+            if self.stages_from is not None and ranks.rank == 0 and not dry:
+                taken = take_stages(recipe, loaded, out, self.stages_from)
+                if taken is not None:
+                    watch.note(taken)
             check_run(recipe, out, loaded, ranks)
             if recipe.lora.start is not None:  # what is not there is said before data is built
                 read_adapter(Path(recipe.lora.start))
@@ -184,23 +189,26 @@ class _Run:
         for number, stage in enumerate(recipe.stages[:last]):
             change_rope(loaded, stage)
             step = at_step if number == at_stage else stage.steps if number < at_stage else 0
+            early = number == at_stage and bool(state.get("early"))
             resumed = found is not None and number == at_stage
             if resumed or number == 0 or number > at_stage:
                 optimizer = make_optimizer(self.model, recipe)
             if resumed:
                 assert found is not None
                 load_state(found[0], network, optimizer, step)
-            if step < stage.steps and not (resumed and state.get("early")):
+            if step < stage.steps and not early:
                 end = self._train(number, stage, optimizer, step, state.get("data") if resumed else None, dry)
                 if dry or end.interrupted:
                     return self._end(Outcome(False, stage.name, end.steps, not dry, probes=self.probes))
-                step = end.steps
+                step, early = end.steps, end.early
             state_window(loaded, stage, self.original)
             if not self._probe_after(number, stage, step, trained_here=number >= at_stage):
                 return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
             here = out / "stages" / f"{number:02d}-{stage.name}"
             if recipe.keep_stages and number >= at_stage and not here.exists():
                 self._write(here, write_merged=False)
+                ended = {"step": step, "fingerprint": recipe.fingerprint(), "early": early}
+                save_state(here, (number, stage.name), network, None, ended, rank=ranks.rank)
         outcome = Outcome(last == len(recipe.stages), recipe.stages[last - 1].name, step, probes=self.probes)
         if outcome.finished:
             outcome.adapter, outcome.model = self._write(out, self.write_merged)
@@ -222,7 +230,7 @@ class _Run:
         if data is not None and data != mixture.identities():
             raise UserError(
                 f"The data of stage {stage.name} is not what this run was trained on up to step {first}"
-                f" ({_first_change(data, mixture.identities())}): put it back, or give another --out."
+                f" ({first_change(data, mixture.identities())}): put it back, or give another --out."
             )
         self._examine(mixture, stage)
         watch.planned(stage, forecast(self.model, mixture, stage, recipe, ranks))
@@ -353,48 +361,6 @@ def load_for_training(recipe: Recipe, device: str, on_progress: Callable[[int, i
     if (stored := stored_dtype(opened.tensors.infos)) != number:
         notes.append(f"The file's {stored} weights are held as {number}.".replace("torch.", ""))
     return Loaded(opened.name, network, opened.tokenizer, opened.chat(), opened.config, opened.path, notes)
-
-
-def check_run(recipe: Recipe, out: Path, loaded: Loaded, ranks: Ranks) -> None:
-    """Write OUT/run.json, or compare with the one there: a folder in which something was trained belongs to one recipe
-    and one model."""
-    from longverse.evaluation.engine_backend import fingerprint as weights_of
-
-    mine = {
-        "fingerprint": recipe.fingerprint(),
-        "model": loaded.name,
-        "weights": weights_of(loaded.network),
-        "tokenizer": fingerprint(loaded.tokenizer),
-        "shape": {key: value for key, value in asdict(loaded.network.config).items() if key not in ("rope", "window")},
-        "recipe": recipe.to_dict(),
-    }
-    path = out / "run.json"
-    if path.exists() and checkpoints(out / "checkpoints"):
-        theirs = read_json(path)
-        remedy = f"give another --out, or delete {out} to begin anew"
-        if (theirs.get("tokenizer"), theirs.get("shape")) != (mine["tokenizer"], mine["shape"]):
-            raise UserError(f"{out} holds a run of another model ({theirs.get('model')}): {remedy}.")
-        if theirs.get("weights", mine["weights"]) != mine["weights"]:
-            raise UserError(f"{out} holds a run that began with other weights of {theirs.get('model')}: {remedy}.")
-        if theirs.get("fingerprint") != mine["fingerprint"]:
-            change = _first_change(theirs.get("recipe", {}), json.loads(json.dumps(mine["recipe"])))
-            raise UserError(f"{out} holds a run of another recipe ({change}): {remedy}.")
-    if ranks.rank == 0:
-        write_json(path, mine)
-
-
-def _first_change(old: Any, new: Any, where: str = "") -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in new:
-            if old.get(key) != new[key]:
-                return _first_change(old.get(key), new[key], f"{where}.{key}" if where else str(key))
-    if isinstance(old, list) and isinstance(new, list):
-        for n, (a, b) in enumerate(zip(old, new, strict=False)):
-            if a != b:
-                return _first_change(a, b, f"{where}[{n}]")
-        if len(old) != len(new):
-            return f"{where}: {len(old)} then, {len(new)} now"
-    return f"{where}: {old} then, {new} now"
 
 
 def prepare(network: nn.Module, recipe: Recipe) -> None:

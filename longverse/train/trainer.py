@@ -260,6 +260,11 @@ def read_probes(path: Path) -> list[dict[str, Any]]:
     return [line for line in _lines(path) if "probe" in line]
 
 
+def lines_before(path: Path, stage: int) -> list[dict[str, Any]]:
+    """All lines of a log.jsonl that belong to the stages before the one of this number."""
+    return [line for line in _lines(path) if line["number"] < stage]
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:

@@ -1,0 +1,92 @@
+"""Stages taken over from another run: the same run as if they had been trained, or one sentence why not."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import equal
+
+from longverse.errors import UserError
+from longverse.train.config import Recipe
+from longverse.train.run import run_recipe
+from longverse.train.trainer import read_log
+from tests.train.common import recipe, tiny_folder, write_messages
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_folder(folder / "model", max_position_embeddings=64)
+    write_messages(folder / "m.jsonl", 40)
+    return folder
+
+
+def three(base: Path, last: int = 3, first: float = 5e-3, **changes: Any) -> Recipe:
+    data = [{"messages": str(base / "m.jsonl")}]
+    common = {"data": data, "batch": 3, "warmup": 1, "max_tokens": 200}
+    stages = [
+        {**common, "name": "one", "steps": 3, "learning_rate": first, "rope": "abf:50000"},
+        {**common, "name": "two", "steps": 2, "learning_rate": 4e-3},
+        {**common, "name": "three", "steps": last, "learning_rate": 3e-3, "rope": "dynamic:2:64"},
+    ]
+    probe = {"lengths": [256], "facts": 1}
+    return recipe(base / "model", base / "m.jsonl", stages=stages, keep_stages=True, probe=probe, **changes)
+
+
+def losses(out: Path) -> list[tuple[str, int, float]]:
+    return [(line["stage"], line["step"], line["loss"]) for line in read_log(out / "log.jsonl")]
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def old(base: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("old") / "run"
+    assert run_recipe(three(base, method=request.param), out).finished
+    return out, request.param
+
+
+def test_stages_taken_over_are_the_stages_trained(base: Path, old: tuple[Path, str], tmp_path: Path) -> None:
+    place, method = old
+    changed = three(base, last=4, method=method)
+    whole = run_recipe(changed, tmp_path / "whole")
+    taken = run_recipe(changed, tmp_path / "taken", stages_from=place)
+    assert losses(tmp_path / "taken") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "taken")) == 9
+    assert list(taken.probes) == ["one", "two", "three"]
+    assert taken.probes == whole.probes
+    kind = "adapter" if method == "lora" else "model"
+    file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    ours, theirs = (load_file(tmp_path / name / kind / file) for name in ("taken", "whole"))
+    assert all(equal(ours[name], theirs[name]) for name in theirs)
+    # The same command again finds its own checkpoints, and the old run is as it was.
+    assert run_recipe(changed, tmp_path / "taken", stages_from=tmp_path / "nothing").finished
+    assert len(losses(place)) == 8
+
+
+def test_a_run_taken_over_can_be_taken_over(base: Path, old: tuple[Path, str], tmp_path: Path) -> None:
+    place, method = old
+    run_recipe(three(base, last=4, method=method), tmp_path / "second", stages_from=place, stages=2)
+    run_recipe(three(base, last=1, method=method), tmp_path / "third", stages_from=tmp_path / "second")
+    assert losses(tmp_path / "third")[:5] == losses(place)[:5]
+    assert len(losses(tmp_path / "third")) == 6
+
+
+def test_what_cannot_be_taken_over_is_said(base: Path, old: tuple[Path, str], tmp_path: Path) -> None:
+    place, method = old
+    out = tmp_path / "new"
+    plan = three(base, last=4, method=method)
+    with pytest.raises(UserError, match=r"is no folder of a run"):
+        run_recipe(plan, out, stages_from=tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"differs from the beginning on \(stages\[0\].learning_rate"):
+        run_recipe(three(base, first=1e-3, method=method), out, stages_from=place)
+    with pytest.raises(UserError, match=r"another recipe \(stages\[2\].steps: 3 then, 4 now\).*--stages-from"):
+        run_recipe(plan, place)
+    tiny_folder(tmp_path / "other", max_position_embeddings=64, intermediate_size=72)
+    with pytest.raises(UserError, match="another model"):
+        run_recipe(dataclasses.replace(plan, model=str(tmp_path / "other")), out, stages_from=place)
+    bare = dataclasses.replace(three(base, method=method), keep_stages=False)
+    run_recipe(bare, tmp_path / "bare")
+    with pytest.raises(UserError, match="had no keep_stages"):
+        run_recipe(plan, out, stages_from=tmp_path / "bare")
+    assert not (out / "checkpoints").exists()
