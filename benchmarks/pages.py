@@ -3,6 +3,7 @@
     python benchmarks/pages.py variants [--length 32K] [--documents 3]      which way to choose pages
     python benchmarks/pages.py lengths [--lengths 32K,64K,128K,256K]            needles, several facts, two hops, speed
     python benchmarks/pages.py dense [--length 4K]                          the model's own score, exact attention
+    python benchmarks/pages.py reports [--lengths 16000,32000] [--language zh]  citations.py's questions, both ways
     python benchmarks/pages.py all --quick                                  everything small, to see that it runs
 
 Each document is read once and asked under every variant, so variants differ by the choice alone. Facts are those of
@@ -19,7 +20,9 @@ import re
 import resource
 import time
 from bisect import bisect_right
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +48,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a shortlist of 64 by the means": {"score": "two-step", "shortlist": 64},
     "means alone": {"score": "mean"},
     "bounds alone": {"score": "bounds"},
-    "positions clamped": {"positions": "clamped"},
-    "two votes": {"rounds": 2},
-    "a draft of 16": {"draft": 16},
-    "budget 1,024": {"budget": 1024},
-    "budget 4,096": {"budget": 4096},
+    "votes added": {"vote": "sum"},
+    "nothing read anew": {"anew": 0},
+    "votes added, nothing read anew": {"vote": "sum", "anew": 0},
+    "read anew, 512 tokens": {"anew": 512},
+    "read anew, 2,048 tokens": {"anew": 2048},
+    "read anew, margins of 96": {"margin": 96},
+    "positions clamped": {"positions": "clamped", "anew": 0},
+    "budget 1,024": {"budget": 1024, "anew": 0},
+    "budget 4,096": {"budget": 4096, "anew": 0},
     "newest 256": {"newest": 256},
     "distance 512": {"distance": 512},
     "distance 3,072": {"distance": 3072},
 }
 MODES = {"facts": 16, "several": 4, "hop": 9}  # mode and facts a document
+REPORT_SHARES = {  # of citations.py's counts
+    "right at first": ("answerable right at first", "answerable"),
+    "after a second look": ("answerable right", "answerable"),
+    "right paragraph cited": ("answerable cited", "answerable"),
+    "no answer there: refused": ("unanswerable refused", "unanswerable"),
+    "reworded: right at first": ("reworded right at first", "reworded"),
+    "reworded: right in the end": ("reworded right", "reworded"),
+}
 NEW_TOKENS = {"facts": 24, "several": 64, "hop": 24}
 
 
@@ -222,6 +237,33 @@ def dense(engine: Engine, length: int, documents: int, modes: list[str]) -> dict
     return record
 
 
+def reports(engine: Engine, sizes: list[int], count: int, language: str) -> dict[str, Any]:
+    """The questions of benchmarks/citations.py over the same generated reports, read by pages and read exactly."""
+    import citations
+
+    rows: list[dict[str, Any]] = []
+    for length in sizes:
+        for way in ("pages", "exact"):
+            asker = copy(engine)
+            asker.session = partial(engine.session, attention=way)  # type: ignore[method-assign]
+            kept = f"{engine.name} None {citations.digest(judges=False)}" + (f" {DEFAULT}" if way == "pages" else "")
+            tally = citations.Tally()
+            for report in range(count):
+                seed = citations.SEED + report
+                made = citations.answered(asker, length, seed, citations.QUESTIONS, language, kept)
+                citations.measure(engine, made, tally)
+            row: dict[str, Any] = {"tokens": length, "language": language, "read": way}
+            row |= {name: tally.share(*parts) for name, parts in REPORT_SHARES.items()}
+            rows.append(row | {"counts": dict(tally.counts), "misses": tally.misses})
+            print({key: value for key, value in row.items() if key != "misses"}, flush=True)
+    shown = [
+        [f"{row['tokens']:,}", row["read"], *("–" if row[n] is None else f"{row[n]:.0%}" for n in REPORT_SHARES)]
+        for row in rows
+    ]
+    print(table([f"{engine.name}, {language}", "read", *REPORT_SHARES], shown))
+    return {"settings": asdict(DEFAULT), "rows": rows}
+
+
 def number(text: str) -> int:
     text = text.strip().lower()
     return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
@@ -229,7 +271,7 @@ def number(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("variants", "lengths", "dense", "all"))
+    parser.add_argument("part", choices=("variants", "lengths", "dense", "reports", "all"))
     parser.add_argument("--model", default="smol")
     parser.add_argument("--rope", help="such as abf:1000000")
     parser.add_argument("--adapter", help="a LoRA folder to merge")
@@ -238,6 +280,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="32K,64K,128K,256K")
     parser.add_argument("--documents", type=int, default=3)
     parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--language", default="en", help="of reports")
     parser.add_argument("--only", help="variants by name, separated by semicolons")
     parser.add_argument("--quick", action="store_true", help="one short document each")
     parser.add_argument("--name", default="", help="an ending for the result files")
@@ -258,6 +301,8 @@ def main() -> None:
         begin = time.perf_counter()
         if part == "dense":
             result = dense(engine, options.length or 4096, documents, modes)
+        elif part == "reports":
+            result = reports(engine, sizes, documents, options.language)
         elif part == "variants":
             result = variants(engine, options.length or 32768, documents, names, modes)
         else:

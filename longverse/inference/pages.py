@@ -6,10 +6,10 @@
 Reading. Each chunk sees the first tokens and a local window (PageCache), so its cost does not grow with its place.
 
 Asking. The end of the prompt, from the last blank line on, is the question. Its queries weigh the pages of the far past
-(pages_choice); the pages of most attention mass are laid out in their order between the first tokens and the newest
-ones, at positions 0, 1, 2 ... : a working set shorter than the trained window, in which the question is read
-and the answer written with exact attention. What was read plainly stays; the question and its answer are no part of
-it, so the next question finds the document as a first one would, and an answer never depends on what was asked before.
+(pages_choice); the heaviest are read once more, one after another, between the first tokens and the newest ones, at
+positions 0, 1, 2 ... : a working set shorter than the trained window, in which the question is read and the answer
+written with exact attention. What was read plainly stays; the question and its answer are no part of it, so the next
+question finds the document as a first one would, and an answer never depends on what was asked before.
 
 Sources: first tokens that must be seen, Xiao et al. 2023 (arXiv 2309.17453); pages by their queries' mass, in the line
 of InfLLM (arXiv 2402.04617) and Quest (arXiv 2406.10774). Constants and variants were chosen by benchmarks/pages.py.
@@ -26,12 +26,13 @@ from torch import Tensor
 from ..errors import UserError
 from ..models import kernels
 from ..models.cache import KVCache
-from .engine import Session, Stats, common_prefix
+from .engine import CHUNK, Session, Stats, common_prefix
 from .pages_cache import Angles, PageCache
 from .pages_choice import SCORES, Score, best_pages, page_mass
 
 Scope = Literal["all", "layer", "head"]
 SCOPES: tuple[Scope, ...] = ("all", "layer", "head")
+Vote = Literal["best", "sum"]
 Positions = Literal["renumbered", "clamped"]
 HALVED = ("window", "chunk", "budget", "newest", "reserve")  # for a shorter trained window
 LEAST, MOST = 12, 256  # tokens of a question that was not named
@@ -52,12 +53,15 @@ class PagesSettings:
     newest     tokens before the question that it always sees
     reserve    positions kept for a question and its answer; longer ones leave room for fewer pages
     scope      who chooses: "all" layers by one vote, every "layer", or every key/value "head" of every layer
-    rounds     votes in a row, each by a question that saw the pages of the one before it; for scope "all"
+    vote       of "all": a page weighs what its "best" head gives it, or the "sum" of what all heads do
     score      how a page is weighed (pages_choice.page_mass)
     shortlist  pages that "two-step" weighs exactly
     distance   how far before the question every far key is taken to be when it is weighed
     positions  "renumbered": chosen pages one after another; "clamped": all at one place before the newest tokens
-    draft      tokens of a hidden first answer that choose the pages once more before the real one; 0: none
+    anew       for scope "all": so many tokens, the heaviest pages with `margin` more before and after each, are read
+               anew for every question, one after another; no other page is laid out then. 0: all chosen pages are
+               laid out as they were read
+    margin     tokens
     """
 
     first: int = 64
@@ -69,17 +73,22 @@ class PagesSettings:
     newest: int = 1024
     reserve: int = 1024
     scope: Scope = "all"
-    rounds: int = 1
+    vote: Vote = "best"
     score: Score = "mass"
     shortlist: int = 256
     distance: int = 1536
     positions: Positions = "renumbered"
-    draft: int = 0
+    anew: int = 1024
+    margin: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("first", "page", "block", "rounds", "shortlist", *HALVED):
-            if getattr(self, name) < 1:
-                raise UserError(f"The setting {name} of pages is {getattr(self, name)} and must be at least 1.")
+        for name, least in [
+            *((name, 1) for name in ("first", "page", "block", "shortlist", *HALVED)),
+            ("anew", 0),
+            ("margin", 0),
+        ]:
+            if getattr(self, name) < least:
+                raise UserError(f"The setting {name} of pages is {getattr(self, name)} and must be at least {least}.")
         if self.page % self.block:
             raise UserError(f"A page of {self.page} tokens must be a multiple of its blocks of {self.block}.")
         if self.budget < self.page:
@@ -240,26 +249,11 @@ class PagesSession(Session):
         if count == far:
             working.choose = lambda layer, q: every
             return self._read_question(ids)
-        if settings.scope != "all":
-            working.choose = self._by_layer
-            hidden = self._read_question(ids)
-            if settings.draft:
-                # The draft's tokens join the question's in choosing; then the question is read over their choice.
-                drafted = ids + self._draft(hidden)
-                working.choose = self._by_layer
-                self._read_question(drafted)
-                return self._read_over(ids, working.chosen)
-            return hidden
         working.choose = self._by_layer
-        self._read_question(ids)
-        for _ in range(settings.rounds - 1):
-            self._read_over(ids, self._vote(), weigh=True)
-        hidden = self._read_over(ids, self._vote())
-        if settings.draft:
-            drafted = ids + self._draft(hidden)
-            self._read_over(drafted, self._vote(), weigh=True)
-            hidden = self._read_over(ids, self._vote())
-        return hidden
+        hidden = self._read_question(ids)
+        if settings.scope != "all":
+            return hidden
+        return self._read_anew(ids) if settings.anew else self._read_over(ids, self._vote())
 
     def _read_question(self, ids: list[int]) -> Tensor:
         assert self.working is not None
@@ -270,18 +264,32 @@ class PagesSession(Session):
         self.chosen = self.working.chosen
         return hidden
 
-    def _read_over(self, ids: list[int], chosen: Tensor, weigh: bool = False) -> Tensor:
-        """Read the question over given pages [layers, G, count]; weigh: and weigh all pages by the way."""
+    def _read_over(self, ids: list[int], chosen: Tensor) -> Tensor:
+        """Read the question over given pages [layers, G, count]."""
         assert self.working is not None
-        working, chosen = self.working, chosen.clone()
-
-        def choose(layer: int, q: Tensor) -> Tensor:
-            if weigh:
-                working.weigh(layer, q)
-            return chosen[layer]
-
-        working.choose = choose
+        self.working.choose = lambda layer, q: chosen[layer]
         return self._read_question(ids)
+
+    def _read_anew(self, ids: list[int]) -> Tensor:
+        """Read the document's text around the heaviest pages once more, and the question over it: [1, T, C].
+
+        A page read in its own neighbourhood says less of itself to a later question than one read just before it."""
+        assert self.working is not None
+        working = self.working
+        layers, groups, _ = working.mass.shape
+        spans, pages = heaviest_spans(working.weights(), self.pages, working.count * self.pages.page)
+        first = working.first
+        text = [token for begin, end in spans for token in self.tokens[first + begin : first + end]]
+        working.held.truncate(first)
+        for begin in range(0, len(text), CHUNK):
+            piece = text[begin : begin + CHUNK]
+            self._run_network(piece, working.attend)
+            working.held.advance(len(piece))
+        working.lay_newest(working.held.length)
+        hidden = self._run_network(ids, working.attend)
+        working.held.advance(len(ids))
+        self.chosen = pages.expand(layers, groups, -1)
+        return hidden
 
     def _by_layer(self, layer: int, q: Tensor) -> Tensor:
         assert self.working is not None
@@ -291,21 +299,10 @@ class PagesSession(Session):
         return best_pages(mass, self.working.count)
 
     def _vote(self) -> Tensor:
-        """The pages of most mass over all layers and heads, for every layer: [layers, G, count]."""
+        """The heaviest pages by one vote of all layers and heads, for every layer: [layers, G, count]."""
         assert self.working is not None
         layers, groups, _ = self.working.mass.shape
-        return best_pages(self.working.mass.sum((0, 1)), self.working.count).expand(layers, groups, -1)
-
-    def _draft(self, hidden: Tensor) -> list[int]:
-        """The likeliest continuation of a question just read, at most `draft` tokens."""
-        written: list[int] = []
-        logits = self._logits(hidden[:, -1])
-        while (token := int(logits.argmax())) not in self.engine.tokenizer.eos_ids:
-            written.append(token)
-            if len(written) == self.pages.draft:
-                break
-            logits = self._next(token)
-        return written
+        return best_pages(self.working.weights(), self.working.count).expand(layers, groups, -1)
 
 
 class WorkingSet:
@@ -357,6 +354,17 @@ class WorkingSet:
         )
         return self.mass[layer]
 
+    def weights(self) -> Tensor:
+        """What every page weighs in the vote of all layers and heads: [far]."""
+        return self.mass.amax((0, 1)) if self.settings.vote == "best" else self.mass.sum((0, 1))
+
+    def lay_newest(self, begin: int) -> None:
+        """Lay the newest tokens out from position `begin` on, as the last ones that are held."""
+        self.pages_end, self.begin = begin, begin + self.cache.length - self.newest
+        for layer in range(self.cache.keys.shape[0]):
+            self._fill_seen_anyway(layer)
+        self.held.restore(self.begin)
+
     def _near(self, layer: int, q: Tensor, tokens: int) -> Tensor:
         """Log-sum-exps [G, R] of rotated rows q [G, R, D] over the first and newest tokens and the question itself."""
         keys = self.held.keys[layer, 0]  # [G, reach, D]
@@ -388,3 +396,25 @@ class WorkingSet:
             elif held is self.held.keys:
                 taken = self.angles.rotate_all_to(taken, max(self.first, self.pages_end - 1))
             held[layer, :, :, span] = taken
+
+
+def heaviest_spans(weights: Tensor, settings: PagesSettings, room: int) -> tuple[list[tuple[int, int]], Tensor]:
+    """The heaviest of the pages that weigh `weights` [far], each with its margins, at most `anew` tokens and never more
+    than `room`, but one page at least. Returns (begin, end) of what is to be read, in the document's order, counted
+    from the end of the first tokens; and the pages, int64 [n]."""
+    page, margin, most = settings.page, settings.margin, min(settings.anew, room)
+    order = weights.argsort(descending=True, stable=True).tolist()
+    taken = torch.zeros(len(weights) * page, dtype=torch.bool)
+    chosen: list[int] = []
+    for number in order:
+        more = taken.clone()
+        more[max(0, number * page - margin) : (number + 1) * page + margin] = True
+        if int(more.sum()) > most:
+            break
+        taken, chosen = more, [*chosen, number]
+    if not chosen:  # not even one has room for its margins
+        chosen = order[:1]
+        taken[chosen[0] * page : (chosen[0] + 1) * page] = True
+    edges = torch.nn.functional.pad(taken.int(), (1, 1)).diff()
+    begins, ends = ((edges == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
+    return list(zip(begins, ends, strict=True)), torch.tensor(sorted(chosen))

@@ -1,6 +1,7 @@
 """Pages against the definition: exact attention where everything fits, and a slow spelled-out reading where not."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from longverse import UserError
 from longverse.inference import pages_attention
 from longverse.inference.engine import Engine
-from longverse.inference.pages import PagesSession, PagesSettings
+from longverse.inference.pages import PagesSession, PagesSettings, heaviest_spans
 from longverse.inference.pages_choice import Far, best_pages, page_mass
 from longverse.inference.sampling import Sampling
 from longverse.models.attention import reference_attention
@@ -53,7 +54,7 @@ def engine(tokenizer: Tokenizer) -> Engine:
 def small(**changes: Any) -> PagesSettings:
     """Settings under which 100 tokens are long."""
     base: dict[str, Any] = {"first": 4, "window": 24, "chunk": 16, "page": 8, "block": 4, "budget": 24, "newest": 12}
-    base |= {"reserve": 60, "shortlist": 5, "distance": 30}
+    base |= {"reserve": 60, "shortlist": 5, "distance": 30, "anew": 0, "margin": 3}
     return PagesSettings(**(base | changes))
 
 
@@ -206,6 +207,69 @@ def test_a_question_over_chosen_pages_is_what_the_definition_says(engine: Engine
     assert (ours[0] - logits).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("vote", ["best", "sum"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_question_over_text_read_anew_is_what_the_definition_says(
+    tokenizer: Tokenizer, vote: Any, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longverse.inference.pages.CHUNK", 9)
+    rope = {"rope_theta": None, "rope_parameters": DYNAMIC, "max_position_embeddings": 64} if dynamic else {}
+    engine = make_engine(tokenizer, num_key_value_heads=2, **rope)
+    s = small(anew=24, vote=vote)
+    ids, asked = prompt(120), 7
+    session = PagesSession(engine, 140, settings=s, question_tokens=asked)
+    written, ours = answer(session, ids, 3)
+    plain = len(ids) - asked
+    slow = Slow(engine, session.rope_length)
+    slow.run(ids[:plain], reading(s))
+    far = (plain - s.newest - s.first) // s.page
+    newest = list(range(s.first + far * s.page, plain))
+    assert session.chosen is not None
+    pages = session.chosen[0, 0].tolist()
+    assert (session.chosen == session.chosen[:1, :1]).all()
+    around = sorted({t for p in pages for t in range(p * s.page - s.margin, (p + 1) * s.page + s.margin)})
+    text = [s.first + t for t in around if 0 <= t < far * s.page]
+    assert s.page < len(text) <= 24
+
+    def within(layer: int, group: int, token: int) -> tuple[list[int], list[int]]:
+        tokens = [*range(s.first), *range(plain, token + 1)]
+        return tokens, list(range(len(tokens)))
+
+    def over_all(layer: int, group: int, token: int) -> tuple[list[int], list[int]]:
+        tokens = [*range(s.first), *range(plain, plain + len(text)), *newest, *range(plain + len(text), token + 1)]
+        return tokens, list(range(len(tokens)))
+
+    slow.run([ids[t] for t in text], within)
+    hidden = slow.run([*ids[plain:], *written[:2]], over_all)
+    with torch.no_grad():
+        logits = engine.network.lm_head(hidden[-3:])
+    assert (ours - logits).abs().max() < 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.7, 0.9]), min_size=1, max_size=30),
+    page=st.integers(1, 9), margin=st.integers(0, 12), anew=st.integers(1, 90), more=st.integers(0, 90),
+)  # fmt: skip
+def test_the_heaviest_pages_and_what_stands_around_them(
+    weights: list[float], page: int, margin: int, anew: int, more: int
+) -> None:
+    room = page + more
+    s = small(page=page, block=1, margin=margin, anew=anew, budget=page)
+    spans, pages = heaviest_spans(torch.tensor(weights), s, room)
+    read = [t for begin, end in spans for t in range(begin, end)]
+    assert read == sorted(set(read))
+    assert all(0 <= t < len(weights) * page for t in read)
+    assert all(t in read for number in pages.tolist() for t in range(number * page, (number + 1) * page))
+    assert len(read) <= max(page, min(anew, room)) <= room
+    assert all(end < begin for (_, end), (begin, _) in pairwise(spans))
+    least = min(weights[number] for number in pages.tolist())
+    assert all(weights[n] <= least for n in range(len(weights)) if n not in pages.tolist())
+    if len(pages) > 1:  # the first may stand alone where its margins do not fit
+        around = {t for n in pages.tolist() for t in range(n * page - margin, (n + 1) * page + margin)}
+        assert read == sorted(t for t in around if 0 <= t < len(weights) * page)
+
+
 def naive_mass(q: Tensor, near: Tensor, keys: Tensor, page: int) -> Tensor:
     """Softmax over all far keys and one more of score `near`, summed over a page's keys and over the queries."""
     scores = torch.cat((q.double() @ keys.double().transpose(1, 2), near.double()[..., None]), -1)
@@ -276,7 +340,7 @@ def test_the_page_a_question_repeats_is_chosen(tokenizer: Tokenizer) -> None:
 # ---- sessions ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [{}, {"rounds": 2}, {"draft": 3}, {"draft": 3, "scope": "layer"}, {"score": "bounds"}])
+@pytest.mark.parametrize("more", [{"anew": 24}, {}, {"vote": "sum"}, {"scope": "layer"}, {"score": "bounds"}])
 def test_a_second_question_is_answered_as_by_a_fresh_session(engine: Engine, more: dict[str, Any]) -> None:
     document, first, second = prompt(150), prompt(9, 1), prompt(12, 2)
     session = PagesSession(engine, 200, settings=small(**more), question_tokens=9)
