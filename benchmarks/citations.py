@@ -11,8 +11,8 @@ unseen asks reports that no rule was made on. Each report is asked as many quest
 half of those about what it leaves unsaid of its own subjects, half about the subjects of other reports. The answerable
 ones are asked again in other words than the report's, names aside, where a rewording is known.
 
-    right      share of answerable questions answered rightly and not refused, after a second look at the passages where
-               the first answer is not what one says (documents/second_look.py); "at first": before it
+    right      share of answerable questions answered rightly and not refused, after a second look where no passage
+               bears the first answer out (documents/second_look.py); "at first": before it
     cited      share of answerable questions whose first citation is the right paragraph, refused ones counted wrong
     attention  the same by the attention of the answer alone, without the words of question and answer
     refused    share said to be "not found in the document"
@@ -152,7 +152,7 @@ def measure(engine: Engine, made: dict[str, Any], tally: Tally) -> None:
         begun = time.perf_counter()
         first = result = cite(question, answer.strip(), index, attended)
         told = time.perf_counter()
-        if first.found and not first.borne_out:
+        if not (first.found and first.borne_out):
             prompts = Prompts((question,), ((),), 0, (document,), places=(None,), made_index=index)
             result = second_look(engine, prompts, 0, first, SAMPLING) or first
         if number:  # the first question also pays for reading

@@ -243,6 +243,33 @@ def pages_lengths(chinese: bool) -> str:
     return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
 
 
+def pages_variants(chinese: bool) -> str:
+    """Ways of choosing pages and of answering from them, over one document."""
+    results = load("pages_variants")
+    rows = []
+    for name, asked in results["variants"].items():
+        trials = [trial for mode in asked.values() for trial in mode]
+        seen = [trial["seen"] for trial in trials if trial["seen"] is not None]
+        first = results["first"][name]
+        rows.append(
+            [name, f"{sum(trial['score'] or 0 for trial in trials):.0f} of {len(trials)}",
+             f"{sum(seen) / len(seen):.0%}", f"{sum(first) / len(first):.1f} s"]
+        )  # fmt: skip
+    header = [f"{results['length']:,} tokens", "right", "right page seen", "to the first token"]
+    return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def pages_reports(chinese: bool) -> str:
+    """Questions about generated reports, read by pages and read exactly."""
+    results = load("pages_reports")
+    shares = [key for key in results["rows"][0] if key not in ("tokens", "language", "read", "counts", "misses")]
+    rows = [
+        [f"{row['tokens']:,}", row["read"], *("–" if row[key] is None else f"{row[key]:.0%}" for key in shares)]
+        for row in results["rows"]
+    ]
+    return f"{table(['tokens', 'read', *shares], rows)}\n\n{machine_line(results, chinese)}\n"
+
+
 def plan_check(chinese: bool) -> str:
     """Planned beside measured memory and seconds."""
     results = load("plan_check")
@@ -278,6 +305,8 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_long": cpu_long,
     "cpu_kernels": cpu_kernels,
     "pages_lengths": pages_lengths,
+    "pages_variants": pages_variants,
+    "pages_reports": pages_reports,
     "plan_check": plan_check,
     "reopen": reopen,
     "first_light": first_light,

@@ -21,9 +21,11 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any
 
+from ..wording import NOT_STATED
 from .words import Index, can_answer, groups, is_han, names, normalise, sentences, terms
 
 REPAIRED = 0.8  # least likeness (difflib's ratio) of a quotation with slips
+REFUSALS = {said.rstrip(".。") for said in NOT_STATED}  # an end token or a stop may have cut the full stop
 SUPPORTED = 0.75  # least share of an answer's own words that its passage must hold
 SURE = 0.9  # share of the question's words in a passage that is shown whatever the model answered
 NOT_FOUND = {"en": "Not found in the document.", "zh": "文档中没有找到。"}
@@ -114,6 +116,7 @@ def cite(question: str, answer: str, index: Index, attended: Attended | None = N
     """Tie an answer to the index's documents. Paragraphs that the answer refers to by number are counted over all of
     them, as in `Index.places`, from 1."""
     answer, references = without_references(answer)
+    refused = answer.strip().rstrip(".。") in REFUSALS
     asked = frozenset(terms(question))
     found: list[Citation] = []
     marks: list[tuple[int, tuple[int, ...]]] = []
@@ -137,13 +140,13 @@ def cite(question: str, answer: str, index: Index, attended: Attended | None = N
             marks.append((end, tuple(dict.fromkeys(numbers))))
     if attended is not None:
         best["logprob"] = attended.logprob
-    if found and asked and not speaks_of(best):
+    if found and asked and (refused or not speaks_of(best)):
         # The answer leads nowhere, and a passage may hold the question's words all the same: then that is shown.
         for place in index.nearest(asked, 3):
             citation, signals = _passage(answer, question, index, place)
             if signals["asked"] >= SURE and signals["kind"] and not signals["strangers"]:
                 return Cited(answer, (citation,), ((len(answer), (1,)),), True, best | signals)
-    return Cited(answer, tuple(found), tuple(marks), bool(found) and speaks_of(best), best)
+    return Cited(answer, tuple(found), tuple(marks), bool(found) and not refused and speaks_of(best), best)
 
 
 def speaks_of(signals: dict[str, float]) -> bool:

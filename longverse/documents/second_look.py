@@ -1,12 +1,11 @@
-"""A second look: where a passage speaks of what was asked but does not say what the answer says, the question is asked
-again over that passage.
+"""A second look: where no passage bears an answer out, the question is asked again over a few paragraphs.
 
-Far into a long document a small model finds the place more often than it copies what stands there; over a few
-paragraphs it copies (benchmarks/citations.py has the shares before and after). The second answer is checked like the
-first and stands only where its passage says it.
-
-Not done: a second look where nothing was found. In a trial it answered most questions put in other words than the
-document's, and as many that the document does not answer.
+Far into a long document a small model finds the place more often than it copies what stands there, and refuses what is
+asked in other words than the document's; over a few paragraphs it copies and understands (benchmarks/citations.py has
+the shares before and after). Where a passage speaks of what was asked but does not say what was answered, these are the
+cited paragraphs and their nearest; where nothing was found, the nearest in the question's words. The second answer is
+checked like the first and stands only where its passage says it; after nothing was found it must also bring what the
+question asks for, a name or a number.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from ..inference.sampling import Sampling
 from ..wording import SAYS, language_of, messages
 from .ask import Prompts, cited
 from .citations import Cited
-from .words import terms
+from .words import is_of_the_kind, terms
 
 NEAREST = 2  # paragraphs nearest to the question in its words that are looked at beside the cited ones
+WIDE = 1024  # tokens of the paragraphs that are looked at where nothing was found
 MOST = 2048  # tokens of a prompt: a document of one paragraph is not read again whole
 Pause = Callable[[], None]
 
@@ -32,7 +32,7 @@ def checked(
     cancelled: Cancelled | None = None, pause: Pause | None = None,
 ) -> Cited:  # fmt: skip
     """Tie the answer that `session` just gave to the question of that number to the documents, as `ask.cited`, and take
-    a second look where its passages do not bear it out. `Cited.first` is the first answer where the second one stands.
+    a second look where no passage bears it out. `Cited.first` is the first answer where the second one stands.
 
     sampling   of the first answer, whose length and stops the second one keeps; it is written greedily
     cancelled  asked before every chunk and token; the first answer stands then
@@ -42,7 +42,7 @@ def checked(
     question that follows other turns of a conversation.
     """
     first = cited(session, prompts, number, answer, ids)
-    if not first.found or first.borne_out or prompts.numbered or prompts.follows:
+    if (first.found and first.borne_out) or prompts.numbered or prompts.follows:
         return first
     if session.stats.finish_reason == "cancelled":
         return first
@@ -57,8 +57,9 @@ def second_look(
     engine: Engine, prompts: Prompts, number: int, first: Cited, sampling: Sampling,
     cancelled: Cancelled | None = None, pause: Pause | None = None,
 ) -> Cited | None:  # fmt: skip
-    """Ask again with nothing but the cited paragraphs and those nearest to the question, then with the cited ones.
-    The first answer that its passage bears out; None where neither is, or where it was cancelled."""
+    """Ask again with nothing but the cited paragraphs and those nearest to the question, then with the cited ones; or,
+    where nothing was found, with those nearest to the question, more of them. The first answer that its passage bears
+    out; None where none is, or where it was cancelled."""
     index, question = prompts.index, prompts.questions[number]
     nearest = index.nearest(frozenset(terms(question)), NEAREST)
     own = [
@@ -67,7 +68,8 @@ def second_look(
         if any((one.document, one.paragraph) == (document, paragraph.number) for one in first.citations)
     ]
     greedy = Sampling(max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
-    for places in dict.fromkeys((tuple(sorted({*own, *nearest})), tuple(own))):
+    narrow = (tuple(sorted({*own, *nearest})), tuple(own))
+    for places in dict.fromkeys(narrow) if first.found else [widely(engine, prompts, question)]:
         ids = engine.chat.encode(messages(text_of_places(prompts, places), question))
         if not places or len(ids) > MOST or len(ids) + greedy.max_new_tokens > engine.window:
             continue
@@ -83,9 +85,23 @@ def second_look(
                 pause()
         if apart.stats.finish_reason == "cancelled":
             return None
-        if text.strip() and (found := cited(apart, alone, 0, text, written)).borne_out:
+        if not text.strip() or not (first.found or is_of_the_kind(question, text)):
+            continue
+        if (found := cited(apart, alone, 0, text, written)).borne_out:
             return found
     return None
+
+
+def widely(engine: Engine, prompts: Prompts, question: str) -> tuple[int, ...]:
+    """The paragraphs nearest to a question in its words, WIDE tokens of them at most, in the documents' order."""
+    places: list[int] = []
+    room = WIDE
+    for place in prompts.index.nearest(frozenset(terms(question)), len(prompts.index.places)):
+        room -= len(engine.tokenizer.encode(prompts.index.places[place][1].text))
+        if room < 0:
+            break
+        places.append(place)
+    return tuple(sorted(places))
 
 
 def text_of_places(prompts: Prompts, places: Sequence[int]) -> str:

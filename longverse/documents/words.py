@@ -42,7 +42,24 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE,
 )
 _MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
-_ASKS_NUMBER = re.compile(r"多少|(?<![这那哪前后上头十数好])几[^乎何]|\bhow (?:many|much|old)\b", re.IGNORECASE)
+_ASKS_NUMBER = re.compile(
+    r"多少|(?<![这那哪前后上头十数好])几[^乎何]|\bhow (?:many|much|old)\b"
+    r"|\bwhat (?:is|was|are|were) the (?:\w+ ){0,2}(?:number|price|budget|population|salary|wages?|fee|fare|rent) of\b",
+    re.IGNORECASE,
+)
+_ASKS_NAME = re.compile(
+    r"^\W*(?:by |for |from |in |of |to |under |with )?(?:who|whom|whose|where"
+    r"|(?:which|what) (?:person|man|woman|town|city|village|country|place|street|firm|company))\b"
+    "|谁|何人|哪位|哪里|哪儿|何处|何地",
+    re.IGNORECASE,
+)
+_ASKS_AMOUNT = re.compile(
+    r"\bhow (?:many|much|old|long|large|big|high|tall|deep|wide|far|heavy|expensive)\b"
+    r"|\bwhat (?:is|was|are|were) the (?:\w+ ){0,2}"
+    r"(?:number|amount|price|cost|costs|budget|area|size|height|length|depth|width|weight|age|population|capacity|rent"
+    r"|salary|wage|fee|fare|speed|temperature|distance|total|sum|share|rate)\b",
+    re.IGNORECASE,
+)
 _ASKS_TIME = re.compile(
     r"什么时候|何时|哪一?[年天]|哪个?月|几[年月号]|^when\b|\b(?:which|what) (?:year|month|day|date)\b", re.IGNORECASE
 )
@@ -93,6 +110,20 @@ def can_answer(question: str, passage: str) -> bool:
             plain = _SHARE.sub(" ", plain)
         return _NUMBER.search(_DATE.sub(" ", plain)) is not None
     return True
+
+
+def is_of_the_kind(question: str, answer: str) -> bool:
+    """Stricter than `can_answer`: whether an answer brings what the question's words ask for. A person or a place: a
+    name that the question has not, which no Chinese answer can be seen to bring, since Chinese marks no names; an
+    amount: a number that it has not, and no date."""
+    if _ASKS_NAME.search(question):
+        return any(not word[0].isdigit() for word in names(answer) - names(question))
+    if _ASKS_AMOUNT.search(question):
+        text = _DATE.sub(" ", normalise(answer))
+        for known in re.findall(r"\d[\d.,]*", normalise(question)):
+            text = text.replace(known, " ")
+        return _NUMBER.search(text) is not None
+    return can_answer(question, answer)
 
 
 def normalise(text: str) -> str:

@@ -208,6 +208,17 @@ def test_attention_chooses_between_paragraphs_that_read_alike() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "answer", ["The text does not say.", "The text does not say", "文中没有提到。", "文中没有提到"]
+)
+def test_the_models_own_refusal_is_no_answer(answer: str) -> None:
+    index = Index([decode(b"The Sirius lamp of Denton is sold in lime green at the summer fair.", "a.txt")])
+    question = "What weight has the Sirius lamp of Denton, sold in lime green at the summer fair?"
+    assert cite(question, "It is sold in lime green.", index).found  # most of the words are there
+    cited = cite(question, answer, index)
+    assert (cited.found, cited.answer) == (False, answer)
+
+
 def test_other_words_are_accepted_where_the_model_copies_with_attention() -> None:
     document = decode(b"The White Orchestra is conducted by Ada Baker.\n\nIt plays on Sundays.", "a.txt")
     index = Index([document])

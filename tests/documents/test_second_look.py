@@ -1,4 +1,4 @@
-"""An answer that its passage does not say is asked again over that passage alone."""
+"""An answer that no passage says is asked again over a few passages."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from longverse.documents import ask, second_look
 from longverse.documents.citations import Citation, Cited
 from longverse.documents.reader import decode
 from longverse.documents.report import generate_report, unanswerable
+from longverse.documents.words import is_of_the_kind
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 
@@ -39,12 +40,64 @@ def test_a_wrong_answer_becomes_what_the_passage_says(language: str, monkeypatch
     def never(*arguments: object) -> None:
         raise AssertionError("nothing is to be asked again")
 
-    monkeypatch.setattr(second_look, "second_look", never)
-    # What is borne out stands, and what the document does not speak of is no matter of a second look.
-    for number, answer in ((0, report.facts[0].sentence), (len(report.facts), "It is Mr. Nobody of Nowhere.")):
+    with monkeypatch.context() as patch:  # what is borne out stands
+        patch.setattr(second_look, "second_look", never)
+        said = report.facts[0].sentence
+        session.read(prompts.ids[0])
+        cited = second_look.checked(session, prompts, 0, said, engine.tokenizer.encode(said), SAMPLING)
+        assert (cited.found, cited.first) == (True, "")
+    # What the document does not answer is not found by a second look either.
+    number = len(report.facts)
+    session.read(prompts.ids[number])
+    cited = second_look.checked(session, prompts, number, "It is Mr. Nobody of Nowhere.", wrong, SAMPLING)
+    assert (cited.found, cited.first) == (False, "")
+
+
+def test_a_question_in_other_words_is_found_by_a_second_look() -> None:
+    engine = Engine.load("smol", device="cpu")
+    text = (
+        "# Societies\n\nThe Oldfield Society was founded in 1804. It meets on Mondays.\n\n"
+        "The chair of the Marlow Society is Ada Byron. The society owns a boat.\n\nThe river is long."
+    )
+    document = decode(text.encode(), "societies.md")
+    questions = ["Who presides over the Marlow Society?", "Who presides over the Oldfield Society?"]
+    prompts = ask.prepare(engine, document, questions, 32)
+    session = engine.session(prompts.planned_tokens)
+    refused = "The text does not say."
+    for number in range(2):
         session.read(prompts.ids[number])
-        cited = second_look.checked(session, prompts, number, answer, engine.tokenizer.encode(answer), SAMPLING)
-        assert (cited.found, cited.first) == (number == 0, "")
+        ids = engine.tokenizer.encode(refused)
+        cited = second_look.checked(session, prompts, number, refused, ids, SAMPLING)
+        if number == 0:
+            assert (cited.found, cited.first) == (True, refused)
+            assert "Ada Byron" in cited.answer
+            assert "chair of the Marlow Society" in cited.citations[0].text
+        else:  # whatever is said of it names nobody
+            assert (cited.found, cited.first) == (False, "")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "fits"),
+    [
+        ("Who runs the Hill School?", "The Hill School teaches masonry.", False),
+        ("Who runs the Hill School?", "The head of the Hill School is Ada Byron.", True),
+        ("From which town is Hill Bank run?", "The budget of Hill Bank is 6 million.", False),
+        ("From which town is Hill Bank run?", "The head office of Hill Bank is in Bath.", True),
+        ("Where is the base?", "It is in Bath.", True),
+        ("What is the area of farm 7?", "Farm 7 grows hops.", False),
+        ("What is the area of farm 7?", "Farm 7 was bought in May 1990.", False),
+        ("What is the area of farm 7?", "Farm 7 has 40 acres.", True),
+        ("What is the total yearly cost of it?", "It costs six crowns.", True),
+        ("How expensive were the repairs?", "They were long.", False),
+        ("When was it built?", "It was built by Ada Byron.", False),
+        ("What is it best known for?", "It is known for cheese.", True),
+        ("谁是校长？", "校长是王明。", False),  # nothing marks the name
+        ("它种植什么？", "它种植油菜。", True),
+        ("有多少工人？", "它在白桥。", False),
+    ],
+)
+def test_what_a_question_asks_for(question: str, answer: str, fits: bool) -> None:
+    assert is_of_the_kind(question, answer) == fits
 
 
 def test_where_no_second_look_is_taken() -> None:
