@@ -5,9 +5,10 @@
     python benchmarks/citations.py --heads --lengths 4000 --reports 6            which heads point at the evidence
 
 Reports are generated from seeds 1000 and up; the limits in documents/citations.py and the heads in
-documents/evidence.py were chosen on lower ones (--heads takes 0 and up). Three rules were made after a look at misses
-of these very reports ("painted in what colour", percentages as counts, three passages looked at): --seed 2000 --name
-unseen asks reports that no rule was made on. Each report is asked as many questions that it answers as it does not:
+documents/evidence.py were chosen on lower ones (--heads takes 0 and up), the second look's rules on seeds 3000 and up.
+Four rules were made after a look at misses of these very reports ("painted in what colour", percentages as counts,
+three passages looked at, no person or place in Chinese by a second look): --seed 2000 --name unseen asks reports that
+no rule was made on. Each report is asked as many questions that it answers as it does not:
 half of those about what it leaves unsaid of its own subjects, half about the subjects of other reports. The answerable
 ones are asked again in other words than the report's, names aside, where a rewording is known.
 

@@ -270,6 +270,32 @@ def pages_reports(chinese: bool) -> str:
     return f"{table(['tokens', 'read', *shares], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
+def recipe_study(chinese: bool) -> str:
+    """What each step of the recipe brings, by multiples of the base window, and the card's claims judged."""
+    results = load("recipe_study")
+    rows, factors = results["rows"], sorted({row["factor"] for row in results["rows"]})
+    header = [f"{factor}x, {factor * results['window']:,}" for factor in factors]
+    parts = []
+    for title, key, form in (
+        ("facts found, both languages", "found", "{:.0%}"),
+        ("loss of the same last tokens, nats", "loss", "{:.2f}"),
+    ):
+        cells = []
+        for name in dict.fromkeys(row["variant"] for row in rows):
+            own = {row["factor"]: row | {"found": (row["found_en"] + row["found_zh"]) / 2}
+                   for row in rows if row["variant"] == name}  # fmt: skip
+            cells.append([name, *(form.format(own[f][key]) if f in own else "–" for f in factors)])
+        parts.append(table([title, *header], cells))
+    claims = [
+        [claim["claim"], f"{claim['value']:.2f} against {claim['other']:.2f} at {claim['factor']}x", claim["verdict"]]
+        if "value" in claim
+        else [claim["claim"], "–", claim["verdict"]]
+        for claim in results["claims"]
+    ]
+    parts.append(table(["the card's claim", "figures", "verdict"], claims))
+    return "\n\n".join(parts) + f"\n\n{machine_line(results, chinese)}\n"
+
+
 def plan_check(chinese: bool) -> str:
     """Planned beside measured memory and seconds."""
     results = load("plan_check")
@@ -307,6 +333,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "pages_lengths": pages_lengths,
     "pages_variants": pages_variants,
     "pages_reports": pages_reports,
+    "recipe_study": recipe_study,
     "plan_check": plan_check,
     "reopen": reopen,
     "first_light": first_light,

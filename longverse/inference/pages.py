@@ -18,7 +18,7 @@ Not done: choosing pages while reading; what takes two far places to be understo
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ from .pages_cache import Angles, PageCache
 from .pages_choice import SCORES, Score, best_pages, page_mass
 
 Scope = Literal["all", "layer", "head"]
-SCOPES: tuple[Scope, ...] = ("all", "layer", "head")
 Vote = Literal["best", "sum"]
 Positions = Literal["renumbered", "clamped"]
+SCOPES, VOTES, POSITIONS = get_args(Scope), get_args(Vote), get_args(Positions)
 HALVED = ("window", "chunk", "budget", "newest", "reserve")  # for a shorter trained window
 LEAST, MOST = 12, 256  # tokens of a question that was not named
 # choose(layer, q [1, H, T, D] unrotated, T tokens of the question) -> pages [G, count]
@@ -82,22 +82,18 @@ class PagesSettings:
     margin: int = 32
 
     def __post_init__(self) -> None:
-        for name, least in [
-            *((name, 1) for name in ("first", "page", "block", "shortlist", *HALVED)),
-            ("anew", 0),
-            ("margin", 0),
-        ]:
+        for name in ("first", "page", "block", "shortlist", "anew", "margin", *HALVED):
+            least = 0 if name in ("anew", "margin") else 1
             if getattr(self, name) < least:
                 raise UserError(f"The setting {name} of pages is {getattr(self, name)} and must be at least {least}.")
         if self.page % self.block:
             raise UserError(f"A page of {self.page} tokens must be a multiple of its blocks of {self.block}.")
         if self.budget < self.page:
             raise UserError(f"A budget of {self.budget} tokens holds no page of {self.page}: raise it.")
-        if self.scope not in SCOPES or self.score not in SCORES or self.positions not in ("renumbered", "clamped"):
-            raise UserError(
-                f"Pages know the scopes {', '.join(SCOPES)}, the scores {', '.join(SCORES)} and the positions"
-                f" renumbered and clamped, not {self.scope}, {self.score}, {self.positions}."
-            )
+        known = {"scope": SCOPES, "vote": VOTES, "score": SCORES, "positions": POSITIONS}
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"The {name} of pages is {getattr(self, name)!r} and must be {' or '.join(choices)}.")
 
     @property
     def reach(self) -> int:

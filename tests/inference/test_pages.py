@@ -337,6 +337,23 @@ def test_the_page_a_question_repeats_is_chosen(tokenizer: Tokenizer) -> None:
         assert (session.chosen == (83 - 4) // 8).any(-1).all()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"anew": -1}, "anew of pages is -1 and must be at least 0"),
+        ({"margin": -2}, "margin of pages is -2"),
+        ({"page": 0}, "page of pages is 0 and must be at least 1"),
+        ({"page": 6}, "A page of 6 tokens must be a multiple of its blocks of 4"),
+        ({"budget": 7}, "A budget of 7 tokens holds no page of 8"),
+        ({"vote": "most"}, "The vote of pages is 'most' and must be best or sum"),
+        ({"scope": "one"}, "The scope of pages is 'one' and must be all or layer or head"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        small(**change)
+
+
 # ---- sessions ------------------------------------------------------------------------------------------------
 
 
@@ -459,14 +476,6 @@ def test_refusals(engine: Engine) -> None:
     assert session.cache.length == 0
     with pytest.raises(UserError, match=r"exceeds the 400 planned"):
         session.complete(prompt(399), Sampling(max_new_tokens=2))
-    with pytest.raises(UserError, match="multiple of its blocks"):
-        PagesSettings(page=40)
-    with pytest.raises(UserError, match="holds no page"):
-        PagesSettings(budget=32)
-    with pytest.raises(UserError, match="window of pages is 0"):
-        PagesSettings(window=0)
-    with pytest.raises(UserError, match="not layers"):
-        PagesSettings(scope="layers")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["word " * 40 + "\n\nWho is the chair of the whole board, and since when?"])
