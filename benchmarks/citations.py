@@ -153,7 +153,7 @@ def measure(engine: Engine, made: dict[str, Any], tally: Tally) -> None:
         begun = time.perf_counter()
         first = result = cite(question, answer.strip(), index, attended)
         told = time.perf_counter()
-        if not (first.found and first.borne_out):
+        if not first.borne_out:
             prompts = Prompts((question,), ((),), 0, (document,), places=(None,), made_index=index)
             result = second_look(engine, prompts, 0, first, SAMPLING) or first
         if number:  # the first question also pays for reading
@@ -165,7 +165,7 @@ def measure(engine: Engine, made: dict[str, Any], tally: Tally) -> None:
         signals = {name: round(value, 2) for name, value in result.signals.items()}
         if item["fact"] is None:
             if result.found:
-                tally.misses.append(f"accepted: {question} | {answer.strip()[:100]} | {signals}")
+                tally.misses.append(f"accepted: {question} | {result.answer.strip()[:100]} | {signals}")
             continue
         fact = Fact(**item["fact"])
         truth = document.paragraph_at(fact.position).number

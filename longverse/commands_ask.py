@@ -137,7 +137,7 @@ def answer(
     """
     from .documents.ask import doubtful, not_found
     from .documents.second_look import checked, introduction
-    from .wording import NOT_STATED
+    from .wording import is_refusal
 
     waits = way == "numbers" or (way != "off" and doubtful(prompts, number))
     name = prompts.documents[0].name if len(prompts.documents) == 1 else f"{len(prompts.documents)} documents"
@@ -167,7 +167,7 @@ def answer(
     if waits and cited is not None and not cited.found:
         guess = " ".join(cited.answer.split())
         guess = f"{guess[:200]} …" if len(guess) > 200 else guess
-        if guess not in NOT_STATED:  # it says so itself
+        if not is_refusal(guess):
             console.note(f"The model guessed, without a passage that bears it out: {guess}", quiet=quiet)
     return text.strip(), cited
 

@@ -21,11 +21,10 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any
 
-from ..wording import NOT_STATED
+from ..wording import is_refusal
 from .words import Index, can_answer, groups, is_han, names, normalise, sentences, terms
 
 REPAIRED = 0.8  # least likeness (difflib's ratio) of a quotation with slips
-REFUSALS = {said.rstrip(".。") for said in NOT_STATED}  # an end token or a stop may have cut the full stop
 SUPPORTED = 0.75  # least share of an answer's own words that its passage must hold
 SURE = 0.9  # share of the question's words in a passage that is shown whatever the model answered
 NOT_FOUND = {"en": "Not found in the document.", "zh": "文档中没有找到。"}
@@ -116,7 +115,7 @@ def cite(question: str, answer: str, index: Index, attended: Attended | None = N
     """Tie an answer to the index's documents. Paragraphs that the answer refers to by number are counted over all of
     them, as in `Index.places`, from 1."""
     answer, references = without_references(answer)
-    refused = answer.strip().rstrip(".。") in REFUSALS
+    refused = is_refusal(answer)
     asked = frozenset(terms(question))
     found: list[Citation] = []
     marks: list[tuple[int, tuple[int, ...]]] = []

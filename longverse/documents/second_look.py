@@ -19,10 +19,11 @@ from ..inference.sampling import Sampling
 from ..wording import SAYS, language_of, messages
 from .ask import Prompts, cited
 from .citations import Cited
-from .words import is_of_the_kind, terms
+from .words import asks_a_name_unmarked, is_of_the_kind, terms
 
 NEAREST = 2  # paragraphs nearest to the question in its words that are looked at beside the cited ones
 WIDE = 1024  # tokens of the paragraphs that are looked at where nothing was found
+LEAST = 16  # tokens left of them that no paragraph is sought for any more
 MOST = 2048  # tokens of a prompt: a document of one paragraph is not read again whole
 Pause = Callable[[], None]
 
@@ -42,7 +43,7 @@ def checked(
     question that follows other turns of a conversation.
     """
     first = cited(session, prompts, number, answer, ids)
-    if (first.found and first.borne_out) or prompts.numbered or prompts.follows:
+    if first.borne_out or prompts.numbered or prompts.follows:
         return first
     if session.stats.finish_reason == "cancelled":
         return first
@@ -61,6 +62,8 @@ def second_look(
     where nothing was found, with those nearest to the question, more of them. The first answer that its passage bears
     out; None where none is, or where it was cancelled."""
     index, question = prompts.index, prompts.questions[number]
+    if not first.found and asks_a_name_unmarked(question):
+        return None
     nearest = index.nearest(frozenset(terms(question)), NEAREST)
     own = [
         place
@@ -70,8 +73,10 @@ def second_look(
     greedy = Sampling(max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
     narrow = (tuple(sorted({*own, *nearest})), tuple(own))
     for places in dict.fromkeys(narrow) if first.found else [widely(engine, prompts, question)]:
+        if not places:
+            continue
         ids = engine.chat.encode(messages(text_of_places(prompts, places), question))
-        if not places or len(ids) > MOST or len(ids) + greedy.max_new_tokens > engine.window:
+        if len(ids) > MOST or len(ids) + greedy.max_new_tokens > engine.window:
             continue
         try:
             apart = engine.session(len(ids) + greedy.max_new_tokens)
@@ -85,23 +90,36 @@ def second_look(
                 pause()
         if apart.stats.finish_reason == "cancelled":
             return None
-        if not text.strip() or not (first.found or is_of_the_kind(question, text)):
+        if not text.strip():
             continue
-        if (found := cited(apart, alone, 0, text, written)).borne_out:
+        found = cited(apart, alone, 0, text, written)
+        if found.borne_out and (first.found or brings_what_is_asked(question, found)):
             return found
     return None
 
 
+def brings_what_is_asked(question: str, found: Cited) -> bool:
+    """Whether an answer, and what bears it out, hold the name or the number that a question asks for."""
+    said = " ".join(one.text for one in found.citations if one.status != "unverified")
+    # Behind other words an answer's first capital letter counts, too.
+    return is_of_the_kind(question, f"It is {found.answer}") and is_of_the_kind(question, said)
+
+
 def widely(engine: Engine, prompts: Prompts, question: str) -> tuple[int, ...]:
-    """The paragraphs nearest to a question in its words, WIDE tokens of them at most, in the documents' order."""
+    """The paragraphs nearest to a question in its words, as many as WIDE tokens hold, in the documents' order; the
+    nearest alone where it is longer."""
+    index = prompts.index
+    nearest = index.nearest(frozenset(terms(question)), len(index.places))
     places: list[int] = []
     room = WIDE
-    for place in prompts.index.nearest(frozenset(terms(question)), len(prompts.index.places)):
-        room -= len(engine.tokenizer.encode(prompts.index.places[place][1].text))
-        if room < 0:
+    for place in nearest:
+        if room < LEAST:
             break
-        places.append(place)
-    return tuple(sorted(places))
+        size = len(engine.tokenizer.encode(index.places[place][1].text))
+        if size <= room:
+            places.append(place)
+            room -= size
+    return tuple(sorted(places or nearest[:1]))
 
 
 def text_of_places(prompts: Prompts, places: Sequence[int]) -> str:

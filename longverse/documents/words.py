@@ -7,6 +7,7 @@ pairs of neighbouring characters, those with grammatical characters left out. Nu
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -42,24 +43,25 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE,
 )
 _MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
+_WHAT_IS_THE = r"\bwhat (?:is|was|are|were) the (?:\w+ ){0,2}"
+_AMOUNTS = "number|amount|price|budget|population|salary|wages?|fee|fare|rent"
 _ASKS_NUMBER = re.compile(
-    r"多少|(?<![这那哪前后上头十数好])几[^乎何]|\bhow (?:many|much|old)\b"
-    r"|\bwhat (?:is|was|are|were) the (?:\w+ ){0,2}(?:number|price|budget|population|salary|wages?|fee|fare|rent) of\b",
+    r"多少|(?<![这那哪前后上头十数好])几[^乎何]|\bhow (?:many|much|old)\b" + rf"|{_WHAT_IS_THE}(?:{_AMOUNTS}) of\b",
     re.IGNORECASE,
 )
 _ASKS_NAME = re.compile(
     r"^\W*(?:by |for |from |in |of |to |under |with )?(?:who|whom|whose|where"
     r"|(?:which|what) (?:person|man|woman|town|city|village|country|place|street|firm|company))\b"
-    "|谁|何人|哪位|哪里|哪儿|何处|何地",
+    "|谁|何人|哪位|什么人|哪里|哪儿|何处|何地|什么地方|哪[座个家]?(?:城|市|镇|村|县|省|国|公司|企业|银行|机构)",
     re.IGNORECASE,
 )
 _ASKS_AMOUNT = re.compile(
     r"\bhow (?:many|much|old|long|large|big|high|tall|deep|wide|far|heavy|expensive)\b"
-    r"|\bwhat (?:is|was|are|were) the (?:\w+ ){0,2}"
-    r"(?:number|amount|price|cost|costs|budget|area|size|height|length|depth|width|weight|age|population|capacity|rent"
-    r"|salary|wage|fee|fare|speed|temperature|distance|total|sum|share|rate)\b",
+    rf"|{_WHAT_IS_THE}(?:{_AMOUNTS}|costs?|size|height|length|depth|width|weight|age|capacity|speed|temperature|distance"
+    r"|total|sum|area(?! of (?:research|study|work|law|expertise|interest))) of\b|多少",
     re.IGNORECASE,
 )
+_DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 _ASKS_TIME = re.compile(
     r"什么时候|何时|哪一?[年天]|哪个?月|几[年月号]|^when\b|\b(?:which|what) (?:year|month|day|date)\b", re.IGNORECASE
 )
@@ -69,7 +71,8 @@ _TIME = re.compile(
 )
 _DATE = re.compile(
     rf"\d+年(?:\d+月)?(?:\d+日)?|[\d一二三四五六七八九十]+月(?:[\d一二三四五六七八九十]+日)?|"
-    rf"(?:{_MONTHS}),? \d+(?:,? \d{{4}})?|\b(?:in|since|until|by|of) \d{{4}}\b"
+    rf"(?:{_MONTHS}),? \d+(?:,? \d{{4}})?|\b(?:in|since|until|by) (?:1\d|20)\d\d\b"
+    rf"|\b(?:{_MONTHS}|spring|summer|autumn|winter|year) of \d{{4}}\b"
 )
 # "A hospital" is no number; "only one clerk" is.
 _ARTICLE_HAN = re.compile(rf"(?<![一二三四五六七八九十百千万亿第只仅共])(?<![只仅共]有)一([{_MEASURES}])(.?)")
@@ -112,18 +115,21 @@ def can_answer(question: str, passage: str) -> bool:
     return True
 
 
-def is_of_the_kind(question: str, answer: str) -> bool:
-    """Stricter than `can_answer`: whether an answer brings what the question's words ask for. A person or a place: a
-    name that the question has not, which no Chinese answer can be seen to bring, since Chinese marks no names; an
-    amount: a number that it has not, and no date."""
+def is_of_the_kind(question: str, said: str) -> bool:
+    """Stricter than `can_answer`: whether what is said brings what the question asks for. A person or a place: a name
+    that the question has not (see `asks_a_name_unmarked`); an amount: a number that it has not, and no date."""
     if _ASKS_NAME.search(question):
-        return any(not word[0].isdigit() for word in names(answer) - names(question))
+        return any(not word[0].isdigit() for word in names(said) - names(question))
     if _ASKS_AMOUNT.search(question):
-        text = _DATE.sub(" ", normalise(answer))
-        for known in re.findall(r"\d[\d.,]*", normalise(question)):
-            text = text.replace(known, " ")
-        return _NUMBER.search(text) is not None
-    return can_answer(question, answer)
+        text = _DATE.sub(" ", normalise(said))
+        more = Counter(_DIGITS.findall(text)) - Counter(_DIGITS.findall(normalise(question)))
+        return bool(more) or _NUMBER.search(_DIGITS.sub(" ", text)) is not None
+    return can_answer(question, said)
+
+
+def asks_a_name_unmarked(question: str) -> bool:
+    """Whether a person or a place is asked for in Chinese, which marks no names: no answer can be seen to bring one."""
+    return bool(_ASKS_NAME.search(question) and _HAN_RUN.search(question))
 
 
 def normalise(text: str) -> str:

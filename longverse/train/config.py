@@ -323,9 +323,12 @@ class Recipe:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
 
-    def fingerprint(self) -> str:
-        """16 hex digits; equal for recipes that train alike (how often to save or probe is left out, unless probes may
-        end a stage)."""
+    def first_stages(self, count: int) -> Recipe:
+        """The same recipe, ending after so many stages."""
+        return dataclasses.replace(self, stages=self.stages[:count])
+
+    def what_counts(self) -> dict[str, Any]:
+        """Plain values without what trains nothing else (how often to save or probe, unless probes may end a stage)."""
         values = self.to_dict()
         for key in ("save_every", "keep", "keep_stages", "name", "licence", "sequence"):
             values.pop(key)
@@ -334,5 +337,9 @@ class Recipe:
         for stage in values["stages"]:
             for key in ("window", "micro_tokens", "recompute_above", "offload"):
                 stage.pop(key)
-        text = json.dumps(values, sort_keys=True)
+        return values
+
+    def fingerprint(self) -> str:
+        """16 hex digits; equal for recipes that train alike."""
+        text = json.dumps(self.what_counts(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

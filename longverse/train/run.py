@@ -37,7 +37,7 @@ from longverse.models.checkpoint import (
 from longverse.models.network import NetworkConfig
 from longverse.models.rope import RopePlan
 from longverse.train import parallel
-from longverse.train.belonging import check_run, first_change, take_stages
+from longverse.train.belonging import check_run, find_stages, first_change, take_stages
 from longverse.train.board import Board
 from longverse.train.config import Recipe, Source, Stage
 from longverse.train.doctor import Finding, examine
@@ -49,7 +49,7 @@ from longverse.train.new import make_model
 from longverse.train.parallel import Ranks
 from longverse.train.probe import Figures, Prober, has_stopped_growing
 from longverse.train.results import write_results
-from longverse.train.state import latest, load_state, remove_remnants, save_state
+from longverse.train.state import checkpoints, latest, load_state, remove_remnants, save_state
 from longverse.train.trainer import Log, StageEnd, StepReport, make_optimizer, read_probes, train_stage
 
 
@@ -153,14 +153,19 @@ class _Run:
         network = loaded.network
         self.original = network.config
         with ranks.leader_first():
-            if self.stages_from is not None and ranks.rank == 0 and not dry:
-                taken = take_stages(recipe, loaded, out, self.stages_from)
+            if self.stages_from is not None and ranks.rank == 0:
+                taken = find_stages(recipe, loaded, out, self.stages_from)
                 if taken is not None:
-                    watch.note(taken)
-            check_run(recipe, out, loaded, ranks)
+                    watch.note(f"{'To be taken' if dry else 'Taken'} over: {taken}.")
+                    if not dry:
+                        take_stages(taken, recipe, loaded, out)
+            check_run(recipe, out, loaded, write=ranks.rank == 0 and not dry)
             if recipe.lora.start is not None:  # what is not there is said before data is built
                 read_adapter(Path(recipe.lora.start))
-            for stage in recipe.stages:  # what cannot be built is said before hours of training, not after
+            found = latest(out / "checkpoints")
+            state: dict[str, Any] = found[1] if found is not None else {"stage": [0, ""], "step": 0}
+            at_stage, at_step = state["stage"][0], state["step"]
+            for stage in recipe.stages[at_stage:]:  # what cannot be built is said before hours of training, not after
                 for source in stage.data:
                     build_data(source, watch)
         prepare(network, recipe)
@@ -170,9 +175,6 @@ class _Run:
         self.model = LossModel(network, autocast=whole and products == torch.bfloat16)
         self.peak = peak_flops(network.device, products)
         parallel.shard(self.model, network, ranks, self.model.autocast)
-        found = latest(out / "checkpoints")
-        state: dict[str, Any] = found[1] if found is not None else {"stage": [0, ""], "step": 0}
-        at_stage, at_step = state["stage"][0], state["step"]
         if found is not None:
             watch.note(f"Going on after step {at_step} of stage {state['stage'][1]}.")
         self.log = Log(out / "log.jsonl")
@@ -205,7 +207,7 @@ class _Run:
             if not self._probe_after(number, stage, step, trained_here=number >= at_stage):
                 return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
             here = out / "stages" / f"{number:02d}-{stage.name}"
-            if recipe.keep_stages and number >= at_stage and not here.exists():
+            if recipe.keep_stages and number >= at_stage and not checkpoints(here):
                 self._write(here, write_merged=False)
                 ended = {"step": step, "fingerprint": recipe.fingerprint(), "early": early}
                 save_state(here, (number, stage.name), network, None, ended, rank=ranks.rank)

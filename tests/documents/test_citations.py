@@ -209,7 +209,7 @@ def test_attention_chooses_between_paragraphs_that_read_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["The text does not say.", "The text does not say", "文中没有提到。", "文中没有提到"]
+    "answer", ["The text does not say.", "the text does not say", "“文中没有提到。”", "文中没有提到"]
 )
 def test_the_models_own_refusal_is_no_answer(answer: str) -> None:
     index = Index([decode(b"The Sirius lamp of Denton is sold in lime green at the summer fair.", "a.txt")])
@@ -276,6 +276,9 @@ def test_a_passage_with_the_questions_words_is_shown_where_the_answer_leads_nowh
         ("When was the farm bought?", "Ann Dale runs the farm.", False),
         ("When was the farm bought?", "The farm was bought in the autumn.", True),
         ("Who runs the farm?", "The farm grows rye.", True),
+        ("What is the budget of the school?", "The school has a budget of 4500 crowns.", True),
+        ("What is the price of the lamp?", "The lamp was launched in April 2018.", False),
+        ("How many pupils are there?", "It opened in the spring of 1987.", False),
     ],
 )
 def test_a_passage_without_a_number_answers_no_how_many(question: str, passage: str, can: bool) -> None:

@@ -11,7 +11,7 @@ from longverse.documents import ask, second_look
 from longverse.documents.citations import Citation, Cited
 from longverse.documents.reader import decode
 from longverse.documents.report import generate_report, unanswerable
-from longverse.documents.words import is_of_the_kind
+from longverse.documents.words import asks_a_name_unmarked, is_of_the_kind
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 
@@ -77,27 +77,72 @@ def test_a_question_in_other_words_is_found_by_a_second_look() -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "fits"),
+    ("question", "said", "fits"),
     [
         ("Who runs the Hill School?", "The Hill School teaches masonry.", False),
         ("Who runs the Hill School?", "The head of the Hill School is Ada Byron.", True),
+        ("Who runs the Hill School?", "It is Byron.", True),
         ("From which town is Hill Bank run?", "The budget of Hill Bank is 6 million.", False),
         ("From which town is Hill Bank run?", "The head office of Hill Bank is in Bath.", True),
         ("Where is the base?", "It is in Bath.", True),
         ("What is the area of farm 7?", "Farm 7 grows hops.", False),
+        ("What is the area of farm 7, please?", "Farm 7 grows hops.", False),
         ("What is the area of farm 7?", "Farm 7 was bought in May 1990.", False),
-        ("What is the area of farm 7?", "Farm 7 has 40 acres.", True),
+        ("What is the area of farm 7?", "Farm 7 has 77 acres.", True),
+        ("What is the width of gate 3?", "Gate 3 is 3 metres wide.", True),
+        ("What is the area of research of Hill College?", "It studies moss.", True),
+        ("What is the area known for?", "For its cheese.", True),
+        ("What is the budget of Hill School?", "It has a budget of 4500 crowns.", True),
         ("What is the total yearly cost of it?", "It costs six crowns.", True),
         ("How expensive were the repairs?", "They were long.", False),
         ("When was it built?", "It was built by Ada Byron.", False),
         ("What is it best known for?", "It is known for cheese.", True),
-        ("谁是校长？", "校长是王明。", False),  # nothing marks the name
         ("它种植什么？", "它种植油菜。", True),
         ("有多少工人？", "它在白桥。", False),
+        ("有多少工人？", "它有412名工人。", True),
     ],
 )
-def test_what_a_question_asks_for(question: str, answer: str, fits: bool) -> None:
-    assert is_of_the_kind(question, answer) == fits
+def test_what_a_question_asks_for(question: str, said: str, fits: bool) -> None:
+    assert is_of_the_kind(question, said) == fits
+    assert not asks_a_name_unmarked(question)
+
+
+@pytest.mark.parametrize("question", ["谁是校长？", "总部在哪里？", "它位于哪个城市？", "经理是什么人？"])
+def test_chinese_marks_no_names(question: str) -> None:
+    assert asks_a_name_unmarked(question)
+
+
+def test_the_passage_must_bring_what_is_asked_not_the_answer_alone() -> None:
+    question = "Who presides over the Oldfield Society?"
+
+    def cited(answer: str, passage: str) -> Cited:
+        citation = Citation(0, "a.txt", 0, len(passage), passage, 1, None, "line 1", (), "verified")
+        return Cited(answer, (citation,), ((len(answer), (1,)),), True)
+
+    founded = "The Oldfield Society was founded in 1804."
+    assert not second_look.brings_what_is_asked(question, cited(f"{founded} Its president is John Smith.", founded))
+    presides = "Ada Byron presides over the Oldfield Society."
+    assert not second_look.brings_what_is_asked(question, cited(presides, founded))
+    chaired = "The Oldfield Society is chaired by Ada Byron."
+    assert second_look.brings_what_is_asked(question, cited("Byron presides over it.", chaired))
+
+
+def test_the_nearest_paragraphs_are_taken_while_they_fit() -> None:
+    engine = Engine.load("smol", device="cpu")
+    long = "The Marlow boat has oars. " * 400
+    short = [f"The Marlow boat number {n} is painted green." for n in range(90)]
+    question = "Who owns the Marlow boat?"
+    for text, count in (("\n\n".join([long, *short]), None), (long, 1)):
+        document = decode(text.encode(), "a.md")
+        prompts = ask.prepare(engine, document, [question], 16)
+        places = second_look.widely(engine, prompts, question)
+        texts = [prompts.index.places[place][1].text for place in places]
+        assert places == tuple(sorted(places))
+        if count is not None:
+            assert len(places) == count
+        else:  # the long one has no room, those behind it have
+            tokens = [len(engine.tokenizer.encode(text)) for text in texts]
+            assert second_look.WIDE - second_look.LEAST - max(tokens) < sum(tokens) <= second_look.WIDE
 
 
 def test_where_no_second_look_is_taken() -> None:
