@@ -35,6 +35,7 @@ from longverse.evaluation.needle import NeedleSettings, run_needle
 from longverse.inference.engine import Engine
 from longverse.inference.pages import PagesSession, PagesSettings
 from longverse.models.adapters import merge_adapter
+from longverse.models.embedded import EMBEDDED
 
 DEFAULT = PagesSettings()
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -237,7 +238,7 @@ def dense(engine: Engine, length: int, documents: int, modes: list[str]) -> dict
     return record
 
 
-def reports(engine: Engine, sizes: list[int], count: int, language: str) -> dict[str, Any]:
+def reports(engine: Engine, sizes: list[int], count: int, language: str, again: bool) -> dict[str, Any]:
     """The questions of benchmarks/citations.py over the same generated reports, read by pages and read exactly."""
     import citations
 
@@ -246,11 +247,12 @@ def reports(engine: Engine, sizes: list[int], count: int, language: str) -> dict
         for way in ("pages", "exact"):
             asker = copy(engine)
             asker.session = partial(engine.session, attention=way)  # type: ignore[method-assign]
-            kept = f"{engine.name} None {citations.digest(judges=False)}" + (f" {DEFAULT}" if way == "pages" else "")
+            kept = f"{engine.name} None {citations.digest(judges=False)}"  # as in citations.py, which shares them
+            kept += f" {DEFAULT}" if way == "pages" else ""
             tally = citations.Tally()
             for report in range(count):
                 seed = citations.SEED + report
-                made = citations.answered(asker, length, seed, citations.QUESTIONS, language, kept)
+                made = citations.answered(asker, length, seed, citations.QUESTIONS, language, kept, again)
                 citations.measure(engine, made, tally)
             row: dict[str, Any] = {"tokens": length, "language": language, "read": way}
             row |= {name: tally.share(*parts) for name, parts in REPORT_SHARES.items()}
@@ -281,6 +283,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=3)
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--language", default="en", help="of reports")
+    parser.add_argument(
+        "--again", action="store_true", help="ask reports anew: after a change of the engine or of pages"
+    )
     parser.add_argument("--only", help="variants by name, separated by semicolons")
     parser.add_argument("--quick", action="store_true", help="one short document each")
     parser.add_argument("--name", default="", help="an ending for the result files")
@@ -302,7 +307,9 @@ def main() -> None:
         if part == "dense":
             result = dense(engine, options.length or 4096, documents, modes)
         elif part == "reports":
-            result = reports(engine, sizes, documents, options.language)
+            if options.model not in EMBEDDED or options.rope or options.adapter:
+                parser.error("reports asks an embedded model as it comes: what it answered is kept by its name")
+            result = reports(engine, sizes, documents, options.language, options.again)
         elif part == "variants":
             result = variants(engine, options.length or 32768, documents, names, modes)
         else:

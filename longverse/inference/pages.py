@@ -49,19 +49,19 @@ class PagesSettings:
     chunk      tokens read at once
     page       a page; a multiple of block
     block      keys of a summary
-    budget     tokens of chosen pages
+    budget     tokens of chosen pages; with `anew`, of those the question is read over while it chooses
     newest     tokens before the question that it always sees
     reserve    positions kept for a question and its answer; longer ones leave room for fewer pages
     scope      who chooses: "all" layers by one vote, every "layer", or every key/value "head" of every layer
-    vote       of "all": a page weighs what its "best" head gives it, or the "sum" of what all heads do
+    vote       of "all": a page weighs what the "best" key/value head of any layer gives it (its query heads and the
+               question's tokens added up), or the "sum" over all of them
     score      how a page is weighed (pages_choice.page_mass)
     shortlist  pages that "two-step" weighs exactly
     distance   how far before the question every far key is taken to be when it is weighed
     positions  "renumbered": chosen pages one after another; "clamped": all at one place before the newest tokens
-    anew       for scope "all": so many tokens, the heaviest pages with `margin` more before and after each, are read
-               anew for every question, one after another; no other page is laid out then. 0: all chosen pages are
-               laid out as they were read
-    margin     tokens
+    anew       for scope "all", where not all pages fit: so many tokens, the heaviest pages with `margin` tokens more
+               before and after each, are read anew for every question, one after another, and no other page is laid
+               out. 0: all chosen pages are laid out as they were read
     """
 
     first: int = 64
@@ -94,6 +94,8 @@ class PagesSettings:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"The {name} of pages is {getattr(self, name)!r} and must be {' or '.join(choices)}.")
+        if self.positions == "clamped" and self.anew:
+            raise UserError("Pages that are read anew stand one after another: clamped positions need anew 0.")
 
     @property
     def reach(self) -> int:

@@ -215,9 +215,9 @@ def test_a_question_over_text_read_anew_is_what_the_definition_says(
     monkeypatch.setattr("longverse.inference.pages.CHUNK", 9)
     rope = {"rope_theta": None, "rope_parameters": DYNAMIC, "max_position_embeddings": 64} if dynamic else {}
     engine = make_engine(tokenizer, num_key_value_heads=2, **rope)
-    s = small(anew=24, vote=vote)
-    ids, asked = prompt(120), 7
-    session = PagesSession(engine, 140, settings=s, question_tokens=asked)
+    s = small(anew=48, budget=48, vote=vote)
+    ids, asked = prompt(200), 7
+    session = PagesSession(engine, 220, settings=s, question_tokens=asked)
     written, ours = answer(session, ids, 3)
     plain = len(ids) - asked
     slow = Slow(engine, session.rope_length)
@@ -227,9 +227,14 @@ def test_a_question_over_text_read_anew_is_what_the_definition_says(
     assert session.chosen is not None
     pages = session.chosen[0, 0].tolist()
     assert (session.chosen == session.chosen[:1, :1]).all()
+    assert session.working is not None
+    by_head = session.working.mass.flatten(0, 1)  # [layers * G, far]
+    weights = [max(head[page] for head in by_head) if vote == "best" else sum(by_head)[page] for page in range(far)]
+    assert pages == sorted(sorted(range(far), key=lambda page: -weights[page])[: len(pages)])
+    assert sum(a + 1 < b for a, b in pairwise(pages)) >= 1  # some stand apart
     around = sorted({t for p in pages for t in range(p * s.page - s.margin, (p + 1) * s.page + s.margin)})
     text = [s.first + t for t in around if 0 <= t < far * s.page]
-    assert s.page < len(text) <= 24
+    assert 2 * s.page < len(text) <= 48
 
     def within(layer: int, group: int, token: int) -> tuple[list[int], list[int]]:
         tokens = [*range(s.first), *range(plain, token + 1)]
@@ -265,9 +270,20 @@ def test_the_heaviest_pages_and_what_stands_around_them(
     assert all(end < begin for (_, end), (begin, _) in pairwise(spans))
     least = min(weights[number] for number in pages.tolist())
     assert all(weights[n] <= least for n in range(len(weights)) if n not in pages.tolist())
-    if len(pages) > 1:  # the first may stand alone where its margins do not fit
-        around = {t for n in pages.tolist() for t in range(n * page - margin, (n + 1) * page + margin)}
-        assert read == sorted(t for t in around if 0 <= t < len(weights) * page)
+
+    def with_margins(numbers: list[int]) -> list[int]:
+        around = {t for n in numbers for t in range(n * page - margin, (n + 1) * page + margin)}
+        return sorted(t for t in around if 0 <= t < len(weights) * page)
+
+    order = sorted(range(len(weights)), key=lambda number: -weights[number])
+    most = min(anew, room)
+    fit = [n for n in range(len(weights) + 1) if len(with_margins(order[:n])) <= most]
+    count = max(fit)
+    if count:
+        assert sorted(order[:count]) == pages.tolist()
+        assert read == with_margins(order[:count])
+    else:  # the heaviest alone, without them
+        assert (pages.tolist(), len(read)) == (order[:1], page)
 
 
 def naive_mass(q: Tensor, near: Tensor, keys: Tensor, page: int) -> Tensor:
@@ -346,6 +362,7 @@ def test_the_page_a_question_repeats_is_chosen(tokenizer: Tokenizer) -> None:
         ({"page": 6}, "A page of 6 tokens must be a multiple of its blocks of 4"),
         ({"budget": 7}, "A budget of 7 tokens holds no page of 8"),
         ({"vote": "most"}, "The vote of pages is 'most' and must be best or sum"),
+        ({"anew": 64, "positions": "clamped"}, "clamped positions need anew 0"),
         ({"scope": "one"}, "The scope of pages is 'one' and must be all or layer or head"),
     ],
 )
