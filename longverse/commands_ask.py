@@ -136,8 +136,8 @@ def answer(
     references, it waits for the check instead.
     """
     from .documents.ask import doubtful, not_found
+    from .documents.citations import is_refusal
     from .documents.second_look import checked, introduction
-    from .wording import is_refusal
 
     waits = way == "numbers" or (way != "off" and doubtful(prompts, number))
     name = prompts.documents[0].name if len(prompts.documents) == 1 else f"{len(prompts.documents)} documents"

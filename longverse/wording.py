@@ -30,12 +30,6 @@ _QUESTION_NUMBERS = {
 # What smol says where a document does not answer: the words its training used (data/long_sft/prompts).
 NOT_STATED = ("The text does not say.", "文中没有提到。")
 
-
-def is_refusal(answer: str) -> bool:
-    """Whether an answer is nothing but one of NOT_STATED; a stop may have cut the full stop off."""
-    return answer.strip(' \n"“”.。').casefold() in {said.rstrip(".。").casefold() for said in NOT_STATED}
-
-
 # Before what a passage says, where the model's first answer did not say it.
 SAYS = {"en": "The document says: ", "zh": "原文说："}
 

@@ -21,7 +21,7 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any
 
-from ..wording import is_refusal
+from ..wording import NOT_STATED
 from .words import Index, can_answer, groups, is_han, names, normalise, sentences, terms
 
 REPAIRED = 0.8  # least likeness (difflib's ratio) of a quotation with slips
@@ -146,6 +146,12 @@ def cite(question: str, answer: str, index: Index, attended: Attended | None = N
             if signals["asked"] >= SURE and signals["kind"] and not signals["strangers"]:
                 return Cited(answer, (citation,), ((len(answer), (1,)),), True, best | signals)
     return Cited(answer, tuple(found), tuple(marks), bool(found) and not refused and speaks_of(best), best)
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether an answer is nothing but the model's words for what a text does not state (wording.NOT_STATED); a stop
+    may have cut their full stop off."""
+    return answer.strip(' \n"“”.。').casefold() in {said.rstrip(".。").casefold() for said in NOT_STATED}
 
 
 def speaks_of(signals: dict[str, float]) -> bool:
