@@ -163,18 +163,25 @@ def made_texts(run: Path) -> dict[str, Path]:
 
 # ---- the card's claims ----------------------------------------------------------------------------------
 
-# A claim, the variant it speaks for, the one it is held against, the figure. Each is judged at the length where the two
-# differ most, whichever way.
+# A claim, the variant it speaks for, the one it is held against, the figure, and the least multiple of the base window
+# that it speaks of. Each is judged at the length where the two differ most, whichever way.
 CLAIMS = (
-    ("ABF alone lets far tokens be used: nothing trained", "abf", "base", "loss"),
-    ("ABF alone finds facts past the base window: nothing trained", "abf", "base", "found"),
-    ("A little continued pre-training after ABF lowers the loss of long texts", "abf+cpt", "abf", "loss"),
-    ("A little continued pre-training after ABF finds more facts", "abf+cpt", "abf", "found"),
-    ("Dynamic NTK lowers the loss past the trained length, nothing trained", "abf+cpt+ntk", "abf+cpt", "loss"),
-    ("Dynamic NTK finds more facts, nothing trained", "abf+cpt+ntk", "abf+cpt", "found"),
-    ("Fine-tuning on long instructions finds more facts", "abf+cpt+ntk+sft", "abf+cpt+ntk", "found"),
-    ("Short texts lose nothing by the whole recipe", "abf+cpt+ntk+sft", "base", "short_loss"),
-    ("The base chosen once finds more than the base recomputed at every forward", "abf+cpt+ntk+sft", "stock", "found"),
+    ("ABF alone lets far tokens be used: nothing trained", "abf", "base", "loss", 2),
+    ("ABF alone finds facts past the base window: nothing trained", "abf", "base", "found", 2),
+    ("A little continued pre-training after ABF lowers the loss of long texts", "abf+cpt", "abf", "loss", 2),
+    ("A little continued pre-training after ABF finds more facts", "abf+cpt", "abf", "found", 1),
+    ("Dynamic NTK lowers the loss past the trained length, nothing trained", "abf+cpt+ntk", "abf+cpt", "loss", 2),
+    ("Dynamic NTK finds more facts, nothing trained", "abf+cpt+ntk", "abf+cpt", "found", 2),
+    ("Fine-tuning on long instructions finds more facts", "abf+cpt+ntk+sft", "abf+cpt+ntk", "found", 1),
+    ("The whole recipe finds facts past the base window", "abf+cpt+ntk+sft", "base", "found", 2),
+    ("Short texts lose nothing by the whole recipe", "abf+cpt+ntk+sft", "base", "short_loss", 1),
+    (
+        "The base chosen once finds more than the base recomputed at every forward",
+        "abf+cpt+ntk+sft",
+        "stock",
+        "found",
+        2,
+    ),
 )
 NATS = 0.02  # a smaller difference of mean losses decides nothing
 
@@ -183,9 +190,9 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each claim with its two figures at the length where they differ most, and a verdict."""
     by = {(row["variant"], row["factor"]): row for row in rows}
     judged = []
-    for claim, one, other, figure in CLAIMS:
+    for claim, one, other, figure, least in CLAIMS:
         best: dict[str, Any] | None = None
-        for factor in sorted({factor for _, factor in by}):
+        for factor in sorted({factor for _, factor in by if factor >= least}):
             a, b = by.get((one, factor)), by.get((other, factor))
             if a is None or b is None:
                 continue
