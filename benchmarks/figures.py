@@ -230,7 +230,7 @@ def pages_lengths(chinese: bool) -> str:
     results = load("pages_lengths")
     modes = [mode for mode in ("facts", "several", "hop") if mode in results["lengths"][0]]
     rows = []
-    for record in results["lengths"]:
+    for record in sorted(results["lengths"], key=lambda record: record["length"]):
         cells = [
             f"{sum(trial['score'] or 0 for trial in record[mode]):.0f} of {len(record[mode])}"
             if mode in record
