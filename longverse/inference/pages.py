@@ -284,10 +284,8 @@ class PagesSession(Session):
             self._run_network(piece, working.attend)
             working.held.advance(len(piece))
         working.lay_newest(working.held.length)
-        hidden = self._run_network(ids, working.attend)
-        working.held.advance(len(ids))
-        self.chosen = pages.expand(layers, groups, -1)
-        return hidden
+        working.chosen = pages.expand(layers, groups, -1)
+        return self._read_question(ids)
 
     def _by_layer(self, layer: int, q: Tensor) -> Tensor:
         assert self.working is not None

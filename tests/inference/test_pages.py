@@ -173,6 +173,18 @@ def reading(s: PagesSettings) -> Callable[[int, int, int], tuple[list[int], list
     return sees
 
 
+def read_slowly(
+    engine: Engine, session: PagesSession, s: PagesSettings, ids: list[int], asked: int
+) -> tuple[Slow, int, int, list[int]]:
+    """All but the question of `asked` tokens, read by the definition: it, the tokens read, the pages of the far past,
+    and the newest tokens after those."""
+    plain = len(ids) - asked
+    slow = Slow(engine, session.rope_length)
+    slow.run(ids[:plain], reading(s))
+    far = (plain - s.newest - s.first) // s.page
+    return slow, plain, far, list(range(s.first + far * s.page, plain))
+
+
 @pytest.mark.parametrize("scope", ["all", "layer", "head"])
 @pytest.mark.parametrize("positions", ["renumbered", "clamped"])
 def test_a_question_over_chosen_pages_is_what_the_definition_says(engine: Engine, scope: Any, positions: Any) -> None:
@@ -180,12 +192,8 @@ def test_a_question_over_chosen_pages_is_what_the_definition_says(engine: Engine
     ids, asked = prompt(100), 7
     session = PagesSession(engine, 110, settings=s, question_tokens=asked)
     _, ours = answer(session, ids, 1)
-    plain = len(ids) - asked
-    slow = Slow(engine, session.rope_length)
-    slow.run(ids[:plain], reading(s))
+    slow, plain, far, newest = read_slowly(engine, session, s, ids, asked)
     assert torch.allclose(torch.stack(slow.keys[2], 1), session.cache.keys[2, 0, :, :plain], atol=1e-4)
-    far = (plain - s.newest - s.first) // s.page
-    newest = list(range(s.first + far * s.page, plain))
     chosen = session.chosen
     assert chosen is not None
     assert chosen.shape[2] == 3 < far
@@ -219,11 +227,7 @@ def test_a_question_over_text_read_anew_is_what_the_definition_says(
     ids, asked = prompt(200), 7
     session = PagesSession(engine, 220, settings=s, question_tokens=asked)
     written, ours = answer(session, ids, 3)
-    plain = len(ids) - asked
-    slow = Slow(engine, session.rope_length)
-    slow.run(ids[:plain], reading(s))
-    far = (plain - s.newest - s.first) // s.page
-    newest = list(range(s.first + far * s.page, plain))
+    slow, plain, far, newest = read_slowly(engine, session, s, ids, asked)
     assert session.chosen is not None
     pages = session.chosen[0, 0].tolist()
     assert (session.chosen == session.chosen[:1, :1]).all()

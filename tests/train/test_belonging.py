@@ -16,15 +16,7 @@ from longverse.train.config import Probe, Recipe
 from longverse.train.run import Watch, run_recipe
 from longverse.train.state import save_state
 from longverse.train.trainer import read_log
-from tests.train.common import recipe, tiny_folder, write_messages
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_folder(folder / "model", max_position_embeddings=64)
-    write_messages(folder / "m.jsonl", 40)
-    return folder
+from tests.train.common import recipe, tiny_folder
 
 
 def three(base: Path, last: int = 3, first: float = 5e-3, **changes: Any) -> Recipe:

@@ -23,14 +23,6 @@ from tests.train.common import recipe, tiny_folder, write_messages
 IDS = torch.randint(0, 90, (1, 60), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_folder(folder / "model", max_position_embeddings=64)
-    write_messages(folder / "m.jsonl", 40)
-    return folder
-
-
 def two_stages(base: Path, **changes: Any) -> Recipe:
     """ABF, then dynamic NTK: the card's recipe in small."""
     data = [{"messages": str(base / "m.jsonl")}]

@@ -1,0 +1,15 @@
+"""What several tests of whole runs begin with."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.train.common import tiny_folder, write_messages
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_folder(folder / "model", max_position_embeddings=64)
+    write_messages(folder / "m.jsonl", 40)
+    return folder
