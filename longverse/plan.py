@@ -32,7 +32,7 @@ ORDER = (
 # (models/kernels/decoder.py); prompts are read with the weights as they are.
 COPY_LIMIT = 4 << 30
 ROUNDED = ("rounded int8", "rounded int4")
-CHUNK = 512  # tokens of a forward (inference/engine.py)
+CHUNK = 1024  # tokens of a forward (inference/engine.py)
 STRETCH = 4096  # tokens of a quantised past in floating point at a time (models/cache.py)
 PROCESS = 490 * 10**6  # of a process with torch, numba's kernels and the tokenizer, their libraries' pages counted
 CUDA_CONTEXT = 600 * 10**6  # of a card, before any tensor

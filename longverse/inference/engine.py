@@ -36,9 +36,8 @@ HOMES = ("device", "machine")
 ATTENTIONS = ("exact", "sparse", "pages")
 WEIGHTS = ("auto", "full", "int8", "int4")
 MASS = 0.95  # of the attention that sparse reading keeps
-SPARSE_CHUNK = 1024  # tokens read at once then: what is laid out of the past serves more queries
 EXACT_END = 128  # tokens at the end of a prompt that are read exactly then
-CHUNK = 512  # tokens a forward reads at once: large enough for matrix products to run at full speed
+CHUNK = 1024  # tokens a forward reads at once: enough for products at full speed, and the past is laid out seldom
 
 
 @dataclass
@@ -346,12 +345,12 @@ class Session:
     def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Where the prompt is cut: (begin, end) of each forward."""
         middle = min(max(begin, self.boundary), end)
-        size, marks = CHUNK, [begin, middle, end]
+        marks = {begin, middle, end}
         if self.attention == "sparse":  # the question is short and is read exactly
-            size, marks = SPARSE_CHUNK, sorted({begin, middle, max(middle, end - EXACT_END), end})
-        for first, last in pairwise(marks):
-            for start in range(first, last, size):
-                yield start, min(start + size, last)
+            marks.add(max(middle, end - EXACT_END))
+        for first, last in pairwise(sorted(marks)):
+            for start in range(first, last, CHUNK):
+                yield start, min(start + CHUNK, last)
 
     def _read_pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Where a document is cut that is read without a question."""

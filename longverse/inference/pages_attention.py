@@ -19,7 +19,7 @@ def read_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention aligned to the lower right: q [1, H, T, D], k, v [1, G, S, D] -> [1, H, T, D].
 
     Through attend_chunk, whose own kernel is the fastest where it runs; but bfloat16 on a CPU that multiplies it and
-    does not run that kernel (with AMX, or without numba) through blocked products, within bfloat16's own error (scores
+    does not run that kernel (on ARM, or without numba) through blocked products, within bfloat16's own error (scores
     and weights are rounded to it).
     """
     blocked = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] >= BLOCK and cpu_has_bfloat16()

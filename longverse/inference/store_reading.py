@@ -43,8 +43,6 @@ class Layout:
         session = engine.session(capacity, cache=cache, attention=attention, allocate=note)
         pages = getattr(session, "pages", None)
         piece = pages.chunk if pages is not None else engine_module.CHUNK
-        if attention == "sparse":
-            piece = engine_module.SPARSE_CHUNK
         how = pages if pages is not None else f"{attention} {session.mass:g}" if attention == "sparse" else attention
         growing = row_counts(session.cache, 1)
         ends = {name: array for name, array in arrays.items() if name not in growing}

@@ -28,7 +28,7 @@ from ..errors import UserError
 from .attention import folded_attention, merge
 
 BLOCK = 64  # keys
-ITEM_ROWS = 48  # rows that are dealt with together; query blocks are whole numbers of them
+ITEM_ROWS = 96  # query blocks are whole numbers of so many rows, which the kernels deal with together
 QUERY_TOKENS = 128
 SAMPLES = (0.1, 0.35, 0.65, 0.9)  # where in its query block a sampled token stands
 MEASURE = 0.5  # and the one that measures

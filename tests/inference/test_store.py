@@ -138,7 +138,7 @@ def test_pages_are_kept_too(tmp_path: Path, store: Store) -> None:
 def test_sparse_readings_are_kept_apart_from_exact_ones(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "SPARSE_CHUNK", 256)
+    monkeypatch.setattr(engine_module, "CHUNK", 256)
     engine, ids = make_engine(tmp_path, tiny_config(max_position_embeddings=1024)), document(900)
     question = ids + document(9, 1)
     plain = fresh(engine, ids, 1000, attention="sparse")

@@ -2,11 +2,11 @@
 
 One instruction there multiplies 16 pairs of numbers and adds each pair's two products to a float32. torch's fused
 attention on CPUs does not use it; this does, for both products, and keeps scores, softmax and sums in float32 between
-them, as a fused kernel should. AMX machines are better served by torch.
+them, as a fused kernel should. Processors with AMX have `amx.py`.
 
 Shapes: D head size (a multiple of 16); a tile is TILE_ROWS queries against a block of BLOCK keys.
 
-    queries  bf16 [rows, D], read as pairs int32 [rows, D / 2]
+    queries  pairs int32 [rows, D / 2]
     keys     a block is int32 [D / 2, BLOCK]: elements 2 i and 2 i + 1 of a key in one number
     values   a block is int32 [BLOCK / 2, D]: the same element of keys 2 i and 2 i + 1 in one number
 """
@@ -33,41 +33,107 @@ from .vectors import (
     intrinsic,
     largest_of_all,
     load_vector,
+    pointer_to,
     row_stride_of,
+    scratch,
     splat,
     sum_of_all,
     variable,
 )  # fmt: skip
 
 TILE_ROWS = 6  # times four vectors of keys: 24 sums in registers, and room for what is multiplied
+ITEM_TILES = 8  # of rows that share the reading of a block from the processor's second cache
 BLOCK = 64
 VECTORS = BLOCK // LANES
 VH = ir.VectorType(I16, LANES)
 LOWEST = ir.Constant(VF, [-3e38] * LANES)
 
 
+@intrinsic
+def begin_tiles(typing: Any) -> Any:
+    """What a thread does before its first tile: here nothing."""
+    return types.void(), lambda context, b, signature, args: context.get_dummy_value()
+
+
+@intrinsic
+def end_tiles(typing: Any) -> Any:
+    """What a thread does after its last tile: here nothing."""
+    return types.void(), lambda context, b, signature, args: context.get_dummy_value()
+
+
+@intrinsic
+def transpose_words(typing: Any, rows: Any, first: Any, at: Any, out: Any, place: Any, stride: Any) -> Any:
+    """Turn 16 rows of 16 words of four bytes into columns: rows, a matrix of any type, from its row `first` and word
+    `at` on; out int32, its rows `stride` apart from out[place] on."""
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        out = data_of(context, b, signature, args, 3)
+        words, width = _words(context, b, signature, args)
+        begins = [b.add(b.mul(b.add(args[1], I64(i)), width), args[2]) for i in range(LANES)]
+        vectors = [load_vector(b, words, begin, VI) for begin in begins]
+        step = 1
+        while step < LANES:  # square blocks of `step` change places
+            low = [i if not i & step else LANES + i - step for i in range(LANES)]
+            high = [i + step if not i & step else LANES + i for i in range(LANES)]
+            for i in range(LANES):
+                if not i & step:
+                    one, other = vectors[i], vectors[i + step]
+                    vectors[i] = b.shuffle_vector(one, other, ir.Constant(VI, low))
+                    vectors[i + step] = b.shuffle_vector(one, other, ir.Constant(VI, high))
+            step *= 2
+        for i, vector in enumerate(vectors):
+            b.store(vector, pointer_to(b, out, b.add(args[4], b.mul(args[5], I64(i))), VI), align=4)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(rows, i64, i64, out, i64, i64), emit
+
+
+@intrinsic
+def copy_words(typing: Any, rows: Any, first: Any, out: Any, place: Any, count: Any) -> Any:
+    """out[place : place + count] = the first `count` words of a row as in `transpose_words`."""
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        out = data_of(context, b, signature, args, 2)
+        words, width = _words(context, b, signature, args)
+        start = b.mul(args[1], width)
+        with cgutils.for_range(b, args[4], intp=I64) as loop:  # which LLVM makes vectors of
+            word = b.load(b.gep(words, [b.add(start, loop.index)]), align=2)
+            b.store(word, b.gep(out, [b.add(args[3], loop.index)]))
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(rows, i64, out, i64, i64), emit
+
+
+def _words(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> tuple[Any, Any]:
+    """Where the matrix that is argument 0 begins, as words of four bytes, and how many words its rows are apart."""
+    array = context.make_array(signature.args[0])(context, b, args[0])
+    width = b.sdiv(cgutils.unpack_tuple(b, array.strides, 2)[0], I64(4))
+    return b.bitcast(array.data, I32.as_pointer()), width
+
+
 @intrinsic(prefer_literal=True)
 def attend_tile(
     typing: Any, size: Any, masked: Any, scale: Any, queries: Any, row: Any, keys: Any, values: Any, block: Any,
-    limits: Any, weights: Any, top: Any, total: Any, acc: Any,
+    limits: Any, top: Any, total: Any, acc: Any,
 ) -> Any:  # fmt: skip
     """Fold one block of keys into the running softmax of TILE_ROWS queries from `row` on.
 
     size, masked  constants; scale float32 of the scores, times log2(e)
-    queries   uint16 [rows, D];  keys, values int32: blocks as above, one after another;  block: which
+    queries, keys, values  int32: blocks as above, one after another;  block: which
     limits    int32 [TILE_ROWS]: how many keys of the block each query sees, from the first on; read when masked
-    weights   uint16 [TILE_ROWS, BLOCK], to work in
-    top       float32 [rows], the largest score so far in powers of two; total [rows, LANES], whose sum is that of the
-              weights; acc [rows, D], the weighted values
+    top       float32 [rows], the largest score so far in powers of two; total [rows * LANES], a row's sum is
+              that of the weights; acc [rows * D], the weighted values
     """
     if not all_literal(size, masked):
         return None
     size_, masked_ = size.literal_value, bool(masked.literal_value)
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        data = {n: data_of(context, b, signature, args, n) for n in (3, 5, 6, 8, 9, 10, 11, 12)}
-        queries, weights = (b.bitcast(data[n], I32.as_pointer()) for n in (3, 9))
-        keys, values, limits, top, total, acc = (data[n] for n in (5, 6, 8, 10, 11, 12))
+        queries, keys, values = (data_of(context, b, signature, args, n) for n in (3, 5, 6))
+        limits, top, total, acc = (data_of(context, b, signature, args, n) for n in (8, 9, 10, 11))
+        weights = scratch(b, I32, TILE_ROWS * BLOCK // 2)
         block = args[7]
         scale = splat(b, args[2])
         rows = [b.add(args[4], I64(r)) for r in range(TILE_ROWS)]
@@ -78,12 +144,12 @@ def attend_tile(
         # Softmax: weights, and what earlier weights must be multiplied by.
         factors = []
         for r, scores in enumerate(all_scores):
-            seen = _seen(b, limits, r) if masked_ else []
+            seen = seen_keys(b, limits, r) if masked_ else []
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
             before = b.load(b.gep(top, [rows[r]]))
-            highest = _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3]))
-            now = _larger(b, largest_of_all(b, highest), before)
+            highest = larger(b, larger(b, scores[0], scores[1]), larger(b, scores[2], scores[3]))
+            now = larger(b, largest_of_all(b, highest), before)
             b.store(now, b.gep(top, [rows[r]]))
             factor = exp2(b, splat(b, b.fsub(before, now)))
             factors.append(factor)
@@ -127,9 +193,7 @@ def attend_tile(
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(
-        size, masked, types.float32, queries, i64, keys, values, i64, limits, weights, top, total, acc
-    ), emit
+    return types.void(size, masked, types.float32, queries, i64, keys, values, i64, limits, top, total, acc), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -145,15 +209,14 @@ def weigh_tile(
     size_, masked_ = size.literal_value, bool(masked.literal_value)
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        queries = b.bitcast(data_of(context, b, signature, args, 3), I32.as_pointer())
-        keys, limits, top, total = (data_of(context, b, signature, args, n) for n in (5, 7, 8, 9))
+        queries, keys, limits, top, total = (data_of(context, b, signature, args, n) for n in (3, 5, 7, 8, 9))
         stride = row_stride_of(context, b, signature, args, 8)
         rows = [b.add(args[4], I64(r)) for r in range(TILE_ROWS)]
         for r, scores in enumerate(_tile_scores(b, size_, splat(b, args[2]), queries, rows, keys, args[6])):
-            seen = _seen(b, limits, r) if masked_ else []
+            seen = seen_keys(b, limits, r) if masked_ else []
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
-            highest = largest_of_all(b, _larger(b, _larger(b, scores[0], scores[1]), _larger(b, scores[2], scores[3])))
+            highest = largest_of_all(b, larger(b, larger(b, scores[0], scores[1]), larger(b, scores[2], scores[3])))
             shift, added = splat(b, highest), None
             for j, score in enumerate(scores):
                 weight = exp2(b, b.fsub(score, shift))
@@ -185,9 +248,9 @@ def _tile_scores(b: ir.IRBuilder, size: int, scale: Any, queries: Any, rows: lis
     return [[b.fmul(b.load(slot), scale, ("fast",)) for slot in slots] for slots in sums]
 
 
-def _seen(b: ir.IRBuilder, limits: Any, row: int) -> list[Any]:
+def seen_keys(b: ir.IRBuilder, limits: Any, row: Any) -> list[Any]:
     """Which keys of the block a row of the tile sees."""
-    limit = _splat_int(b, b.load(b.gep(limits, [I64(row)])))
+    limit = _splat_int(b, b.load(b.gep(limits, [I64(row) if isinstance(row, int) else row])))
     return [b.icmp_signed("<", ir.Constant(VI, list(range(j * LANES, (j + 1) * LANES))), limit) for j in range(VECTORS)]
 
 
@@ -198,7 +261,7 @@ def _pair_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
     return b.call(products, (total, x, y))
 
 
-def _larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+def larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 

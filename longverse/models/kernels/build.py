@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sparse import ITEM_ROWS
 from . import cpu_decode
 from .team import Team, specialise
 
@@ -103,15 +104,26 @@ def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
 
 
 @lru_cache(maxsize=32)
-def chunk_kernel(cache: CacheForm, name: str = "fold_stretch") -> Any:
-    """A function of cpu_prefill for a cache in bfloat16: fold_stretch, weigh_stretch or choose_blocks."""
-    from . import cpu_prefill
+def chunk_kernel(cache: CacheForm, amx: bool, name: str = "fold_stretch") -> Any:
+    """A function of cpu_prefill for a cache in bfloat16, over amx.py or bf16.py: lay_queries, fold_stretch,
+    give_results, weigh_stretch or choose_blocks."""
+    from . import amx as amx_tiles
+    from . import bf16, cpu_prefill
 
+    tiles: Any = amx_tiles if amx else bf16
     everything = cache.constants()
     bound = {name: everything[name] for name in ("SIZE", "HEADS", "QUANTISED", "PACKED", "GROUP")}
-    for piece in ("restore_row", "gather_block", "lay_keys", "lay_values", "lay_block", "row_mass"):
+    assert ITEM_ROWS % (tiles.ITEM_TILES * tiles.TILE_ROWS) == 0
+    tile_names = ("TILE_ROWS", "ITEM_TILES", "begin_tiles", "end_tiles", "attend_tile", "weigh_tile")
+    bound |= {name: getattr(tiles, name) for name in tile_names}
+    for piece in ("restore_row", "copy_row", "gather_block", "pair_values", "row_mass"):
         bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
-    return specialise(getattr(cpu_prefill, name), f"{name}_{cache.name}", ("chunk_kernel", cache, name), **bound)
+    for piece in ("lay_keys", "lay_values", "lay_tile", "take_tile"):  # whose layouts are the tiles'
+        bound[piece] = specialise(getattr(cpu_prefill, piece + "_amx" * amx), **bound)
+    bound["lay_block"] = specialise(cpu_prefill.lay_block, **bound)
+    bound["attend_tiles"] = amx_tiles.attend_tiles if amx else specialise(cpu_prefill.attend_tiles, **bound)
+    full_name = f"{name}_{cache.name}{'_amx' * amx}"
+    return specialise(getattr(cpu_prefill, name), full_name, ("chunk_kernel", cache, amx, name), **bound)
 
 
 @lru_cache(maxsize=4)

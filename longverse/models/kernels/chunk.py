@@ -21,15 +21,19 @@ from .one_token import cache_arrays, cache_form
 if TYPE_CHECKING:
     from ..cache import KVCache
 
-BUFFER = 16 << 20  # bytes of a stretch of keys and values, laid out for the kernel
+BUFFER = 1 << 20  # bytes of a head's stretch of keys and values, laid out for the kernel: half a second cache
 
 
 @lru_cache(maxsize=1)
 def runs_here() -> bool:
-    """Whether the processor has what the kernel is made of, and nothing better: AMX is served better by torch."""
-    if unavailable() or torch.cpu._is_amx_tile_supported():
-        return False
-    return torch.cpu._is_avx512_bf16_supported()
+    """Whether the processor has what the kernel is made of."""
+    return not unavailable() and torch.cpu._is_avx512_bf16_supported()
+
+
+@lru_cache(maxsize=1)
+def amx_runs_here() -> bool:
+    """Whether there are AMX tiles for bfloat16, and the system lets this process use them (it is asked here)."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 def fits(q: Tensor) -> bool:
@@ -76,35 +80,33 @@ def _attend(
     sparse: Sparse | None = None,
 ) -> Tensor:
     """q [1, H, T, D] over the past in `parts` and k, v [G, T, D]."""
-    from .bf16 import BLOCK, TILE_ROWS
-    from .cpu_prefill import ITEM_TILES
+    from .bf16 import BLOCK
     from .vectors import LANES
 
     assert BLOCK == sparse_module.BLOCK
-    assert ITEM_TILES * TILE_ROWS == sparse_module.ITEM_ROWS
     heads, tokens, size = k.shape
-    by_token = q.view(heads, form.heads, tokens, size).transpose(1, 2)  # [G, T, h, D]
     k, v = k.contiguous(), v.contiguous()
     past, end = spans[0], spans[0] + tokens
-    stretch = max(BLOCK, min(BUFFER // (4 * heads * size), end + BLOCK - 1) // BLOCK * BLOCK)
+    stretch = max(BLOCK, min(BUFFER // (4 * size), end + BLOCK - 1) // BLOCK * BLOCK)
+    by_token = q[0].transpose(0, 1).contiguous()  # [T, H, D]
     kept = np.empty((0, 0, 0), dtype=np.uint8)
     if sparse is not None:
         kept = _choose(form, parts, layer, spans, by_token, k, sparse, stretch)
-    queries = _whole_tiles(by_token.reshape(heads, -1, size), TILE_ROWS)
-    rows = queries.shape[1]
-    top = np.full((heads, rows), -3e38, dtype=np.float32)
-    total = np.zeros((heads, rows, LANES), dtype=np.float32)
-    acc = np.zeros((heads, rows, size), dtype=np.float32)
-    laid = [np.empty((heads, stretch * size // 2), dtype=np.int32) for _ in range(2)]
-    kernel, threads = chunk_kernel(form, "fold_stretch"), team(torch.get_num_threads())
+    amx, threads = amx_serves(size), team(torch.get_num_threads())
+    queries, rows = _laid_queries(form, by_token, amx)
+    top, total = torch.full((heads, rows), -3e38), torch.zeros(heads, rows * (1 if amx else LANES))
+    acc = torch.zeros(heads, rows * size)
+    laid = [torch.empty(heads, stretch * size // 2, dtype=torch.int32).numpy() for _ in range(2)]
     for begin in range(0, end, stretch):
         threads.run(
-            kernel, np.zeros(1, dtype=np.int64), layer, begin, min(begin + stretch, end), past, np.array(spans), parts,
-            array(k), array(v), kept, sparse_module.query_items(form.heads), array(queries), *laid, top, total, acc,
+            chunk_kernel(form, amx, "fold_stretch"), np.zeros(1, dtype=np.int64), layer, begin,
+            min(begin + stretch, end), past, np.array(spans), parts, array(k), array(v), kept,
+            sparse_module.query_items(form.heads) * sparse_module.ITEM_ROWS, array(queries), *laid,
+            array(top), array(total), array(acc),
         )  # fmt: skip
-    mixed = torch.from_numpy(acc)[:, : tokens * form.heads]
-    mixed /= torch.from_numpy(total).sum(-1, keepdim=True)[:, : tokens * form.heads]
-    return mixed.view(heads, tokens, form.heads, size).transpose(1, 2).reshape(q.shape).to(q.dtype)
+    out = torch.empty_like(by_token)
+    threads.run(chunk_kernel(form, amx, "give_results"), array(total), array(acc), array(out))
+    return out.transpose(0, 1)[None]
 
 
 def _choose(
@@ -118,32 +120,46 @@ def _choose(
     stretch: int,
 ) -> np.ndarray:
     """Which blocks of the past each query block attends to: uint8 [G, query blocks, past blocks]."""
-    from .bf16 import BLOCK, TILE_ROWS
+    from .bf16 import BLOCK
 
     heads, tokens, size = k.shape
     past, end = spans[0], spans[0] + tokens
     sampled = sampled_tokens(tokens, form.heads)  # [query blocks, samples + 1]
     count = sampled.shape[1] * form.heads
-    queries = _whole_tiles(by_token[:, sampled].reshape(heads, -1, size), TILE_ROWS)  # [G, rows, D]
-    places = np.zeros(queries.shape[1], dtype=np.int64)
+    amx = amx_serves(size)
+    queries, rows = _laid_queries(form, by_token[sampled.flatten()], amx)
+    places = np.zeros(rows, dtype=np.int64)
     places[: sampled.numel() * form.heads] = sampled.flatten().repeat_interleave(form.heads).numpy()
     blocks = -(-end // BLOCK)
-    top, total = (np.empty((heads, queries.shape[1], blocks), dtype=np.float32) for _ in range(2))
+    top, total = (np.empty((heads, rows, blocks), dtype=np.float32) for _ in range(2))
     threads = team(torch.get_num_threads())
-    laid = np.empty((threads.size, BLOCK * size // 2), dtype=np.int32)
+    laid = torch.empty(threads.size, BLOCK * size // 2, dtype=torch.int32).numpy()
+    kernel = chunk_kernel(form, amx, "weigh_stretch")
     for begin in range(0, end, stretch):
         threads.run(
-            chunk_kernel(form, "weigh_stretch"), np.zeros(1, dtype=np.int64), layer, begin, min(begin + stretch, end),
-            past, np.array(spans), parts, array(k), places, array(queries), laid, top, total,
+            kernel, np.zeros(1, dtype=np.int64), layer, begin, min(begin + stretch, end), past, np.array(spans),
+            parts, array(k), places, array(queries), laid, top, total,
         )  # fmt: skip
     kept = np.empty((heads, sampled.shape[0], past // BLOCK), dtype=np.uint8)
     share = np.empty(kept.shape[:2], dtype=np.float64)
-    threads.run(chunk_kernel(form, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
+    threads.run(chunk_kernel(form, amx, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
     sparse.count(torch.from_numpy(kept), torch.from_numpy(share))
     return kept
 
 
-def _whole_tiles(rows: Tensor, tile: int) -> Tensor:
-    """[G, n, D], contiguous, with zeros after it up to whole tiles."""
-    missing = -rows.shape[1] % tile
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+def amx_serves(size: int) -> bool:
+    """Whether heads of that size go through AMX tiles."""
+    return size % 32 == 0 and amx_runs_here()
+
+
+def _laid_queries(form: CacheForm, by_token: Tensor, amx: bool) -> tuple[Tensor, int]:
+    """[T, H, D] as the kernel wants them: int32 [G, rows * D / 2], with zeros up to whole tiles; and how many rows."""
+    from . import amx as amx_tiles
+    from . import bf16
+
+    tile = (amx_tiles if amx else bf16).TILE_ROWS
+    tokens, heads, size = by_token.shape
+    rows = -(-tokens * form.heads // tile) * tile
+    out = torch.empty(heads // form.heads, rows * size // 2, dtype=torch.int32)
+    team(torch.get_num_threads()).run(chunk_kernel(form, amx, "lay_queries"), array(by_token), array(out))
+    return out, rows

@@ -12,15 +12,23 @@ length.
 
 import numpy as np
 
-from .bf16 import BLOCK, TILE_ROWS, attend_tile, weigh_tile
+from .bf16 import (
+    BLOCK,
+    ITEM_TILES,
+    TILE_ROWS,
+    attend_tile,
+    begin_tiles,
+    copy_words,
+    end_tiles,
+    transpose_words,
+    weigh_tile,
+)
 from .simd import arrive, bf16_to_float, float_to_bf16
 from .team import meet
 
 # Bound by specialise, as in cpu_decode.py:
 SIZE, HEADS = 64, 1
 QUANTISED, PACKED, GROUP = False, "int8", 64
-
-ITEM_TILES = 8  # of rows that share the reading of a block from the processor's second cache
 
 
 def restore_row(rows, scales, out):
@@ -52,26 +60,36 @@ def gather_block(head, kv_head, begin, past, end, spans, rows, scales, first, re
         if token >= end:
             out[i] = 0
         elif token >= past:
-            out[i] = own[kv_head, token - past]
+            copy_row(own[kv_head, token - past], out[i])
         elif QUANTISED:
             if token < spans[1]:
-                out[i] = first[head, token]
+                copy_row(first[head, token], out[i])
             elif token >= spans[2]:
-                out[i] = recent[head, token % recent.shape[1]]
+                copy_row(recent[head, token % recent.shape[1]], out[i])
             else:
                 restore_row(rows[head, token], scales[head, token], out[i])
         else:
-            out[i] = rows[head, token]
+            copy_row(rows[head, token], out[i])
+
+
+def copy_row(row, out):
+    for i in range(SIZE):
+        out[i] = row[i]
 
 
 def lay_keys(rows, out):
     """bf16 [BLOCK, D] to int32 [D / 2, BLOCK]."""
+    if SIZE % 32 == 0:
+        for i in range(0, BLOCK, 16):
+            for pair in range(0, SIZE // 2, 16):
+                transpose_words(rows, i, pair, out, pair * BLOCK + i, BLOCK)
+        return
     for pair in range(SIZE // 2):
         for i in range(BLOCK):
             out[pair * BLOCK + i] = np.int32(rows[i, 2 * pair]) | (np.int32(rows[i, 2 * pair + 1]) << np.int32(16))
 
 
-def lay_values(rows, out):
+def pair_values(rows, out):
     """bf16 [BLOCK, D] to int32 [BLOCK / 2, D]."""
     for pair in range(BLOCK // 2):
         low, high, target = rows[2 * pair], rows[2 * pair + 1], out[pair * SIZE : (pair + 1) * SIZE]
@@ -79,30 +97,60 @@ def lay_values(rows, out):
             target[i] = np.int32(low[i]) | (np.int32(high[i]) << np.int32(16))
 
 
+lay_values = pair_values
+
+
+def lay_keys_amx(rows, out):
+    """bf16 [BLOCK, D] as it is: into int32 [BLOCK * D / 2]."""
+    for i in range(BLOCK):
+        copy_words(rows, i, out, i * (SIZE // 2), SIZE // 2)
+
+
+def lay_values_amx(rows, out):
+    """bf16 [BLOCK, D] to bf16 [D, BLOCK] in int32 [D, BLOCK / 2]."""
+    pairs = np.empty((BLOCK // 2, SIZE), dtype=np.int32)
+    pair_values(rows, pairs.reshape(-1))
+    for pair in range(0, BLOCK // 2, 16):
+        for i in range(0, SIZE, 16):
+            transpose_words(pairs, pair, i, out, i * (BLOCK // 2) + pair, BLOCK // 2)
+
+
+def attend_tiles(size, scale, queries, keys, values, rows, blocks, count, top, total, acc):
+    """`attend_tile` for the queries from rows[i] on and block blocks[i], i < count; amx.py has its own."""
+    limits = np.empty(TILE_ROWS, dtype=np.int32)
+    for i in range(count):
+        attend_tile(SIZE, 0, scale, queries, rows[i], keys, values, blocks[i], limits, top, total, acc)
+
+
 def lay_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, own, gathered, kind, out):
     """Lay one block out for the inner loop; kind 0 for keys, 1 for values."""
-    gather_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, own, gathered)
-    if kind == 0:
-        lay_keys(gathered, out)
+    block = gathered
+    if not QUANTISED and at + BLOCK <= past:
+        block = rows[head, at : at + BLOCK]
     else:
-        lay_values(gathered, out)
+        gather_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, own, gathered)
+    if kind == 0:
+        lay_keys(block, out)
+    else:
+        lay_values(block, out)
 
 
 def fold_stretch(
     rank, team, counter, work, layer, begin, end, past, spans, cache, own_keys, own_values,
-    kept, query_items, queries, keys, values, top, total, acc,
+    kept, query_rows, queries, keys, values, top, total, acc,
 ):  # fmt: skip
     """Fold tokens begin .. end - 1 (begin a multiple of BLOCK) into every row that sees them.
 
     work      int64 [1], zero: the next item
     spans     int64 [3]: P, the end of the first tokens in full, the beginning of the ring (the last two if QUANTISED)
-    own_*     uint16 [G, T, D], rotated as the cache's;  queries uint16 [G, rows, D]
-    kept      uint8 [G, query blocks, past blocks]: which blocks wholly in the past are attended to by the rows of
-              query_items items; [0, 0, 0] for all
+    own_*     uint16 [G, T, D], rotated as the cache's
+    queries   [G, rows * ...], as bf16.py or amx.py wants them, as it does the last line's
+    kept      uint8 [G, query blocks, past blocks]: which blocks wholly in the past are attended to by each
+              query block, which has query_rows rows; [0, 0, 0] for all
     keys, values  int32 [G, a stretch * D / 2], to work in
-    top, total, acc  float32 [G, rows], [G, rows, LANES], [G, rows, D]: the running softmax; at first -3e38, 0, 0
+    top, total, acc  float32 [G, rows], [G, ...], [G, rows * D]: the running softmax; at first -3e38, 0, 0
     """
-    heads, rows = queries.shape[0], queries.shape[1]
+    heads, rows = top.shape
     tokens = own_keys.shape[1]
     blocks = (end - begin + BLOCK - 1) // BLOCK
     whole_past = past // BLOCK if kept.shape[0] else 0  # blocks before this one may be left out
@@ -124,36 +172,118 @@ def fold_stretch(
         )  # fmt: skip
     meet(counter, team)
     limits = np.empty(TILE_ROWS, dtype=np.int32)
-    weights = np.empty((TILE_ROWS, BLOCK), dtype=np.uint16)
     scale = np.float32(1.4426950408889634 / np.sqrt(SIZE))
     item_rows = ITEM_TILES * TILE_ROWS
+    list_rows, list_blocks = (
+        np.empty(blocks * ITEM_TILES, dtype=np.int64),
+        np.empty(blocks * ITEM_TILES, dtype=np.int64),
+    )
     items = (rows + item_rows - 1) // item_rows
+    begin_tiles()
     while True:
         item = arrive(work)
         if item >= heads * items:
             break
-        # The last rows see most: they come first, so that no thread is left with a long one at the end.
-        head, first_row = item % heads, (items - 1 - item // heads) * item_rows
+        # Head by head, whose stretch stays in the second cache; and the last rows, which see most, first, so that no
+        # thread is left with a long one at the end.
+        head, first_row = item // items, (items - 1 - item % items) * item_rows
         last_row = min(first_row + item_rows, rows)
+        count = 0
         for block in range(blocks):
             at = begin + block * BLOCK
-            if at // BLOCK < whole_past and not kept[head, first_row // (item_rows * query_items), at // BLOCK]:
+            if at // BLOCK < whole_past and not kept[head, first_row // query_rows, at // BLOCK]:
                 continue
             for row in range(first_row, last_row, TILE_ROWS):
                 sees_first = past + min(row // HEADS, tokens - 1)  # the last key of the tile's first row
                 sees_last = past + min((row + TILE_ROWS - 1) // HEADS, tokens - 1)
-                if sees_first >= at + BLOCK - 1:
+                if sees_first >= at + BLOCK - 1 and (count == 0 or list_rows[count - 1] != row):
+                    list_rows[count], list_blocks[count] = row, block
+                    count += 1
+                elif sees_first >= at + BLOCK - 1:
                     attend_tile(
                         SIZE, 0, scale, queries[head], row, keys[head], values[head], block,
-                        limits, weights, top[head], total[head], acc[head],
+                        limits, top[head], total[head], acc[head],
                     )  # fmt: skip
                 elif sees_last >= at:
                     for r in range(TILE_ROWS):
                         limits[r] = past + min((row + r) // HEADS, tokens - 1) + 1 - at
                     attend_tile(
                         SIZE, 1, scale, queries[head], row, keys[head], values[head], block,
-                        limits, weights, top[head], total[head], acc[head],
+                        limits, top[head], total[head], acc[head],
                     )  # fmt: skip
+        attend_tiles(
+            SIZE, scale, queries[head], keys[head], values[head], list_rows, list_blocks, count,
+            top[head], total[head], acc[head],
+        )  # fmt: skip
+    end_tiles()
+
+
+def lay_queries(rank, team, counter, q, out):
+    """q uint16 [T, H, D] to the rows that the inner loop wants: out int32 [G, rows * D / 2], zeros after the last."""
+    tokens, heads = q.shape[0], q.shape[1] // HEADS
+    flat = q.reshape(-1, SIZE)
+    rows = out.shape[1] // (SIZE // 2)
+    tiles = rows // TILE_ROWS
+    gathered = np.empty((TILE_ROWS, SIZE), dtype=np.uint16)
+    for index in range(rank, heads * tiles, team):
+        head, tile = index // tiles, index % tiles
+        for r in range(TILE_ROWS):
+            token, of_head = (tile * TILE_ROWS + r) // HEADS, (tile * TILE_ROWS + r) % HEADS
+            if token < tokens:
+                copy_row(flat[token * heads * HEADS + head * HEADS + of_head], gathered[r])
+            else:
+                gathered[r] = 0
+        lay_tile(gathered, out[head, tile * TILE_ROWS * (SIZE // 2) : (tile + 1) * TILE_ROWS * (SIZE // 2)])
+
+
+def lay_tile(rows, out):
+    """bf16 [TILE_ROWS, D] as it is: into int32 [TILE_ROWS * D / 2]."""
+    for r in range(TILE_ROWS):
+        for pair in range(SIZE // 2):
+            out[r * (SIZE // 2) + pair] = np.int32(rows[r, 2 * pair]) | (
+                np.int32(rows[r, 2 * pair + 1]) << np.int32(16)
+            )
+
+
+def lay_tile_amx(rows, out):
+    """bf16 [TILE_ROWS, D] to int32 [TILE_ROWS / 16, D / 2, 16]."""
+    for r in range(0, TILE_ROWS, 16):
+        for pair in range(0, SIZE // 2, 16):
+            transpose_words(rows, r, pair, out, r * (SIZE // 2) + pair * 16, 16)
+
+
+def give_results(rank, team, counter, total, acc, out):
+    """The rows' sums by their weights: total, acc as in `fold_stretch`, out uint16 [T, H, D]."""
+    tokens, heads = out.shape[0], out.shape[1] // HEADS
+    rows = acc.shape[1] // SIZE
+    flat = out.reshape(-1, SIZE)
+    tile = np.empty(TILE_ROWS * SIZE, dtype=np.float32)
+    weights = np.empty(TILE_ROWS, dtype=np.float32)
+    for index in range(rank, heads * (rows // TILE_ROWS), team):
+        head, first = index // (rows // TILE_ROWS), index % (rows // TILE_ROWS) * TILE_ROWS
+        take_tile(total[head], acc[head], first, weights, tile)
+        for r in range(TILE_ROWS):
+            token, of_head = (first + r) // HEADS, (first + r) % HEADS
+            if token < tokens:
+                target, share = flat[token * heads * HEADS + head * HEADS + of_head], np.float32(1) / weights[r]
+                for i in range(SIZE):
+                    target[i] = float_to_bf16(tile[r * SIZE + i] * share)
+
+
+def take_tile(total, acc, first, weights, tile):
+    """Of TILE_ROWS rows from `first` on the sum of weights and the weighted values."""
+    for r in range(TILE_ROWS):
+        weights[r] = total[(first + r) * 16 : (first + r + 1) * 16].sum()
+    tile[:] = acc[first * SIZE : (first + TILE_ROWS) * SIZE]
+
+
+def take_tile_amx(total, acc, first, weights, tile):
+    """The same from sums that lie as [D, 16]."""
+    weights[:] = total[first : first + TILE_ROWS]
+    held = acc[first * SIZE : (first + TILE_ROWS) * SIZE].reshape(-1, 16)
+    for r in range(0, TILE_ROWS, 16):
+        for i in range(0, SIZE, 16):
+            transpose_words(held, r // 16 * SIZE + i, 0, tile, r * SIZE + i, SIZE)
 
 
 def weigh_stretch(
@@ -162,15 +292,16 @@ def weigh_stretch(
 ):  # fmt: skip
     """How much every block of a stretch weighs for sampled queries.
 
-    places   int64 [rows]: which new token each row is of;  queries  uint16 [G, rows, D], rows whole tiles
+    places   int64 [rows]: which new token each row is of;  rows whole tiles
     top, total  float32 [G, rows, blocks of the whole]: `weigh_tile`'s, 2 ** -inf where a block is not seen
     The rest as in `fold_stretch`.
     """
-    heads, rows = queries.shape[0], queries.shape[1]
+    heads, rows = top.shape[:2]
     blocks = (end - begin + BLOCK - 1) // BLOCK
     gathered = np.empty((BLOCK, SIZE), dtype=np.uint16)
     limits = np.empty(TILE_ROWS, dtype=np.int32)
     scale = np.float32(1.4426950408889634 / np.sqrt(SIZE))
+    begin_tiles()
     while True:
         index = arrive(work)
         if index >= heads * blocks:
@@ -191,6 +322,7 @@ def weigh_stretch(
                 for r in range(TILE_ROWS):
                     limits[r] = past + places[row + r] + 1 - at
                 weigh_tile(SIZE, 1, scale, queries[head], row, keys[rank], 0, limits, top[head], total[head], column)
+    end_tiles()
 
 
 def choose_blocks(rank, team, counter, past, mass, samples, top, total, kept, kept_share):

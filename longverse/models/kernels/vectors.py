@@ -58,6 +58,13 @@ def variable(b: ir.IRBuilder, value: Any) -> Any:
     return slot
 
 
+def scratch(b: ir.IRBuilder, kind: Any, count: int) -> Any:
+    """Memory for `count` elements within a call, beginning with a cache line."""
+    area = cgutils.alloca_once(b, ir.ArrayType(kind, count))
+    area.align = 64
+    return b.bitcast(area, kind.as_pointer())
+
+
 def fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     """x * y + z, or x * y where there is no z yet."""
     if z is None:

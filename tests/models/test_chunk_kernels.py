@@ -1,0 +1,93 @@
+"""Attention of many queries by either kind of tiles, AMX and AVX-512 BF16, against the definition."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from longverse.models import kernels
+from longverse.models.attention import reference_attention
+from longverse.models.cache import KVCache
+from longverse.models.sparse import Sparse
+
+
+@pytest.fixture(params=["amx", "bf16"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if kernels.unavailable():
+        pytest.skip(f"no CPU kernels: {kernels.unavailable()}")
+    from longverse.models.kernels import chunk
+
+    if not (chunk.runs_here() and (request.param == "bf16" or chunk.amx_runs_here())):
+        pytest.skip(f"this processor has no {request.param} products")
+    monkeypatch.setattr(chunk, "amx_serves", lambda size: request.param == "amx")
+    monkeypatch.setattr(chunk, "BUFFER", 1 << 16)  # so that the past takes several stretches
+    return str(request.param)
+
+
+def drawn(heads: int, tokens: int, size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, heads, tokens, size, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((found.float() - expected).norm() / expected.norm()).item())
+
+
+def test_any_shape_is_the_definition(tiles: str) -> None:
+    from longverse.models.kernels import chunk
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        groups=st.integers(1, 2), share=st.sampled_from([1, 2, 3, 5]), size=st.sampled_from([32, 64, 128]),
+        new=st.integers(1, 200), past=st.integers(0, 300), sharpness=st.sampled_from([0.1, 1.0, 6.0]),
+    )  # fmt: skip
+    @example(groups=1, share=1, size=96, new=33, past=640, sharpness=1.0)  # one tile after another of the same queries
+    @example(groups=2, share=3, size=64, new=400, past=0, sharpness=1.0)
+    def check(groups: int, share: int, size: int, new: int, past: int, sharpness: float) -> None:
+        q = drawn(groups * share, new, size) * sharpness
+        k, v = drawn(groups, past + new, size, 1), drawn(groups, past + new, size, 2)
+        before = q.clone()
+        assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < 0.004
+        assert torch.equal(q, before)
+
+    check()
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_scores_that_rise_and_fall_along_the_text(tiles: str, rising: bool) -> None:
+    """Rising ones make the running softmax scale what it holds anew, block by block."""
+    from longverse.models.kernels import chunk
+
+    tokens = 700
+    q, k, v = drawn(2, 60, 64).abs(), drawn(1, tokens, 64, 1).abs(), drawn(1, tokens, 64, 2)
+    height = torch.linspace(0.1, 6, tokens) if rising else torch.linspace(6, 0.1, tokens)
+    k = (k * height[:, None]).bfloat16()
+    assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < 0.004
+
+
+def test_weights_next_to_nothing_make_no_nan(tiles: str) -> None:
+    from longverse.models.kernels import chunk
+
+    q, k, v = drawn(2, 90, 64) * 40, drawn(1, 500, 64, 1) * 40, drawn(1, 500, 64, 2)
+    found = chunk.attend(q, k, v)
+    assert torch.isfinite(found).all()
+    assert error(found, reference_attention(q.float(), k, v)) < 0.01
+
+
+@pytest.mark.parametrize("format", ["full", "int8", "int4"])
+def test_sparse_reading_keeps_the_share_it_is_asked_for(tiles: str, format: str) -> None:
+    """The share that the tiles measure is that of the attention itself."""
+    kept = {}
+    q, k, v = drawn(6, 900, 64) * 2, drawn(2, 900, 64, 1), drawn(2, 900, 64, 2)
+    for mass in (0.6, 0.95, 1.0):
+        cache = KVCache(1, 2, 64, 900, torch.bfloat16, format=format)
+        cache.sparse = Sparse(mass=mass)
+        for begin, end in ((0, 500), (500, 900)):
+            mixed = cache.attend(0, q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end])
+            cache.advance(end - begin)
+        expected = reference_attention(q[:, :, 500:].float(), k, v)
+        kept[mass] = (cache.sparse.mass_kept, cache.sparse.density, error(mixed, expected))
+    assert kept[0.6][0] > 0.55
+    assert kept[0.95][0] > 0.92
+    assert kept[0.6][1] < kept[0.95][1] <= kept[1.0][1]
+    assert kept[0.6][2] > kept[0.95][2] > kept[1.0][2] - 1e-3
+    assert kept[1.0][0] == pytest.approx(1, abs=1e-3)
