@@ -1,11 +1,11 @@
 """Reading and writing on a CPU: ours, transformers' dense bf16, llama.cpp on the very file of the wheel. On smol.
 
-Every measurement is a process of its own, and results/cpu_long.json is written after each; given again, the script
-goes on with what is missing. A process that reaches --limit seconds counts as "not done". Texts are the same ids
+Every measurement is a process of its own, and results/cpu_long.json (another machine's: --name) is written after each;
+given again, the script goes on with what is missing. A process that reaches --limit seconds counts as "not done". Texts are the same ids
 everywhere.
 
     python benchmarks/cpu_long.py [--lengths 2000 8000 32000 64000] [--ours 131072 262144] [--limit 900]
-                                  [--llama /path/to/python] [--only NAME ...] [--again]
+                                  [--llama /path/to/python] [--only NAME ...] [--again] [--name cpu_long_amx]
     python benchmarks/cpu_long.py --kernels      how near decode kernels come to the memory's speed
 
 llama.cpp needs an interpreter with llama-cpp-python 0.3.36 (see llama_cpp_check.py), named with --llama.
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--llama", help="an interpreter with llama-cpp-python")
     parser.add_argument("--only", nargs="+", choices=(*OURS, *PEERS), help="these alone")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    parser.add_argument("--name", default="cpu_long", help="of the results: one for each kind of machine")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--tokens", type=int, default=400_000, help="of the caches of --kernels")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
@@ -201,7 +202,7 @@ def main() -> None:
         )
         print(write_results("cpu_kernels", {"rows": rows}))
         return None
-    path = RESULTS / "cpu_long.json"
+    path = RESULTS / f"{options.name}.json"
     known: dict[str, Any] = json.loads(path.read_text()).get("rows", {}) if path.exists() else {}
     plan = [(name, length) for length in options.lengths for name in (*OURS, *PEERS)]
     plan += [("ours pages", length) for length in options.ours]
@@ -233,7 +234,7 @@ def main() -> None:
             known[key] = json.loads(done.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
             known[key] = {"limit": options.limit}
-        write_results("cpu_long", {"rows": known})
+        write_results(options.name, {"rows": known})
     header = ["", "tokens", "reading, s", "tokens/s", "a token, ms", "peak GB", "of goal", "weights", "attention kept"]
     lines = []
     for key, row in sorted(known.items(), key=lambda item: int(item[0].split(" @ ")[1])):
