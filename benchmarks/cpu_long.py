@@ -1,8 +1,8 @@
 """Reading and writing on a CPU: ours, transformers' dense bf16, llama.cpp on the very file of the wheel. On smol.
 
-Every measurement is a process of its own, and results/cpu_long.json (another machine's: --name) is written after each;
-given again, the script goes on with what is missing. A process that reaches --limit seconds counts as "not done". Texts are the same ids
-everywhere.
+Every measurement is a process of its own, and results/cpu_long.json is written after each (another kind of machine has
+another --name); given again, the script goes on with what is missing. A process that reaches --limit seconds counts as
+"not done". Texts are the same ids everywhere.
 
     python benchmarks/cpu_long.py [--lengths 2000 8000 32000 64000] [--ours 131072 262144] [--limit 900]
                                   [--llama /path/to/python] [--only NAME ...] [--again] [--name cpu_long_amx]

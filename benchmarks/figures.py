@@ -180,9 +180,9 @@ def round_trip(chinese: bool) -> str:
     return f"{table(['step', 'perplexity', 'MB'], rows)}\n"
 
 
-def cpu_long(chinese: bool) -> str:
+def cpu_long(chinese: bool, name: str = "cpu_long") -> str:
     """Reading and writing on a CPU, beside transformers and llama.cpp."""
-    results = load("cpu_long")
+    results = load(name)
     names = {
         "ours exact": ("longverse, exact", "longverse，精确"),
         "ours exact, int8 cache": ("int8 cache", "int8 缓存"),
@@ -329,6 +329,7 @@ def reopen(chinese: bool) -> str:
 
 WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_long": cpu_long,
+    "cpu_long_amx": lambda chinese: cpu_long(chinese, "cpu_long_amx"),
     "cpu_kernels": cpu_kernels,
     "pages_lengths": pages_lengths,
     "pages_variants": pages_variants,

@@ -24,7 +24,7 @@ SHAPE = {
 TINY = SHAPE | {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
-CHUNK = 512
+CHUNK = 512  # read at once, of which the speed of reading is told
 TOKENS = 16  # written
 
 

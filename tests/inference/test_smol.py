@@ -40,7 +40,7 @@ def test_logits_equal_transformers_over_two_thousand_tokens(engine: Engine) -> N
         theirs = twin(torch.tensor([ids])).logits[0]  # [T, V]
         ours = engine.network(torch.tensor([ids]))[0]
         assert (ours - theirs).abs().max() < 1e-4
-        # in the engine's chunks, through its cache: the last position
+        # in chunks, through its cache: the last position
         chunked = None
         for begin in range(0, len(ids), 512):
             chunked = session._logits(session._forward(ids[begin : begin + 512]))

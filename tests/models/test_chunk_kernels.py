@@ -40,7 +40,8 @@ def test_any_shape_is_the_definition(tiles: str) -> None:
         groups=st.integers(1, 2), share=st.sampled_from([1, 2, 3, 5]), size=st.sampled_from([32, 64, 128]),
         new=st.integers(1, 200), past=st.integers(0, 300), sharpness=st.sampled_from([0.1, 1.0, 6.0]),
     )  # fmt: skip
-    @example(groups=1, share=1, size=96, new=33, past=640, sharpness=1.0)  # one tile after another of the same queries
+    @example(groups=1, share=1, size=96, new=5, past=640, sharpness=1.0)  # a single tile of queries
+    @example(groups=1, share=1, size=64, new=40, past=100, sharpness=1.0)  # one block of which one tile sees all
     @example(groups=2, share=3, size=64, new=400, past=0, sharpness=1.0)
     def check(groups: int, share: int, size: int, new: int, past: int, sharpness: float) -> None:
         q = drawn(groups * share, new, size) * sharpness
@@ -62,6 +63,47 @@ def test_scores_that_rise_and_fall_along_the_text(tiles: str, rising: bool) -> N
     height = torch.linspace(0.1, 6, tokens) if rising else torch.linspace(6, 0.1, tokens)
     k = (k * height[:, None]).bfloat16()
     assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < 0.004
+
+
+@pytest.mark.parametrize("size", [48, 80])
+def test_heads_that_are_no_whole_amx_tiles_take_the_other_kernel(size: int) -> None:
+    from longverse.models.kernels import chunk
+
+    q, k, v = drawn(4, 100, size), drawn(2, 300, size, 1), drawn(2, 300, size, 2)
+    if not chunk.fits(q):
+        pytest.skip("this processor has no bfloat16 products")
+    assert not chunk.amx_serves(size)
+    assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < 0.004
+
+
+def test_amx_is_left_alone_where_the_system_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longverse.models.kernels import chunk
+
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    chunk.amx_runs_here.cache_clear()
+    try:
+        assert not chunk.amx_serves(64)
+    finally:
+        chunk.amx_runs_here.cache_clear()
+
+
+def test_three_threads_and_torch_products_in_between(tiles: str) -> None:
+    """torch's own products configure the same tile registers; memory that was never written holds NaN here."""
+    from longverse.models.kernels import chunk
+
+    q, k, v = drawn(6, 130, 64), drawn(2, 400, 64, 1), drawn(2, 400, 64, 2)
+    x, expected = drawn(1, 256, 256)[0, 0], reference_attention(q.float(), k, v)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    product = x @ x
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    try:
+        for _ in range(3):
+            assert error(chunk.attend(q, k, v), expected) < 0.004
+            assert torch.equal(x @ x, product)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
 
 
 def test_weights_next_to_nothing_make_no_nan(tiles: str) -> None:

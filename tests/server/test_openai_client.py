@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from longverse.documents import ask
 from longverse.documents.reader import Document, decode
+from longverse.inference import engine as engine_module
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 from longverse.server.sessions import planned_length
@@ -259,7 +260,8 @@ def test_completions(client: OpenAI, engine: Engine) -> None:
     assert text == "Once upon" + expected.text
 
 
-def test_progress_of_reading_in_the_stream(client: OpenAI) -> None:
+def test_progress_of_reading_in_the_stream(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CHUNK", 512)
     long: list[Any] = [{"role": "user", "content": "word " * 320}]
     chunks = list(
         client.chat.completions.create(

@@ -4,7 +4,7 @@ One instruction multiplies 16 rows of 32 bfloat16 numbers by 32 rows of 16 and a
 registers of their own that must be configured first. It makes both products cheap, so what is left is the softmax; that
 is spelled out to take few instructions:
 
-- powers of two come from a polynomial of degree 3 (1e-4 relative, a twentieth of what rounding the weights to bfloat16
+- powers of two come from a polynomial of degree 3 (8e-5 relative, a twentieth of what rounding the weights to bfloat16
   costs);
 - the largest score of a row is renewed only when one stands 2 ** SLACK above it, so the sums so far are seldom scaled
   anew. The weights are the same up to that common factor;
@@ -29,7 +29,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .bf16 import BLOCK, LOWEST, larger
+from .bf16 import BLOCK
 from .vectors import (
     F32,
     I8,
@@ -37,6 +37,7 @@ from .vectors import (
     I32,
     I64,
     LANES,
+    LOWEST,
     VF,
     VI,
     all_literal,
@@ -45,6 +46,7 @@ from .vectors import (
     filled,
     fma,
     intrinsic,
+    larger,
     load_vector,
     pointer_to,
     row_stride_of,
@@ -56,7 +58,7 @@ ROWS = 16  # of a tile register, and float32 numbers in one of its rows
 DEPTH = 32  # bfloat16 numbers in one of its rows
 TILES = 2  # of queries that are dealt with together, so that each tile of keys is loaded once for both
 TILE_ROWS = TILES * ROWS
-ITEM_TILES = 3  # as bf16.ITEM_TILES
+ITEM_TILES = 3  # as bf16.ITEM_TILES; neighbours must differ to run side by side, and 96 rows leave keys room
 SLACK = 8.0
 Steps = list[Callable[[], object]]
 # Tile registers: sums, by which of two left tiles and which of two right ones; then what is multiplied.
@@ -192,10 +194,7 @@ def weigh_tile(
             highest = b.fmul(unit.highest(scores, tile, limit), unit.scale, ("fast",))
             shift, sums = b.fneg(highest), [filled(0.0) for _ in range(4)]
             for key in range(BLOCK):
-                weight = quick_exp2(b, fma(b, unit.score(scores, tile, key), unit.scale, shift))
-                if limit is not None:
-                    weight = b.select(_sees(b, limit, key), weight, filled(0.0))
-                sums[key % 4] = b.fadd(sums[key % 4], weight, ("fast",))
+                sums[key % 4] = b.fadd(sums[key % 4], unit.weight(scores, tile, key, shift, limit), ("fast",))
             added = _sum_of_four(b, sums)
             for i in range(ROWS):
                 at = b.add(b.mul(b.add(args[4], I64(tile * ROWS + i)), stride), args[10])
@@ -294,6 +293,11 @@ class _Units:
     def score(self, scores: Any, tile: int, key: int) -> Any:
         return self.b.load(pointer_to(self.b, scores, I64((tile * BLOCK + key) * ROWS), VF), align=64)
 
+    def weight(self, scores: Any, tile: int, key: int, shift: Any, limit: Any) -> Any:
+        """2 to the power of a scaled score and `shift`; nothing where the key is not seen."""
+        weight = quick_exp2(self.b, fma(self.b, self.score(scores, tile, key), self.scale, shift))
+        return weight if limit is None else self.b.select(_sees(self.b, limit, key), weight, filled(0.0))
+
     def highest(self, scores: Any, tile: int, limit: Any) -> Any:
         """The largest score of each query, not scaled; LOWEST where it sees no key."""
         found = [LOWEST] * 4
@@ -335,9 +339,7 @@ class _Units:
             for pair in range(BLOCK // 2):
                 halves = []
                 for key in (2 * pair, 2 * pair + 1):
-                    weight = quick_exp2(b, fma(b, self.score(scores, tile, key), self.scale, shift))
-                    if limit[tile] is not None:
-                        weight = b.select(_sees(b, limit[tile], key), weight, filled(0.0))
+                    weight = self.weight(scores, tile, key, shift, limit[tile])
                     sums[key % 4] = b.fadd(sums[key % 4], weight, ("fast",))
                     halves.append(b.add(b.bitcast(weight, VI), ir.Constant(VI, [0x8000] * LANES)))  # to be rounded
                 low = b.lshr(halves[0], ir.Constant(VI, [16] * LANES))

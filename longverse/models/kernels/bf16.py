@@ -24,6 +24,7 @@ from .vectors import (
     I32,
     I64,
     LANES,
+    LOWEST,
     VF,
     VI,
     all_literal,
@@ -31,9 +32,9 @@ from .vectors import (
     exp2,
     fma,
     intrinsic,
+    larger,
     largest_of_all,
     load_vector,
-    pointer_to,
     row_stride_of,
     scratch,
     splat,
@@ -46,7 +47,6 @@ ITEM_TILES = 8  # of rows that share the reading of a block from the processor's
 BLOCK = 64
 VECTORS = BLOCK // LANES
 VH = ir.VectorType(I16, LANES)
-LOWEST = ir.Constant(VF, [-3e38] * LANES)
 
 
 @intrinsic
@@ -59,58 +59,6 @@ def begin_tiles(typing: Any) -> Any:
 def end_tiles(typing: Any) -> Any:
     """What a thread does after its last tile: here nothing."""
     return types.void(), lambda context, b, signature, args: context.get_dummy_value()
-
-
-@intrinsic
-def transpose_words(typing: Any, rows: Any, first: Any, at: Any, out: Any, place: Any, stride: Any) -> Any:
-    """Turn 16 rows of 16 words of four bytes into columns: rows, a matrix of any type, from its row `first` and word
-    `at` on; out int32, its rows `stride` apart from out[place] on."""
-
-    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        out = data_of(context, b, signature, args, 3)
-        words, width = _words(context, b, signature, args)
-        begins = [b.add(b.mul(b.add(args[1], I64(i)), width), args[2]) for i in range(LANES)]
-        vectors = [load_vector(b, words, begin, VI) for begin in begins]
-        step = 1
-        while step < LANES:  # square blocks of `step` change places
-            low = [i if not i & step else LANES + i - step for i in range(LANES)]
-            high = [i + step if not i & step else LANES + i for i in range(LANES)]
-            for i in range(LANES):
-                if not i & step:
-                    one, other = vectors[i], vectors[i + step]
-                    vectors[i] = b.shuffle_vector(one, other, ir.Constant(VI, low))
-                    vectors[i + step] = b.shuffle_vector(one, other, ir.Constant(VI, high))
-            step *= 2
-        for i, vector in enumerate(vectors):
-            b.store(vector, pointer_to(b, out, b.add(args[4], b.mul(args[5], I64(i))), VI), align=4)
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(rows, i64, i64, out, i64, i64), emit
-
-
-@intrinsic
-def copy_words(typing: Any, rows: Any, first: Any, out: Any, place: Any, count: Any) -> Any:
-    """out[place : place + count] = the first `count` words of a row as in `transpose_words`."""
-
-    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        out = data_of(context, b, signature, args, 2)
-        words, width = _words(context, b, signature, args)
-        start = b.mul(args[1], width)
-        with cgutils.for_range(b, args[4], intp=I64) as loop:  # which LLVM makes vectors of
-            word = b.load(b.gep(words, [b.add(start, loop.index)]), align=2)
-            b.store(word, b.gep(out, [b.add(args[3], loop.index)]))
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(rows, i64, out, i64, i64), emit
-
-
-def _words(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> tuple[Any, Any]:
-    """Where the matrix that is argument 0 begins, as words of four bytes, and how many words its rows are apart."""
-    array = context.make_array(signature.args[0])(context, b, args[0])
-    width = b.sdiv(cgutils.unpack_tuple(b, array.strides, 2)[0], I64(4))
-    return b.bitcast(array.data, I32.as_pointer()), width
 
 
 @intrinsic(prefer_literal=True)
@@ -144,7 +92,7 @@ def attend_tile(
         # Softmax: weights, and what earlier weights must be multiplied by.
         factors = []
         for r, scores in enumerate(all_scores):
-            seen = seen_keys(b, limits, r) if masked_ else []
+            seen = _seen(b, limits, r) if masked_ else []
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
             before = b.load(b.gep(top, [rows[r]]))
@@ -213,7 +161,7 @@ def weigh_tile(
         stride = row_stride_of(context, b, signature, args, 8)
         rows = [b.add(args[4], I64(r)) for r in range(TILE_ROWS)]
         for r, scores in enumerate(_tile_scores(b, size_, splat(b, args[2]), queries, rows, keys, args[6])):
-            seen = seen_keys(b, limits, r) if masked_ else []
+            seen = _seen(b, limits, r) if masked_ else []
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
             highest = largest_of_all(b, larger(b, larger(b, scores[0], scores[1]), larger(b, scores[2], scores[3])))
@@ -248,9 +196,9 @@ def _tile_scores(b: ir.IRBuilder, size: int, scale: Any, queries: Any, rows: lis
     return [[b.fmul(b.load(slot), scale, ("fast",)) for slot in slots] for slots in sums]
 
 
-def seen_keys(b: ir.IRBuilder, limits: Any, row: Any) -> list[Any]:
+def _seen(b: ir.IRBuilder, limits: Any, row: int) -> list[Any]:
     """Which keys of the block a row of the tile sees."""
-    limit = _splat_int(b, b.load(b.gep(limits, [I64(row) if isinstance(row, int) else row])))
+    limit = _splat_int(b, b.load(b.gep(limits, [I64(row)])))
     return [b.icmp_signed("<", ir.Constant(VI, list(range(j * LANES, (j + 1) * LANES))), limit) for j in range(VECTORS)]
 
 
@@ -259,10 +207,6 @@ def _pair_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     products = cgutils.get_or_insert_function(b.module, ir.FunctionType(VF, [VF, VI, VI]), name)
     return b.call(products, (total, x, y))
-
-
-def larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
-    return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
 def _splat_int(b: ir.IRBuilder, value: Any) -> Any:

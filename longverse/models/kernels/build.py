@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -104,7 +105,7 @@ def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
 
 
 @lru_cache(maxsize=32)
-def chunk_kernel(cache: CacheForm, amx: bool, name: str = "fold_stretch") -> Any:
+def chunk_kernel(cache: CacheForm, amx: bool, name: str) -> Any:
     """A function of cpu_prefill for a cache in bfloat16, over amx.py or bf16.py: lay_queries, fold_stretch,
     give_results, weigh_stretch or choose_blocks."""
     from . import amx as amx_tiles
@@ -118,8 +119,13 @@ def chunk_kernel(cache: CacheForm, amx: bool, name: str = "fold_stretch") -> Any
     bound |= {name: getattr(tiles, name) for name in tile_names}
     for piece in ("restore_row", "copy_row", "gather_block", "pair_values", "row_mass"):
         bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
-    for piece in ("lay_keys", "lay_values", "lay_tile", "take_tile"):  # whose layouts are the tiles'
-        bound[piece] = specialise(getattr(cpu_prefill, piece + "_amx" * amx), **bound)
+    layouts: tuple[Callable[..., Any], ...]
+    if amx:
+        layouts = (cpu_prefill.copy_rows, cpu_prefill.turn_values, cpu_prefill.turn_queries, cpu_prefill.take_columns)
+    else:
+        layouts = (cpu_prefill.pair_keys, cpu_prefill.pair_values, cpu_prefill.copy_rows, cpu_prefill.take_rows)
+    for piece, layout in zip(("lay_keys", "lay_values", "lay_tile", "take_tile"), layouts, strict=True):
+        bound[piece] = specialise(layout, **bound)
     bound["lay_block"] = specialise(cpu_prefill.lay_block, **bound)
     bound["attend_tiles"] = amx_tiles.attend_tiles if amx else specialise(cpu_prefill.attend_tiles, **bound)
     full_name = f"{name}_{cache.name}{'_amx' * amx}"

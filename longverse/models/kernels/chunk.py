@@ -1,4 +1,4 @@
-"""What a cache calls for many new tokens on a CPU that multiplies bfloat16 pairs; the kernel is `cpu_prefill.py`.
+"""What a cache calls for many new tokens on a CPU that multiplies bfloat16; the kernel is `cpu_prefill.py`.
 
 Shapes: G key/value heads, h query heads of each, D head size, T new tokens after P past ones.
 """
@@ -21,7 +21,7 @@ from .one_token import cache_arrays, cache_form
 if TYPE_CHECKING:
     from ..cache import KVCache
 
-BUFFER = 1 << 20  # bytes of a head's stretch of keys and values, laid out for the kernel: half a second cache
+BUFFER = 1 << 20  # bytes of a key/value head's stretch, laid out for the kernel, which should stay in a second cache
 
 
 @lru_cache(maxsize=1)
@@ -33,7 +33,11 @@ def runs_here() -> bool:
 @lru_cache(maxsize=1)
 def amx_runs_here() -> bool:
     """Whether there are AMX tiles for bfloat16, and the system lets this process use them (it is asked here)."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    if not (runs_here() and torch.cpu._is_amx_tile_supported()):
+        return False
+    from llvmlite.binding import get_host_cpu_features  # by which LLVM goes
+
+    return bool(get_host_cpu_features().get("amx-bf16")) and torch.cpu._init_amx()
 
 
 def fits(q: Tensor) -> bool:
@@ -105,7 +109,7 @@ def _attend(
             array(top), array(total), array(acc),
         )  # fmt: skip
     out = torch.empty_like(by_token)
-    threads.run(chunk_kernel(form, amx, "give_results"), array(total), array(acc), array(out))
+    threads.run(chunk_kernel(_plain(form), amx, "give_results"), array(total), array(acc), array(out))
     return out.transpose(0, 1)[None]
 
 
@@ -142,7 +146,7 @@ def _choose(
         )  # fmt: skip
     kept = np.empty((heads, sampled.shape[0], past // BLOCK), dtype=np.uint8)
     share = np.empty(kept.shape[:2], dtype=np.float64)
-    threads.run(chunk_kernel(form, amx, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
+    threads.run(chunk_kernel(_plain(form), amx, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
     sparse.count(torch.from_numpy(kept), torch.from_numpy(share))
     return kept
 
@@ -150,6 +154,11 @@ def _choose(
 def amx_serves(size: int) -> bool:
     """Whether heads of that size go through AMX tiles."""
     return size % 32 == 0 and amx_runs_here()
+
+
+def _plain(form: CacheForm) -> CacheForm:
+    """For kernels that do not look at the cache: the same for all of its formats."""
+    return CacheForm(form.size, form.heads, "bf16")
 
 
 def _laid_queries(form: CacheForm, by_token: Tensor, amx: bool) -> tuple[Tensor, int]:
@@ -161,5 +170,5 @@ def _laid_queries(form: CacheForm, by_token: Tensor, amx: bool) -> tuple[Tensor,
     tokens, heads, size = by_token.shape
     rows = -(-tokens * form.heads // tile) * tile
     out = torch.empty(heads // form.heads, rows * size // 2, dtype=torch.int32)
-    team(torch.get_num_threads()).run(chunk_kernel(form, amx, "lay_queries"), array(by_token), array(out))
+    team(torch.get_num_threads()).run(chunk_kernel(_plain(form), amx, "lay_queries"), array(by_token), array(out))
     return out, rows

@@ -1,30 +1,21 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,var-annotated"
-"""Attention of many new tokens over a cache of any format, on a CPU with bfloat16 products.
+"""Attention of many new tokens over a cache of any format, on a CPU with bfloat16 products: AVX-512's or AMX's.
 
 Shapes: G key/value heads, h query heads of each, D head size, T new tokens after P past ones; a row is one query head
 of one new token, rows of a key/value head in the order [T, h], padded to whole tiles.
 
 `fold_stretch` folds a stretch of keys into the running softmax of all rows: it lays the stretch's keys and values out
-for the inner loop (`bf16.py`), restoring packed ones on the way, and then the threads take items of rows one by one.
-The caller goes through the stretches; so memory beside the cache is one stretch and the running sums, whatever the
-length.
+for the inner loop (`bf16.py` or `amx.py`), restoring packed ones on the way, and then the threads take items of rows
+one by one. The caller goes through the stretches; so memory beside the cache is one stretch and the running sums,
+whatever the length.
 """
 
 import numpy as np
 
-from .bf16 import (
-    BLOCK,
-    ITEM_TILES,
-    TILE_ROWS,
-    attend_tile,
-    begin_tiles,
-    copy_words,
-    end_tiles,
-    transpose_words,
-    weigh_tile,
-)
+from .bf16 import BLOCK, ITEM_TILES, TILE_ROWS, attend_tile, begin_tiles, end_tiles, weigh_tile
 from .simd import arrive, bf16_to_float, float_to_bf16
 from .team import meet
+from .vectors import copy_words, transpose_words
 
 # Bound by specialise, as in cpu_decode.py:
 SIZE, HEADS = 64, 1
@@ -77,7 +68,13 @@ def copy_row(row, out):
         out[i] = row[i]
 
 
-def lay_keys(rows, out):
+def copy_rows(rows, out):
+    """bf16 [n, D] as it is: into int32 [n * D / 2]."""
+    for i in range(rows.shape[0]):
+        copy_words(rows, i, out, i * (SIZE // 2), SIZE // 2)
+
+
+def pair_keys(rows, out):
     """bf16 [BLOCK, D] to int32 [D / 2, BLOCK]."""
     if SIZE % 32 == 0:
         for i in range(0, BLOCK, 16):
@@ -97,17 +94,8 @@ def pair_values(rows, out):
             target[i] = np.int32(low[i]) | (np.int32(high[i]) << np.int32(16))
 
 
-lay_values = pair_values
-
-
-def lay_keys_amx(rows, out):
-    """bf16 [BLOCK, D] as it is: into int32 [BLOCK * D / 2]."""
-    for i in range(BLOCK):
-        copy_words(rows, i, out, i * (SIZE // 2), SIZE // 2)
-
-
-def lay_values_amx(rows, out):
-    """bf16 [BLOCK, D] to bf16 [D, BLOCK] in int32 [D, BLOCK / 2]."""
+def turn_values(rows, out):
+    """bf16 [BLOCK, D] to bf16 [D, BLOCK] in int32 [D, BLOCK / 2], for AMX."""
     pairs = np.empty((BLOCK // 2, SIZE), dtype=np.int32)
     pair_values(rows, pairs.reshape(-1))
     for pair in range(0, BLOCK // 2, 16):
@@ -115,11 +103,40 @@ def lay_values_amx(rows, out):
             transpose_words(pairs, pair, i, out, i * (BLOCK // 2) + pair, BLOCK // 2)
 
 
+def turn_queries(rows, out):
+    """bf16 [TILE_ROWS, D] to int32 [TILE_ROWS / 16, D / 2, 16], for AMX."""
+    for r in range(0, TILE_ROWS, 16):
+        for pair in range(0, SIZE // 2, 16):
+            transpose_words(rows, r, pair, out, r * (SIZE // 2) + pair * 16, 16)
+
+
+def take_rows(total, acc, first, weights, tile):
+    """Of TILE_ROWS rows from `first` on: weights [TILE_ROWS], the sums of their weights; tile [TILE_ROWS * D], their
+    weighted values."""
+    for r in range(TILE_ROWS):
+        weights[r] = total[(first + r) * 16 : (first + r + 1) * 16].sum()
+    tile[:] = acc[first * SIZE : (first + TILE_ROWS) * SIZE]
+
+
+def take_columns(total, acc, first, weights, tile):
+    """`take_rows` for AMX, of tiles of 16 rows that lie as [D, 16]."""
+    weights[:] = total[first : first + TILE_ROWS]
+    held = acc[first * SIZE : (first + TILE_ROWS) * SIZE].reshape(-1, 16)
+    for r in range(0, TILE_ROWS, 16):
+        for i in range(0, SIZE, 16):
+            transpose_words(held, r // 16 * SIZE + i, 0, tile, r * SIZE + i, SIZE)
+
+
+# Bound by specialise to what bf16.py or amx.py wants:
+lay_keys, lay_values, lay_tile, take_tile = pair_keys, pair_values, copy_rows, take_rows
+
+
 def attend_tiles(size, scale, queries, keys, values, rows, blocks, count, top, total, acc):
-    """`attend_tile` for the queries from rows[i] on and block blocks[i], i < count; amx.py has its own."""
+    """`attend_tile` for the queries from rows[i] on and block blocks[i], i < count. In place of amx.attend_tiles, whose
+    arguments it takes, and which wants no two neighbours in `rows` alike."""
     limits = np.empty(TILE_ROWS, dtype=np.int32)
     for i in range(count):
-        attend_tile(SIZE, 0, scale, queries, rows[i], keys, values, blocks[i], limits, top, total, acc)
+        attend_tile(size, 0, scale, queries, rows[i], keys, values, blocks[i], limits, top, total, acc)
 
 
 def lay_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, own, gathered, kind, out):
@@ -144,11 +161,12 @@ def fold_stretch(
     work      int64 [1], zero: the next item
     spans     int64 [3]: P, the end of the first tokens in full, the beginning of the ring (the last two if QUANTISED)
     own_*     uint16 [G, T, D], rotated as the cache's
-    queries   [G, rows * ...], as bf16.py or amx.py wants them, as it does the last line's
+    queries   int32 [G, rows * D / 2], as bf16.py or amx.py wants them
     kept      uint8 [G, query blocks, past blocks]: which blocks wholly in the past are attended to by each
               query block, which has query_rows rows; [0, 0, 0] for all
     keys, values  int32 [G, a stretch * D / 2], to work in
-    top, total, acc  float32 [G, rows], [G, ...], [G, rows * D]: the running softmax; at first -3e38, 0, 0
+    top, total, acc  float32 [G, rows], [G, rows * LANES] or for AMX [G, rows], [G, rows * D]: the running softmax; at
+              first -3e38, 0, 0
     """
     heads, rows = top.shape
     tokens = own_keys.shape[1]
@@ -236,22 +254,6 @@ def lay_queries(rank, team, counter, q, out):
         lay_tile(gathered, out[head, tile * TILE_ROWS * (SIZE // 2) : (tile + 1) * TILE_ROWS * (SIZE // 2)])
 
 
-def lay_tile(rows, out):
-    """bf16 [TILE_ROWS, D] as it is: into int32 [TILE_ROWS * D / 2]."""
-    for r in range(TILE_ROWS):
-        for pair in range(SIZE // 2):
-            out[r * (SIZE // 2) + pair] = np.int32(rows[r, 2 * pair]) | (
-                np.int32(rows[r, 2 * pair + 1]) << np.int32(16)
-            )
-
-
-def lay_tile_amx(rows, out):
-    """bf16 [TILE_ROWS, D] to int32 [TILE_ROWS / 16, D / 2, 16]."""
-    for r in range(0, TILE_ROWS, 16):
-        for pair in range(0, SIZE // 2, 16):
-            transpose_words(rows, r, pair, out, r * (SIZE // 2) + pair * 16, 16)
-
-
 def give_results(rank, team, counter, total, acc, out):
     """The rows' sums by their weights: total, acc as in `fold_stretch`, out uint16 [T, H, D]."""
     tokens, heads = out.shape[0], out.shape[1] // HEADS
@@ -268,22 +270,6 @@ def give_results(rank, team, counter, total, acc, out):
                 target, share = flat[token * heads * HEADS + head * HEADS + of_head], np.float32(1) / weights[r]
                 for i in range(SIZE):
                     target[i] = float_to_bf16(tile[r * SIZE + i] * share)
-
-
-def take_tile(total, acc, first, weights, tile):
-    """Of TILE_ROWS rows from `first` on the sum of weights and the weighted values."""
-    for r in range(TILE_ROWS):
-        weights[r] = total[(first + r) * 16 : (first + r + 1) * 16].sum()
-    tile[:] = acc[first * SIZE : (first + TILE_ROWS) * SIZE]
-
-
-def take_tile_amx(total, acc, first, weights, tile):
-    """The same from sums that lie as [D, 16]."""
-    weights[:] = total[first : first + TILE_ROWS]
-    held = acc[first * SIZE : (first + TILE_ROWS) * SIZE].reshape(-1, 16)
-    for r in range(0, TILE_ROWS, 16):
-        for i in range(0, SIZE, 16):
-            transpose_words(held, r // 16 * SIZE + i, 0, tile, r * SIZE + i, SIZE)
 
 
 def weigh_stretch(

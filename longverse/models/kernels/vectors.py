@@ -17,6 +17,7 @@ LANES = 16
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VF = ir.VectorType(F32, LANES)
 VI = ir.VectorType(I32, LANES)
+LOWEST = ir.Constant(VF, [-3e38] * LANES)
 # 2 ** x for 0 <= x < 1, to 2e-7: a polynomial, the highest power first.
 POWER_OF_TWO = (0.00187623, 0.00899258, 0.0558236, 0.24015453, 0.69315297, 0.99999993)
 
@@ -94,6 +95,11 @@ def largest_of_all(b: ir.IRBuilder, vector: Any) -> Any:
     return b.call(function, (vector,), fastmath=("fast",))
 
 
+def larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+    """The larger of each two elements."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
 def filled(value: float) -> Any:
     """A vector of the same constant everywhere."""
     return ir.Constant(VF, [value] * LANES)
@@ -115,3 +121,55 @@ def exp2(b: ir.IRBuilder, x: Any) -> Any:
         value = fma(b, value, rest, filled(coefficient))
     exponent = b.shl(b.fptosi(whole, VI), ir.Constant(VI, [23] * LANES))
     return b.bitcast(b.add(b.bitcast(value, VI), exponent), VF)
+
+
+@intrinsic
+def transpose_words(typing: Any, rows: Any, first: Any, at: Any, out: Any, place: Any, stride: Any) -> Any:
+    """Turn 16 rows of 16 words of four bytes into columns: rows, a matrix of any type, from its row `first` and word
+    `at` on; out, of any type of four bytes, its rows `stride` apart from out[place] on."""
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        out = data_of(context, b, signature, args, 3)
+        words, width = _words(context, b, signature, args)
+        begins = [b.add(b.mul(b.add(args[1], I64(i)), width), args[2]) for i in range(LANES)]
+        vectors = [load_vector(b, words, begin, VI) for begin in begins]
+        step = 1
+        while step < LANES:  # square blocks of `step` change places
+            low = [i if not i & step else LANES + i - step for i in range(LANES)]
+            high = [i + step if not i & step else LANES + i for i in range(LANES)]
+            for i in range(LANES):
+                if not i & step:
+                    one, other = vectors[i], vectors[i + step]
+                    vectors[i] = b.shuffle_vector(one, other, ir.Constant(VI, low))
+                    vectors[i + step] = b.shuffle_vector(one, other, ir.Constant(VI, high))
+            step *= 2
+        for i, vector in enumerate(vectors):
+            b.store(vector, pointer_to(b, out, b.add(args[4], b.mul(args[5], I64(i))), VI), align=4)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(rows, i64, i64, out, i64, i64), emit
+
+
+@intrinsic
+def copy_words(typing: Any, rows: Any, first: Any, out: Any, place: Any, count: Any) -> Any:
+    """out[place : place + count] = the first `count` words of a row as in `transpose_words`."""
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        out = data_of(context, b, signature, args, 2)
+        words, width = _words(context, b, signature, args)
+        start = b.mul(args[1], width)
+        with cgutils.for_range(b, args[4], intp=I64) as loop:  # which LLVM makes vectors of
+            word = b.load(b.gep(words, [b.add(start, loop.index)]), align=2)
+            b.store(word, b.gep(out, [b.add(args[3], loop.index)]))
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(rows, i64, out, i64, i64), emit
+
+
+def _words(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> tuple[Any, Any]:
+    """Where the matrix that is argument 0 begins, as words of four bytes, and how many words its rows are apart."""
+    array = context.make_array(signature.args[0])(context, b, args[0])
+    width = b.sdiv(cgutils.unpack_tuple(b, array.strides, 2)[0], I64(4))
+    return b.bitcast(array.data, I32.as_pointer()), width
