@@ -106,8 +106,8 @@ def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
 
 @lru_cache(maxsize=32)
 def chunk_kernel(cache: CacheForm, amx: bool, name: str) -> Any:
-    """A function of cpu_prefill for a cache in bfloat16, over amx.py or bf16.py: lay_queries, fold_stretch,
-    give_results, weigh_stretch or choose_blocks."""
+    """A function of cpu_prefill for a cache in bfloat16, over amx.py or bf16.py: fold_stretch, weigh_stretch or
+    choose_blocks."""
     from . import amx as amx_tiles
     from . import bf16, cpu_prefill
 
@@ -126,7 +126,8 @@ def chunk_kernel(cache: CacheForm, amx: bool, name: str) -> Any:
         layouts = (cpu_prefill.pair_keys, cpu_prefill.pair_values, cpu_prefill.copy_rows, cpu_prefill.take_rows)
     for piece, layout in zip(("lay_keys", "lay_values", "lay_tile", "take_tile"), layouts, strict=True):
         bound[piece] = specialise(layout, **bound)
-    bound["lay_block"] = specialise(cpu_prefill.lay_block, **bound)
+    for piece in ("lay_block", "lay_queries", "give_results"):
+        bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
     bound["attend_tiles"] = amx_tiles.attend_tiles if amx else specialise(cpu_prefill.attend_tiles, **bound)
     full_name = f"{name}_{cache.name}{'_amx' * amx}"
     return specialise(getattr(cpu_prefill, name), full_name, ("chunk_kernel", cache, amx, name), **bound)

@@ -97,7 +97,8 @@ def _attend(
     if sparse is not None:
         kept = _choose(form, parts, layer, spans, by_token, k, sparse, stretch)
     amx, threads = amx_serves(size), team(torch.get_num_threads())
-    queries, rows = _laid_queries(form, by_token, amx)
+    queries, rows = _queries(form, by_token, amx)
+    out = torch.empty_like(by_token)
     top, total = torch.full((heads, rows), -3e38), torch.zeros(heads, rows * (1 if amx else LANES))
     acc = torch.zeros(heads, rows * size)
     laid = [torch.empty(heads, stretch * size // 2, dtype=torch.int32).numpy() for _ in range(2)]
@@ -105,11 +106,9 @@ def _attend(
         threads.run(
             chunk_kernel(form, amx, "fold_stretch"), np.zeros(1, dtype=np.int64), layer, begin,
             min(begin + stretch, end), past, np.array(spans), parts, array(k), array(v), kept,
-            sparse_module.query_items(form.heads) * sparse_module.ITEM_ROWS, array(queries), *laid,
-            array(top), array(total), array(acc),
+            sparse_module.query_items(form.heads) * sparse_module.ITEM_ROWS, array(by_token), array(queries), *laid,
+            array(top), array(total), array(acc), array(out),
         )  # fmt: skip
-    out = torch.empty_like(by_token)
-    threads.run(chunk_kernel(_plain(form), amx, "give_results"), array(total), array(acc), array(out))
     return out.transpose(0, 1)[None]
 
 
@@ -131,7 +130,8 @@ def _choose(
     sampled = sampled_tokens(tokens, form.heads)  # [query blocks, samples + 1]
     count = sampled.shape[1] * form.heads
     amx = amx_serves(size)
-    queries, rows = _laid_queries(form, by_token[sampled.flatten()], amx)
+    q = by_token[sampled.flatten()]
+    queries, rows = _queries(form, q, amx)
     places = np.zeros(rows, dtype=np.int64)
     places[: sampled.numel() * form.heads] = sampled.flatten().repeat_interleave(form.heads).numpy()
     blocks = -(-end // BLOCK)
@@ -142,11 +142,11 @@ def _choose(
     for begin in range(0, end, stretch):
         threads.run(
             kernel, np.zeros(1, dtype=np.int64), layer, begin, min(begin + stretch, end), past, np.array(spans),
-            parts, array(k), places, array(queries), laid, top, total,
+            parts, array(k), places, array(q), array(queries), laid, top, total,
         )  # fmt: skip
     kept = np.empty((heads, sampled.shape[0], past // BLOCK), dtype=np.uint8)
     share = np.empty(kept.shape[:2], dtype=np.float64)
-    threads.run(chunk_kernel(_plain(form), amx, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
+    threads.run(chunk_kernel(form, amx, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
     sparse.count(torch.from_numpy(kept), torch.from_numpy(share))
     return kept
 
@@ -156,19 +156,12 @@ def amx_serves(size: int) -> bool:
     return size % 32 == 0 and amx_runs_here()
 
 
-def _plain(form: CacheForm) -> CacheForm:
-    """For kernels that do not look at the cache: the same for all of its formats."""
-    return CacheForm(form.size, form.heads, "bf16")
-
-
-def _laid_queries(form: CacheForm, by_token: Tensor, amx: bool) -> tuple[Tensor, int]:
-    """[T, H, D] as the kernel wants them: int32 [G, rows * D / 2], with zeros up to whole tiles; and how many rows."""
+def _queries(form: CacheForm, by_token: Tensor, amx: bool) -> tuple[Tensor, int]:
+    """Memory for queries [T, H, D] as the kernel lays them out, int32 [G, rows * D / 2], and how many rows that is."""
     from . import amx as amx_tiles
     from . import bf16
 
     tile = (amx_tiles if amx else bf16).TILE_ROWS
     tokens, heads, size = by_token.shape
     rows = -(-tokens * form.heads // tile) * tile
-    out = torch.empty(heads // form.heads, rows * size // 2, dtype=torch.int32)
-    team(torch.get_num_threads()).run(chunk_kernel(_plain(form), amx, "lay_queries"), array(by_token), array(out))
-    return out, rows
+    return torch.empty(heads // form.heads, rows * size // 2, dtype=torch.int32), rows

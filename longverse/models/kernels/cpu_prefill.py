@@ -152,16 +152,53 @@ def lay_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, 
         lay_values(block, out)
 
 
+def lay_queries(rank, team, q, out):
+    """q uint16 [T, H, D] to the rows that the inner loop wants: out int32 [G, rows * D / 2], zeros after the last."""
+    tokens, heads = q.shape[0], q.shape[1] // HEADS
+    flat = q.reshape(-1, SIZE)
+    rows = out.shape[1] // (SIZE // 2)
+    tiles = rows // TILE_ROWS
+    gathered = np.empty((TILE_ROWS, SIZE), dtype=np.uint16)
+    for index in range(rank, heads * tiles, team):
+        head, tile = index // tiles, index % tiles
+        for r in range(TILE_ROWS):
+            token, of_head = (tile * TILE_ROWS + r) // HEADS, (tile * TILE_ROWS + r) % HEADS
+            if token < tokens:
+                copy_row(flat[token * heads * HEADS + head * HEADS + of_head], gathered[r])
+            else:
+                gathered[r] = 0
+        lay_tile(gathered, out[head, tile * TILE_ROWS * (SIZE // 2) : (tile + 1) * TILE_ROWS * (SIZE // 2)])
+
+
+def give_results(rank, team, total, acc, out):
+    """The rows' sums by their weights: total, acc as in `fold_stretch`, out uint16 [T, H, D]."""
+    tokens, heads = out.shape[0], out.shape[1] // HEADS
+    rows = acc.shape[1] // SIZE
+    flat = out.reshape(-1, SIZE)
+    tile = np.empty(TILE_ROWS * SIZE, dtype=np.float32)
+    weights = np.empty(TILE_ROWS, dtype=np.float32)
+    for index in range(rank, heads * (rows // TILE_ROWS), team):
+        head, first = index // (rows // TILE_ROWS), index % (rows // TILE_ROWS) * TILE_ROWS
+        take_tile(total[head], acc[head], first, weights, tile)
+        for r in range(TILE_ROWS):
+            token, of_head = (first + r) // HEADS, (first + r) % HEADS
+            if token < tokens:
+                target, share = flat[token * heads * HEADS + head * HEADS + of_head], np.float32(1) / weights[r]
+                for i in range(SIZE):
+                    target[i] = float_to_bf16(tile[r * SIZE + i] * share)
+
+
 def fold_stretch(
     rank, team, counter, work, layer, begin, end, past, spans, cache, own_keys, own_values,
-    kept, query_rows, queries, keys, values, top, total, acc,
+    kept, query_rows, q, queries, keys, values, top, total, acc, out,
 ):  # fmt: skip
     """Fold tokens begin .. end - 1 (begin a multiple of BLOCK) into every row that sees them.
 
     work      int64 [1], zero: the next item
     spans     int64 [3]: P, the end of the first tokens in full, the beginning of the ring (the last two if QUANTISED)
     own_*     uint16 [G, T, D], rotated as the cache's
-    queries   int32 [G, rows * D / 2], as bf16.py or amx.py wants them
+    q, out    uint16 [T, H, D]: the queries; the result, written with the last stretch
+    queries   int32 [G, rows * D / 2], written with the first stretch as bf16.py or amx.py wants them
     kept      uint8 [G, query blocks, past blocks]: which blocks wholly in the past are attended to by each
               query block, which has query_rows rows; [0, 0, 0] for all
     keys, values  int32 [G, a stretch * D / 2], to work in
@@ -174,6 +211,8 @@ def fold_stretch(
     whole_past = past // BLOCK if kept.shape[0] else 0  # blocks before this one may be left out
     gathered = np.empty((BLOCK, SIZE), dtype=np.uint16)
     laid = SIZE // 2 * BLOCK
+    if begin == 0:
+        lay_queries(rank, team, q, queries)
     for index in range(rank, heads * blocks, team):
         head, block = index // blocks, index % blocks
         at, which = begin + block * BLOCK, layer * heads + head
@@ -234,51 +273,19 @@ def fold_stretch(
             top[head], total[head], acc[head],
         )  # fmt: skip
     end_tiles()
-
-
-def lay_queries(rank, team, counter, q, out):
-    """q uint16 [T, H, D] to the rows that the inner loop wants: out int32 [G, rows * D / 2], zeros after the last."""
-    tokens, heads = q.shape[0], q.shape[1] // HEADS
-    flat = q.reshape(-1, SIZE)
-    rows = out.shape[1] // (SIZE // 2)
-    tiles = rows // TILE_ROWS
-    gathered = np.empty((TILE_ROWS, SIZE), dtype=np.uint16)
-    for index in range(rank, heads * tiles, team):
-        head, tile = index // tiles, index % tiles
-        for r in range(TILE_ROWS):
-            token, of_head = (tile * TILE_ROWS + r) // HEADS, (tile * TILE_ROWS + r) % HEADS
-            if token < tokens:
-                copy_row(flat[token * heads * HEADS + head * HEADS + of_head], gathered[r])
-            else:
-                gathered[r] = 0
-        lay_tile(gathered, out[head, tile * TILE_ROWS * (SIZE // 2) : (tile + 1) * TILE_ROWS * (SIZE // 2)])
-
-
-def give_results(rank, team, counter, total, acc, out):
-    """The rows' sums by their weights: total, acc as in `fold_stretch`, out uint16 [T, H, D]."""
-    tokens, heads = out.shape[0], out.shape[1] // HEADS
-    rows = acc.shape[1] // SIZE
-    flat = out.reshape(-1, SIZE)
-    tile = np.empty(TILE_ROWS * SIZE, dtype=np.float32)
-    weights = np.empty(TILE_ROWS, dtype=np.float32)
-    for index in range(rank, heads * (rows // TILE_ROWS), team):
-        head, first = index // (rows // TILE_ROWS), index % (rows // TILE_ROWS) * TILE_ROWS
-        take_tile(total[head], acc[head], first, weights, tile)
-        for r in range(TILE_ROWS):
-            token, of_head = (first + r) // HEADS, (first + r) % HEADS
-            if token < tokens:
-                target, share = flat[token * heads * HEADS + head * HEADS + of_head], np.float32(1) / weights[r]
-                for i in range(SIZE):
-                    target[i] = float_to_bf16(tile[r * SIZE + i] * share)
+    if end == past + tokens:
+        meet(counter, team)
+        give_results(rank, team, total, acc, out)
 
 
 def weigh_stretch(
     rank, team, counter, work, layer, begin, end, past, spans, cache, own_keys,
-    places, queries, keys, top, total,
+    places, q, queries, keys, top, total,
 ):  # fmt: skip
     """How much every block of a stretch weighs for sampled queries.
 
     places   int64 [rows]: which new token each row is of;  rows whole tiles
+    q        uint16 [sampled tokens, H, D]
     top, total  float32 [G, rows, blocks of the whole]: `weigh_tile`'s, 2 ** -inf where a block is not seen
     The rest as in `fold_stretch`.
     """
@@ -287,6 +294,9 @@ def weigh_stretch(
     gathered = np.empty((BLOCK, SIZE), dtype=np.uint16)
     limits = np.empty(TILE_ROWS, dtype=np.int32)
     scale = np.float32(1.4426950408889634 / np.sqrt(SIZE))
+    if begin == 0:
+        lay_queries(rank, team, q, queries)
+        meet(counter, team)
     begin_tiles()
     while True:
         index = arrive(work)
