@@ -122,10 +122,13 @@ class Engine:
         """Load a model by embedded name, path or hub id. `rope` changes its RoPE plan (RopePlan.parse); `window`
         overrides the longest conversation in tokens, for measuring what happens past it. `weights` is what answers are
         written with on a CPU (prompts are always read in `dtype`): "full", rounded to "int8" or "int4", or "auto":
-        rounded where that loses no more than bf16 does (models/kernels/decoder.py)."""
+        rounded where that loses no more than bf16 does (models/kernels/decoder.py), and full where float32 was asked
+        for by name: who does wants its digits. A `dtype` left at "auto" may be float32 for want of anything faster."""
         if window is not None and window < 1:
             raise UserError(f"A window of {window} tokens must be at least 1.")
         loaded = load(model, dtype=dtype, device=device, rope=rope, on_progress=on_progress)
+        if weights == "auto" and dtype != "auto" and loaded.network.dtype == torch.float32:
+            weights = "full"
         return cls(
             loaded.network,
             loaded.tokenizer,

@@ -23,7 +23,7 @@ def read_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     and weights are rounded to it).
     """
     blocked = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] >= BLOCK and cpu_has_bfloat16()
-    return blocked_attention(q, k, v) if blocked and not compiled_fits(q) else attend_chunk(q, k, v)
+    return blocked_attention(q, k, v) if blocked and not compiled_fits(q, k.shape[2]) else attend_chunk(q, k, v)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class KVCache:
             self._written.add(layer)
             if one:
                 return one.attend(layer, q, self.spans(end), self.sparse_writing())
-            if sparse is not None or (new > 1 and self._compiled(q)):
+            if sparse is not None or (new > 1 and self._compiled(q, sparse)):
                 return self._attend_chunk(layer, q, k, v, sparse)
             if not self.at_home:
                 return self._attend_in_stretches(layer, q, k, v)
@@ -144,7 +144,7 @@ class KVCache:
                 return one.attend(layer, q, self.spans(end), self.sparse_writing())
             return self.packing.rotate(self._attend_past(layer, rotated, end)[0])
         # The chunk itself is attended in full, and the ring is read before it is written.
-        if sparse is not None or self._compiled(rotated):
+        if sparse is not None or self._compiled(rotated, sparse):
             mixed = self._attend_chunk(layer, rotated, k, v, sparse)
         else:
             mixed = self._attend_in_stretches(layer, rotated, k, v)
@@ -293,7 +293,7 @@ class KVCache:
 
     def _attend_chunk(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sparse: Sparse | None) -> Tensor:
         """q [1, H, T, D] over the tokens held and k, v [1, G, T, D], all rotated; sparsely, or by the CPU kernel."""
-        if self._compiled(q):
+        if self._compiled(q, sparse):
             from .kernels import chunk
 
             return chunk.attend_cache(self, layer, q, k, v, sparse)
@@ -310,9 +310,10 @@ class KVCache:
         """Rows of one array on `device`: a view of it where it lies there."""
         return self._storage[name][layer, :, :, begin:end].to(self.device)
 
-    def _compiled(self, q: Tensor) -> bool:
+    def _compiled(self, q: Tensor, sparse: Sparse | None) -> bool:
         """Whether the CPU kernel for many queries runs for this cache's layout, too."""
-        return self.device.type == "cpu" and compiled_fits(q) and self._kernel(q.shape[1]) is not None
+        keys = self.length + q.shape[2] if sparse is None else None
+        return self.device.type == "cpu" and compiled_fits(q, keys) and self._kernel(q.shape[1]) is not None
 
     def _kernel(self, heads: int) -> Any:
         """The kernel for one query of `heads` heads on this device, or None where there is none that can run."""

@@ -61,13 +61,15 @@ def test_the_whole_mass_is_exact_attention(format: str, chunks: tuple[int, ...],
     assert error(all_kept, exact) < (2e-4 if dtype == torch.float32 else 5e-3)
 
 
-@pytest.mark.parametrize("path", ["compiled", "torch"])
+@pytest.mark.parametrize("path", ["bfloat16", "float32", "torch"])
 @pytest.mark.parametrize("format", ["full", "int8", "int4"])
 def test_the_dial_trades_blocks_for_mass(format: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype = torch.bfloat16 if path == "compiled" else torch.float32
+    dtype = torch.bfloat16 if path == "bfloat16" else torch.float32
     q, k, v = heaped(dtype=dtype)
-    if path == "compiled" and not compiled_fits(q):
-        pytest.skip("this processor has no bfloat16 pair products")
+    if path != "torch" and not compiled_fits(q, None):
+        pytest.skip(f"no kernel here for {path}")
+    if path == "torch":
+        monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
     monkeypatch.setattr(sparse, "STRETCH", 256)
     monkeypatch.setattr("longverse.models.kernels.chunk.BUFFER", 1 << 17)
     results = {}
@@ -84,15 +86,16 @@ def test_the_dial_trades_blocks_for_mass(format: str, path: str, monkeypatch: py
     assert errors[2] < 0.25
 
 
-def test_the_compiled_choice_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = heaped(dtype=torch.bfloat16)
-    if not compiled_fits(q):
-        pytest.skip("this processor has no bfloat16 pair products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_choice_is_that_of_the_definition(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = heaped(dtype=dtype)
+    if not compiled_fits(q, None):
+        pytest.skip(f"no kernel here for {dtype}")
     found = []
     for stop in (False, True):
         if stop:
             monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
-        cache = KVCache(1, 2, SIZE, TOTAL, torch.bfloat16)
+        cache = KVCache(1, 2, SIZE, TOTAL, dtype)
         cache.sparse = Sparse(mass=0.9)
         mixed, _ = read(cache, q, k, v, (700, 500, 300))
         found.append((mixed, cache.sparse))

@@ -1,4 +1,6 @@
-"""Attention of many queries by either kind of tiles, AMX and AVX-512 BF16, against the definition."""
+"""Attention of many queries by each kind of tiles, AMX, AVX-512 BF16 and float32, against the definition."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,28 +13,42 @@ from longverse.models.cache import KVCache
 from longverse.models.sparse import Sparse
 
 
-@pytest.fixture(params=["amx", "bf16"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+class Tiles(NamedTuple):
+    """A kind of tiles, the type it multiplies, and how far off the definition it may be."""
+
+    name: str
+    dtype: torch.dtype
+    near: float
+
+    def drawn(self, heads: int, tokens: int, size: int, seed: int = 0) -> torch.Tensor:
+        return torch.randn(1, heads, tokens, size, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+
+
+KINDS = (
+    Tiles("amx", torch.bfloat16, 0.004), Tiles("bf16", torch.bfloat16, 0.004), Tiles("f32", torch.float32, 3e-6)
+)  # fmt: skip
+
+
+@pytest.fixture(params=KINDS, ids=[kind.name for kind in KINDS])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tiles:
     if kernels.unavailable():
         pytest.skip(f"no CPU kernels: {kernels.unavailable()}")
     from longverse.models.kernels import chunk
 
-    if not (chunk.runs_here() and (request.param == "bf16" or chunk.amx_runs_here())):
-        pytest.skip(f"this processor has no {request.param} products")
-    monkeypatch.setattr(chunk, "amx_serves", lambda size: request.param == "amx")
+    kind: Tiles = request.param
+    runs = {"amx": chunk.amx_runs_here, "bf16": chunk.runs_here}.get(kind.name, lambda: True)
+    if not runs():
+        pytest.skip(f"this processor has no {kind.name} products")
+    monkeypatch.setattr(chunk, "amx_serves", lambda q: kind.name == "amx")
     monkeypatch.setattr(chunk, "BUFFER", 1 << 16)  # so that the past takes several stretches
-    return str(request.param)
-
-
-def drawn(heads: int, tokens: int, size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(1, heads, tokens, size, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return kind
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found.float() - expected).norm() / expected.norm()).item())
 
 
-def test_any_shape_is_the_definition(tiles: str) -> None:
+def test_any_shape_is_the_definition(tiles: Tiles) -> None:
     from longverse.models.kernels import chunk
 
     @settings(max_examples=25, deadline=None)
@@ -45,34 +61,34 @@ def test_any_shape_is_the_definition(tiles: str) -> None:
     @example(groups=2, form=(3, 64), new=400, past=0, sharpness=1.0)
     def check(groups: int, form: tuple[int, int], new: int, past: int, sharpness: float) -> None:
         share, size = form  # each is compiled: two are enough here
-        q = drawn(groups * share, new, size) * sharpness
-        k, v = drawn(groups, past + new, size, 1), drawn(groups, past + new, size, 2)
+        q = tiles.drawn(groups * share, new, size) * sharpness
+        k, v = tiles.drawn(groups, past + new, size, 1), tiles.drawn(groups, past + new, size, 2)
         before = q.clone()
-        assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < 0.004
+        assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < tiles.near
         assert torch.equal(q, before)
 
     check()
 
 
 @pytest.mark.parametrize("rising", [True, False])
-def test_scores_that_rise_and_fall_along_the_text(tiles: str, rising: bool) -> None:
+def test_scores_that_rise_and_fall_along_the_text(tiles: Tiles, rising: bool) -> None:
     """Rising ones make the running softmax scale what it holds anew, block by block."""
     from longverse.models.kernels import chunk
 
     tokens = 700
-    q, k, v = drawn(3, 60, 64).abs(), drawn(1, tokens, 64, 1).abs(), drawn(1, tokens, 64, 2)
+    q, k, v = tiles.drawn(3, 60, 64).abs(), tiles.drawn(1, tokens, 64, 1).abs(), tiles.drawn(1, tokens, 64, 2)
     height = torch.linspace(0.1, 6, tokens) if rising else torch.linspace(6, 0.1, tokens)
-    k = (k * height[:, None]).bfloat16()
-    assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < 0.004
+    k = (k * height[:, None]).to(tiles.dtype)
+    assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < tiles.near
 
 
 def test_heads_that_are_no_whole_amx_tiles_take_the_other_kernel() -> None:
     from longverse.models.kernels import chunk
 
-    q, k, v = drawn(4, 100, 80), drawn(2, 300, 80, 1), drawn(2, 300, 80, 2)
-    if not chunk.fits(q):
+    q, k, v = KINDS[1].drawn(4, 100, 80), KINDS[1].drawn(2, 300, 80, 1), KINDS[1].drawn(2, 300, 80, 2)
+    if not chunk.fits(q, k.shape[2]):
         pytest.skip("this processor has no bfloat16 products")
-    assert not chunk.amx_serves(80)
+    assert not chunk.amx_serves(q)
     assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < 0.004
 
 
@@ -82,46 +98,46 @@ def test_amx_is_left_alone_where_the_system_refuses_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
     chunk.amx_runs_here.cache_clear()
     try:
-        assert not chunk.amx_serves(64)
+        assert not chunk.amx_serves(KINDS[0].drawn(1, 1, 64))
     finally:
         chunk.amx_runs_here.cache_clear()
 
 
-def test_three_threads_and_torch_products_in_between(tiles: str) -> None:
+def test_three_threads_and_torch_products_in_between(tiles: Tiles) -> None:
     """torch's own products configure the same tile registers; memory that was never written holds NaN here."""
     from longverse.models.kernels import chunk
 
-    q, k, v = drawn(6, 130, 64), drawn(2, 400, 64, 1), drawn(2, 400, 64, 2)
-    x, expected = drawn(1, 256, 256)[0, 0], reference_attention(q.float(), k, v)
+    q, k, v = tiles.drawn(6, 130, 64), tiles.drawn(2, 400, 64, 1), tiles.drawn(2, 400, 64, 2)
+    x, expected = tiles.drawn(1, 256, 256)[0, 0], reference_attention(q.float(), k, v)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     product = x @ x
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     try:
         for _ in range(3):
-            assert error(chunk.attend(q, k, v), expected) < 0.004
+            assert error(chunk.attend(q, k, v), expected) < tiles.near
             assert torch.equal(x @ x, product)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
 
 
-def test_weights_next_to_nothing_make_no_nan(tiles: str) -> None:
+def test_weights_next_to_nothing_make_no_nan(tiles: Tiles) -> None:
     from longverse.models.kernels import chunk
 
-    q, k, v = drawn(3, 90, 64) * 40, drawn(1, 500, 64, 1) * 40, drawn(1, 500, 64, 2)
+    q, k, v = tiles.drawn(3, 90, 64) * 40, tiles.drawn(1, 500, 64, 1) * 40, tiles.drawn(1, 500, 64, 2)
     found = chunk.attend(q, k, v)
     assert torch.isfinite(found).all()
     assert error(found, reference_attention(q.float(), k, v)) < 0.01
 
 
 @pytest.mark.parametrize("format", ["full", "int8", "int4"])
-def test_sparse_reading_keeps_the_share_it_is_asked_for(tiles: str, format: str) -> None:
+def test_sparse_reading_keeps_the_share_it_is_asked_for(tiles: Tiles, format: str) -> None:
     """The share that the tiles measure is that of the attention itself."""
     kept = {}
-    q, k, v = drawn(6, 900, 64) * 2, drawn(2, 900, 64, 1), drawn(2, 900, 64, 2)
+    q, k, v = tiles.drawn(6, 900, 64) * 2, tiles.drawn(2, 900, 64, 1), tiles.drawn(2, 900, 64, 2)
     for mass in (0.6, 0.95, 1.0):
-        cache = KVCache(1, 2, 64, 900, torch.bfloat16, format=format)
+        cache = KVCache(1, 2, 64, 900, tiles.dtype, format=format)
         cache.sparse = Sparse(mass=mass)
         for begin, end in ((0, 500), (500, 900)):
             mixed = cache.attend(0, q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end])

@@ -127,7 +127,7 @@ def test_auto_takes_int4_only_for_weights_that_were_four_bit() -> None:
     from longverse.models.kernels.decoder import COPY_LIMIT, Decoder, settled
 
     network = random_network(tiny_config())
-    assert settled(network, "auto") == "full"  # in float32
+    assert settled(network, "auto") == "int8"  # in float32, too, which many processors read prompts fastest in
     network = network.bfloat16()
     assert settled(network, "auto") == "int8"
     for module in network.modules():

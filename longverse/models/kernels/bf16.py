@@ -92,7 +92,7 @@ def attend_tile(
         # Softmax: weights, and what earlier weights must be multiplied by.
         factors = []
         for r, scores in enumerate(all_scores):
-            seen = _seen(b, limits, r) if masked_ else []
+            seen = seen_keys(b, limits, I64(r)) if masked_ else []
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
             before = b.load(b.gep(top, [rows[r]]))
@@ -161,7 +161,7 @@ def weigh_tile(
         stride = row_stride_of(context, b, signature, args, 8)
         rows = [b.add(args[4], I64(r)) for r in range(TILE_ROWS)]
         for r, scores in enumerate(_tile_scores(b, size_, splat(b, args[2]), queries, rows, keys, args[6])):
-            seen = _seen(b, limits, r) if masked_ else []
+            seen = seen_keys(b, limits, I64(r)) if masked_ else []
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
             highest = largest_of_all(b, larger(b, larger(b, scores[0], scores[1]), larger(b, scores[2], scores[3])))
@@ -196,9 +196,9 @@ def _tile_scores(b: ir.IRBuilder, size: int, scale: Any, queries: Any, rows: lis
     return [[b.fmul(b.load(slot), scale, ("fast",)) for slot in slots] for slots in sums]
 
 
-def _seen(b: ir.IRBuilder, limits: Any, row: int) -> list[Any]:
+def seen_keys(b: ir.IRBuilder, limits: Any, row: Any) -> list[Any]:
     """Which keys of the block a row of the tile sees."""
-    limit = _splat_int(b, b.load(b.gep(limits, [I64(row)])))
+    limit = _splat_int(b, b.load(b.gep(limits, [row])))
     return [b.icmp_signed("<", ir.Constant(VI, list(range(j * LANES, (j + 1) * LANES))), limit) for j in range(VECTORS)]
 
 

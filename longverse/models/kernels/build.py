@@ -106,21 +106,25 @@ def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
 
 @lru_cache(maxsize=32)
 def chunk_kernel(cache: CacheForm, amx: bool, name: str) -> Any:
-    """A function of cpu_prefill for a cache in bfloat16, over amx.py or bf16.py: fold_stretch, weigh_stretch or
-    choose_blocks."""
+    """A function of cpu_prefill, over f32.py for a cache in float32, else over amx.py or bf16.py: fold_stretch,
+    weigh_stretch or choose_blocks."""
     from . import amx as amx_tiles
-    from . import bf16, cpu_prefill
+    from . import bf16, cpu_prefill, f32
 
-    tiles: Any = amx_tiles if amx else bf16
+    wide = cache.kept == "f32"
+    tiles: Any = f32 if wide else amx_tiles if amx else bf16
     everything = cache.constants()
     bound = {name: everything[name] for name in ("SIZE", "HEADS", "QUANTISED", "PACKED", "GROUP")}
+    bound |= {"BF16": not wide, "WORDS": cache.size // (1 if wide else 2)}
     assert ITEM_ROWS % (tiles.ITEM_TILES * tiles.TILE_ROWS) == 0
     tile_names = ("TILE_ROWS", "ITEM_TILES", "begin_tiles", "end_tiles", "attend_tile", "weigh_tile")
     bound |= {name: getattr(tiles, name) for name in tile_names}
-    for piece in ("restore_row", "copy_row", "gather_block", "pair_values", "row_mass"):
+    for piece in ("rounded", "restore_row", "copy_row", "gather_block", "pair_values", "row_mass"):
         bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
     layouts: tuple[Callable[..., Any], ...]
-    if amx:
+    if wide:
+        layouts = (cpu_prefill.turn_keys, cpu_prefill.copy_rows, cpu_prefill.copy_rows, cpu_prefill.take_rows)
+    elif amx:
         layouts = (cpu_prefill.copy_rows, cpu_prefill.turn_values, cpu_prefill.turn_queries, cpu_prefill.take_columns)
     else:
         layouts = (cpu_prefill.pair_keys, cpu_prefill.pair_values, cpu_prefill.copy_rows, cpu_prefill.take_rows)

@@ -1,10 +1,11 @@
-"""What a cache calls for many new tokens on a CPU that multiplies bfloat16; the kernel is `cpu_prefill.py`.
+"""What a cache calls for many new tokens on a CPU, in float32 or in bfloat16; the kernel is `cpu_prefill.py`.
 
 Shapes: G key/value heads, h query heads of each, D head size, T new tokens after P past ones.
 """
 
 from __future__ import annotations
 
+import platform
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -15,18 +16,19 @@ from torch import Tensor
 from .. import sparse as sparse_module
 from ..sparse import Sparse, sampled_tokens
 from . import unavailable
-from .build import CacheForm, array, chunk_kernel, team
+from .build import LAYOUTS, CacheForm, array, chunk_kernel, team
 from .one_token import cache_arrays, cache_form
 
 if TYPE_CHECKING:
     from ..cache import KVCache
 
 BUFFER = 1 << 20  # bytes of a key/value head's stretch, laid out for the kernel, which should stay in a second cache
+MANY = 4096  # keys in float32
 
 
 @lru_cache(maxsize=1)
 def runs_here() -> bool:
-    """Whether the processor has what the kernel is made of."""
+    """Whether the processor has what the kernel for bfloat16 is made of."""
     return not unavailable() and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -40,15 +42,18 @@ def amx_runs_here() -> bool:
     return bool(get_host_cpu_features().get("amx-bf16")) and torch.cpu._init_amx()
 
 
-def fits(q: Tensor) -> bool:
-    """Whether queries [1, H, T, D] can be served here."""
-    return (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and q.shape[0] == 1
-        and q.shape[3] % 16 == 0
-        and runs_here()
-    )
+def fits(q: Tensor, keys: int | None) -> bool:
+    """Whether queries [1, H, T, D] over so many keys are served here; None for some keys chosen among many.
+
+    In float32 torch's fused kernel is nearly as fast: few keys are not worth compiling for, and processors other than
+    x86 may have products of their own (Apple's do). Choosing is slow in torch everywhere.
+    """
+    if q.device.type != "cpu" or q.shape[0] != 1 or q.shape[3] % 16:
+        return False
+    if q.dtype == torch.float32:
+        many = keys is None or (keys >= MANY and platform.machine() in ("x86_64", "AMD64"))
+        return many and not unavailable()
+    return q.dtype == torch.bfloat16 and runs_here()
 
 
 def attend_cache(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, sparse: Sparse | None = None) -> Tensor:
@@ -67,9 +72,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [1, H, T, D] over k, v [1, G, S, D], whose last T are the queries' own."""
     past = k.shape[2] - q.shape[2]
     k, v = k[0].contiguous(), v[0].contiguous()
-    form = CacheForm(q.shape[3], q.shape[1] // k.shape[0], "bf16")
-    none = np.empty((1, 1, 0), dtype=np.uint16)
-    parts = (array(k), none, array(v), none, none, none, none, none)
+    form = CacheForm(q.shape[3], q.shape[1] // k.shape[0], LAYOUTS[q.dtype])
+    none, no_scales = np.empty((1, 1, 0), dtype=array(k).dtype), np.empty((1, 1, 0), dtype=np.uint16)
+    parts = (array(k), no_scales, array(v), no_scales, none, none, none, none)
     return _attend(form, parts, 0, (past, 0, 0), q, k[:, past:], v[:, past:])
 
 
@@ -91,17 +96,18 @@ def _attend(
     heads, tokens, size = k.shape
     k, v = k.contiguous(), v.contiguous()
     past, end = spans[0], spans[0] + tokens
-    stretch = max(BLOCK, min(BUFFER // (4 * size), end + BLOCK - 1) // BLOCK * BLOCK)
+    words = size // (1 if q.dtype == torch.float32 else 2)  # of a key or value as the kernel has it
+    stretch = max(BLOCK, min(BUFFER // (8 * words), end + BLOCK - 1) // BLOCK * BLOCK)
     by_token = q[0].transpose(0, 1).contiguous()  # [T, H, D]
     kept = np.empty((0, 0, 0), dtype=np.uint8)
     if sparse is not None:
         kept = _choose(form, parts, layer, spans, by_token, k, sparse, stretch)
-    amx, threads = amx_serves(size), team(torch.get_num_threads())
+    amx, threads = amx_serves(q), team(torch.get_num_threads())
     queries, rows = _queries(form, by_token, amx)
     out = torch.empty_like(by_token)
     top, total = torch.full((heads, rows), -3e38), torch.zeros(heads, rows * (1 if amx else LANES))
     acc = torch.zeros(heads, rows * size)
-    laid = [torch.empty(heads, stretch * size // 2, dtype=torch.int32).numpy() for _ in range(2)]
+    laid = [torch.empty(heads, stretch * words, dtype=torch.int32).numpy() for _ in range(2)]
     for begin in range(0, end, stretch):
         threads.run(
             chunk_kernel(form, amx, "fold_stretch"), np.zeros(1, dtype=np.int64), layer, begin,
@@ -125,19 +131,20 @@ def _choose(
     """Which blocks of the past each query block attends to: uint8 [G, query blocks, past blocks]."""
     from .bf16 import BLOCK
 
-    heads, tokens, size = k.shape
+    heads, tokens = k.shape[:2]
     past, end = spans[0], spans[0] + tokens
     sampled = sampled_tokens(tokens, form.heads)  # [query blocks, samples + 1]
     count = sampled.shape[1] * form.heads
-    amx = amx_serves(size)
+    amx = amx_serves(by_token)
     q = by_token[sampled.flatten()]
     queries, rows = _queries(form, q, amx)
+    words = queries.shape[1] // rows
     places = np.zeros(rows, dtype=np.int64)
     places[: sampled.numel() * form.heads] = sampled.flatten().repeat_interleave(form.heads).numpy()
     blocks = -(-end // BLOCK)
     top, total = (np.empty((heads, rows, blocks), dtype=np.float32) for _ in range(2))
     threads = team(torch.get_num_threads())
-    laid = torch.empty(threads.size, BLOCK * size // 2, dtype=torch.int32).numpy()
+    laid = torch.empty(threads.size, BLOCK * words, dtype=torch.int32).numpy()
     kernel = chunk_kernel(form, amx, "weigh_stretch")
     for begin in range(0, end, stretch):
         threads.run(
@@ -151,17 +158,18 @@ def _choose(
     return kept
 
 
-def amx_serves(size: int) -> bool:
-    """Whether heads of that size go through AMX tiles."""
-    return size % 32 == 0 and amx_runs_here()
+def amx_serves(q: Tensor) -> bool:
+    """Whether queries [..., D] go through AMX tiles."""
+    return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and amx_runs_here()
 
 
 def _queries(form: CacheForm, by_token: Tensor, amx: bool) -> tuple[Tensor, int]:
-    """Memory for queries [T, H, D] as the kernel lays them out, int32 [G, rows * D / 2], and how many rows that is."""
+    """Memory for queries [T, H, D] as the kernel lays them out, int32 [G, rows * words], and how many rows that is."""
     from . import amx as amx_tiles
-    from . import bf16
+    from . import bf16, f32
 
-    tile = (amx_tiles if amx else bf16).TILE_ROWS
+    wide = by_token.dtype == torch.float32
+    tile = (f32 if wide else amx_tiles if amx else bf16).TILE_ROWS
     tokens, heads, size = by_token.shape
     rows = -(-tokens * form.heads // tile) * tile
-    return torch.empty(heads // form.heads, rows * size // 2, dtype=torch.int32), rows
+    return torch.empty(heads // form.heads, rows * (size if wide else size // 2), dtype=torch.int32), rows

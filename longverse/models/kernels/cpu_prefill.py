@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,var-annotated"
-"""Attention of many new tokens over a cache of any format, on a CPU with bfloat16 products: AVX-512's or AMX's.
+"""Attention of many new tokens over a cache of any format, on a CPU, by bfloat16 products or in float32.
 
 Shapes: G key/value heads, h query heads of each, D head size, T new tokens after P past ones; a row is one query head
 of one new token, rows of a key/value head in the order [T, h], padded to whole tiles.
@@ -20,28 +20,35 @@ from .vectors import copy_words, transpose_words
 # Bound by specialise, as in cpu_decode.py:
 SIZE, HEADS = 64, 1
 QUANTISED, PACKED, GROUP = False, "int8", 64
+BF16 = True  # whether everything is multiplied in bfloat16, and comes so; else float32
+WORDS = 32  # of four bytes in a row of D numbers
+
+
+def rounded(x):
+    """A float32 number as it is multiplied."""
+    return float_to_bf16(x) if BF16 else x
 
 
 def restore_row(rows, scales, out):
-    """A packed row to bf16 [D]."""
+    """A packed row to [D]."""
     for part in range(SIZE // GROUP):
         target = out[part * GROUP : (part + 1) * GROUP]
         if PACKED == "int8":
             levels = rows[part * GROUP : (part + 1) * GROUP]
             scale = bf16_to_float(scales[part])
             for i in range(GROUP):
-                target[i] = float_to_bf16(np.float32(levels[i]) * scale)
+                target[i] = rounded(np.float32(levels[i]) * scale)
         else:
             half = GROUP // 2
             raw = rows[part * half : (part + 1) * half]
             scale, low = bf16_to_float(scales[2 * part]), bf16_to_float(scales[2 * part + 1])
             for i in range(half):
-                target[i] = float_to_bf16(np.float32(np.int32(raw[i]) & 15) * scale + low)
-                target[half + i] = float_to_bf16(np.float32(np.int32(raw[i]) >> 4) * scale + low)
+                target[i] = rounded(np.float32(np.int32(raw[i]) & 15) * scale + low)
+                target[half + i] = rounded(np.float32(np.int32(raw[i]) >> 4) * scale + low)
 
 
 def gather_block(head, kv_head, begin, past, end, spans, rows, scales, first, recent, own, out):
-    """bf16 [BLOCK, D] of tokens begin .. of one head, from wherever they are; zeros after `end`.
+    """[BLOCK, D] of tokens begin .. of one head, from wherever they are; zeros after `end`.
 
     Tokens from `past` on are the new ones, own [G, T, D]; spans: where the first tokens in full end, where the ring
     begins.
@@ -69,9 +76,16 @@ def copy_row(row, out):
 
 
 def copy_rows(rows, out):
-    """bf16 [n, D] as it is: into int32 [n * D / 2]."""
+    """[n, D] as it is: into int32 [n * WORDS]."""
     for i in range(rows.shape[0]):
-        copy_words(rows, i, out, i * (SIZE // 2), SIZE // 2)
+        copy_words(rows, i, out, i * WORDS, WORDS)
+
+
+def turn_keys(rows, out):
+    """float32 [BLOCK, D] to float32 [D, BLOCK] in int32."""
+    for i in range(0, BLOCK, 16):
+        for element in range(0, SIZE, 16):
+            transpose_words(rows, i, element, out, element * BLOCK + i, BLOCK)
 
 
 def pair_keys(rows, out):
@@ -127,7 +141,7 @@ def take_columns(total, acc, first, weights, tile):
             transpose_words(held, r // 16 * SIZE + i, 0, tile, r * SIZE + i, SIZE)
 
 
-# Bound by specialise to what bf16.py or amx.py wants:
+# Bound by specialise to what f32.py, bf16.py or amx.py wants:
 lay_keys, lay_values, lay_tile, take_tile = pair_keys, pair_values, copy_rows, take_rows
 
 
@@ -153,12 +167,12 @@ def lay_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, 
 
 
 def lay_queries(rank, team, q, out):
-    """q uint16 [T, H, D] to the rows that the inner loop wants: out int32 [G, rows * D / 2], zeros after the last."""
+    """q [T, H, D] to the rows that the inner loop wants: out int32 [G, rows * WORDS], zeros after the last."""
     tokens, heads = q.shape[0], q.shape[1] // HEADS
     flat = q.reshape(-1, SIZE)
-    rows = out.shape[1] // (SIZE // 2)
+    rows = out.shape[1] // WORDS
     tiles = rows // TILE_ROWS
-    gathered = np.empty((TILE_ROWS, SIZE), dtype=np.uint16)
+    gathered = np.empty((TILE_ROWS, SIZE), dtype=q.dtype)
     for index in range(rank, heads * tiles, team):
         head, tile = index // tiles, index % tiles
         for r in range(TILE_ROWS):
@@ -167,11 +181,11 @@ def lay_queries(rank, team, q, out):
                 copy_row(flat[token * heads * HEADS + head * HEADS + of_head], gathered[r])
             else:
                 gathered[r] = 0
-        lay_tile(gathered, out[head, tile * TILE_ROWS * (SIZE // 2) : (tile + 1) * TILE_ROWS * (SIZE // 2)])
+        lay_tile(gathered, out[head, tile * TILE_ROWS * WORDS : (tile + 1) * TILE_ROWS * WORDS])
 
 
 def give_results(rank, team, total, acc, out):
-    """The rows' sums by their weights: total, acc as in `fold_stretch`, out uint16 [T, H, D]."""
+    """The rows' sums by their weights: total, acc as in `fold_stretch`, out [T, H, D]."""
     tokens, heads = out.shape[0], out.shape[1] // HEADS
     rows = acc.shape[1] // SIZE
     flat = out.reshape(-1, SIZE)
@@ -185,7 +199,7 @@ def give_results(rank, team, total, acc, out):
             if token < tokens:
                 target, share = flat[token * heads * HEADS + head * HEADS + of_head], np.float32(1) / weights[r]
                 for i in range(SIZE):
-                    target[i] = float_to_bf16(tile[r * SIZE + i] * share)
+                    target[i] = rounded(tile[r * SIZE + i] * share)
 
 
 def fold_stretch(
@@ -196,12 +210,12 @@ def fold_stretch(
 
     work      int64 [1], zero: the next item
     spans     int64 [3]: P, the end of the first tokens in full, the beginning of the ring (the last two if QUANTISED)
-    own_*     uint16 [G, T, D], rotated as the cache's
-    q, out    uint16 [T, H, D]: the queries; the result, written with the last stretch
-    queries   int32 [G, rows * D / 2], written with the first stretch as bf16.py or amx.py wants them
+    own_*     [G, T, D], rotated as the cache's: float32, or as everything else that is bfloat16 uint16
+    q, out    [T, H, D]: the queries; the result, written with the last stretch
+    queries   int32 [G, rows * WORDS], written with the first stretch as f32.py, bf16.py or amx.py wants them
     kept      uint8 [G, query blocks, past blocks]: which blocks wholly in the past are attended to by each
               query block, which has query_rows rows; [0, 0, 0] for all
-    keys, values  int32 [G, a stretch * D / 2], to work in
+    keys, values  int32 [G, a stretch * WORDS], to work in
     top, total, acc  float32 [G, rows], [G, rows * LANES] or for AMX [G, rows], [G, rows * D]: the running softmax; at
               first -3e38, 0, 0
     """
@@ -209,8 +223,8 @@ def fold_stretch(
     tokens = own_keys.shape[1]
     blocks = (end - begin + BLOCK - 1) // BLOCK
     whole_past = past // BLOCK if kept.shape[0] else 0  # blocks before this one may be left out
-    gathered = np.empty((BLOCK, SIZE), dtype=np.uint16)
-    laid = SIZE // 2 * BLOCK
+    gathered = np.empty((BLOCK, SIZE), dtype=own_keys.dtype)
+    laid = WORDS * BLOCK
     if begin == 0:
         lay_queries(rank, team, q, queries)
     for index in range(rank, heads * blocks, team):
@@ -285,13 +299,13 @@ def weigh_stretch(
     """How much every block of a stretch weighs for sampled queries.
 
     places   int64 [rows]: which new token each row is of;  rows whole tiles
-    q        uint16 [sampled tokens, H, D]
+    q        [sampled tokens, H, D]
     top, total  float32 [G, rows, blocks of the whole]: `weigh_tile`'s, 2 ** -inf where a block is not seen
     The rest as in `fold_stretch`.
     """
     heads, rows = top.shape[:2]
     blocks = (end - begin + BLOCK - 1) // BLOCK
-    gathered = np.empty((BLOCK, SIZE), dtype=np.uint16)
+    gathered = np.empty((BLOCK, SIZE), dtype=own_keys.dtype)
     limits = np.empty(TILE_ROWS, dtype=np.int32)
     scale = np.float32(1.4426950408889634 / np.sqrt(SIZE))
     if begin == 0:

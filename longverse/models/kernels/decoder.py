@@ -36,8 +36,8 @@ GRID_ERROR = (
 class Decoder:
     """One network's weights laid out for single tokens. Make it with `of`.
 
-    weights  one of WEIGHTS. "auto": int4 for weights that were 4-bit before, else int8; full for a model in float32,
-             and when that copy would exceed COPY_LIMIT
+    weights  one of WEIGHTS. "auto": int4 for weights that were 4-bit before, else int8; full when that copy would
+             exceed COPY_LIMIT
     Memory: nothing beside the network for "full"; 1.06 bytes a weight for "int8", 0.63 for "int4" (head 1.06).
     """
 
@@ -148,8 +148,6 @@ def settled(network: CausalLM, weights: str) -> str:
     """What "auto" means for a network."""
     if weights != "auto":
         return weights
-    if network.dtype == torch.float32:  # who holds a model in float32 wants its digits
-        return "full"
     config, layer = network.config, network.model.layers[len(network.model.layers) // 2]
     matrices = [getattr(part, name).weight for part, name in _matrices(layer)]
     count = config.num_layers * sum(x.numel() for x in matrices) + network.lm_head.weight.numel()
