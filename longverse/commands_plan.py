@@ -196,7 +196,7 @@ def requirements(engine: Engine, tokens: int) -> tuple[dict[str, float], int]:
 
     network = engine.network
     shape, form = shape_of_network(engine.name, network.config), weights_form(engine)
-    width = network.dtype.itemsize
+    width = engine.kept.itemsize
     on_card = network.device.type == "cuda"
     weights = 0 if on_card else sum(tensor.nbytes for tensor in network.state_dict().values())
     if (written := written_with(engine, shape, form)) in ROUNDED:
@@ -239,7 +239,7 @@ def predict(engine: Engine, session: Session, tokens: int) -> tuple[float, float
     seen = min(tokens, session.reach) if pages is not None else tokens  # type: ignore[attr-defined]
     return (
         prefill_seconds(shape, tokens, rates, form, cache, begin=len(session.tokens), reach=reach),
-        token_seconds(shape, seen, rates, written, cache, engine.network.dtype.itemsize),
+        token_seconds(shape, seen, rates, written, cache, engine.kept.itemsize),
     )
 
 

@@ -374,7 +374,7 @@ def choose_beside(engine: Engine, tokens: int, cache: str, attention: str, *, qu
         return None
     form = min(wanted, key=lambda name: wanted[name])
     shape = shape_of_network(engine.name, network.config)
-    size = tokens * shape.cache_bytes_per_token(form, network.dtype.itemsize)
+    size = tokens * shape.cache_bytes_per_token(form, engine.kept.itemsize)
     if size > SLACK * memory_of_machine()[1]:
         return None
     console.note(

@@ -373,8 +373,7 @@ def make_plan(
     options = []
     for weights in forms:
         for cache in CACHES:
-            width = WIDTH.get(weights, WIDTH.get(forms[0], 2))
-            held = context * shape.cache_bytes_per_token(cache, width)
+            held = context * shape.cache_bytes_per_token(cache)
             of_weights, buffers = shape.weights_bytes(weights), base + shape.buffer_bytes(weights, cache, context)
             written = shape.written_with(weights, gpu)
             copy = shape.read_bytes(written) if written in ROUNDED else 0
@@ -383,7 +382,7 @@ def make_plan(
             if rates is not None and weights in rates.linear and cache in rates.attention:
                 reading = prefill_seconds(shape, context, rates, weights, cache)
             if rates is not None and written in rates.weights and cache in rates.cache:
-                writing = token_seconds(shape, context, rates, written, cache, width)
+                writing = token_seconds(shape, context, rates, written, cache)
             fits = total <= SLACK * memory
             options.append(Option(weights, cache, of_weights, held, buffers, fits, written, copy, reading, writing))
     by_formats = {(option.weights, option.cache): option for option in options}

@@ -82,7 +82,11 @@ class Completion:
 
 
 class Engine:
-    """A model ready to run. `window` is the longest conversation it takes, in tokens."""
+    """A model ready to run.
+
+    window  the longest conversation it takes, in tokens
+    kept    the type of keys and values that caches hold in full; the network's unless told otherwise
+    """
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class Engine:
         notes: list[str] | None = None,
         window: int | None = None,
         weights: str = "full",
+        kept: torch.dtype | None = None,
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
@@ -105,6 +110,7 @@ class Engine:
         if weights not in WEIGHTS:
             raise UserError(f"There are no {weights!r} weights: choose one of {', '.join(WEIGHTS)}.")
         self._weights = weights
+        self.kept = kept or network.dtype
         self._decoder: Any = None  # models.kernels.decoder.Decoder; built for the first token that is written
 
     @classmethod
@@ -122,13 +128,17 @@ class Engine:
         """Load a model by embedded name, path or hub id. `rope` changes its RoPE plan (RopePlan.parse); `window`
         overrides the longest conversation in tokens, for measuring what happens past it. `weights` is what answers are
         written with on a CPU (prompts are always read in `dtype`): "full", rounded to "int8" or "int4", or "auto":
-        rounded where that loses no more than bf16 does (models/kernels/decoder.py), and full where float32 was asked
-        for by name: who does wants its digits. A `dtype` left at "auto" may be float32 for want of anything faster."""
+        rounded where that loses no more than bf16 does (models/kernels/decoder.py).
+
+        Who asks for float32 by name wants its digits: weights and caches stay in it. A `dtype` left at "auto" may be
+        float32 because this processor multiplies nothing faster; then caches are kept in bfloat16 all the same."""
         if window is not None and window < 1:
             raise UserError(f"A window of {window} tokens must be at least 1.")
         loaded = load(model, dtype=dtype, device=device, rope=rope, on_progress=on_progress)
-        if weights == "auto" and dtype != "auto" and loaded.network.dtype == torch.float32:
-            weights = "full"
+        kept = None
+        if loaded.network.dtype == torch.float32:
+            kept = torch.bfloat16 if dtype == "auto" else None
+            weights = "full" if weights == "auto" and dtype != "auto" else weights
         return cls(
             loaded.network,
             loaded.tokenizer,
@@ -138,6 +148,7 @@ class Engine:
             list(loaded.notes),
             window,
             weights,
+            kept,
         )
 
     def decoder(self) -> Any:
@@ -211,7 +222,7 @@ class Session:
         sizes = (shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens)
         self.cache = KVCache(
             *sizes, network.dtype, network.device, format=self.cache_format, allocate=self.allocate,
-            home="cpu" if self.home == "machine" else None,
+            home="cpu" if self.home == "machine" else None, kept=self.engine.kept,
         )  # fmt: skip
         if self.attention == "sparse":
             self.cache.sparse = Sparse(self.mass)

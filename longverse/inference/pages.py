@@ -135,7 +135,8 @@ class PagesSession(Session):
         self.rope_length = min(self.planned_tokens, self.reach)
         self.angles = Angles(shape.rope, self.reach, self.rope_length, network.dtype, network.device)
         self.cache = PageCache(  # type: ignore[assignment]
-            *(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens, network.dtype, network.device),
+            *(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.planned_tokens, self.engine.kept),
+            network.device,
             angles=self.angles,
             first=settings.first,
             window=settings.window,
@@ -319,7 +320,8 @@ class WorkingSet:
         self.newest = self.first + far * settings.page  # where the newest tokens begin in the document
         self.begin = self.pages_end + cache.length - self.newest  # position of the question's first token
         layers, _, groups, _, size = cache.keys.shape
-        self.held = KVCache(layers, groups, size, reach, cache.keys.dtype, cache.keys.device)
+        kept, device = cache.keys.dtype, cache.keys.device
+        self.held = KVCache(layers, groups, size, reach, angles.cos.dtype, device, kept=kept)
         self.held.restore(self.begin)
         self.choose: Choose | None = None
         self.chosen = torch.zeros(layers, groups, count, dtype=torch.int64)
@@ -364,7 +366,8 @@ class WorkingSet:
     def _near(self, layer: int, q: Tensor, tokens: int) -> Tensor:
         """Log-sum-exps [G, R] of rotated rows q [G, R, D] over the first and newest tokens and the question itself."""
         keys = self.held.keys[layer, 0]  # [G, reach, D]
-        seen = torch.cat((keys[:, : self.first], keys[:, self.pages_end : self.begin], self.own[0]), dim=1)
+        seen = torch.cat((keys[:, : self.first], keys[:, self.pages_end : self.begin]), dim=1)
+        seen = torch.cat((seen.to(q.dtype), self.own[0]), dim=1)
         scores = (q @ seen.transpose(1, 2)).float()  # [G, R, first + newest + T]
         future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
         own = scores[:, :, -tokens:].unflatten(1, (-1, tokens))  # [G, H / G, T, T]

@@ -51,6 +51,7 @@ class PageCache:
 
     first, window, chunk   the first tokens and the local window a chunk sees; chunks begin at multiples of `chunk`
     block                  keys of a summary; blocks are counted from the end of the first tokens
+    dtype                  of what is kept; attention is in the queries' type
     angles                 positions 0 .. at least first + window + chunk - 1
     allocate               where the storage comes from, torch.empty by default
 
@@ -121,8 +122,8 @@ class PageCache:
             keys = torch.cat((keys[:, :, : self.first], keys[:, :, start:end]), dim=2)
             values = torch.cat((values[:, :, : self.first], values[:, :, start:end]), dim=2)
         seen = keys.shape[2]
-        keys = self.angles.rotate(keys, 0)
-        return read_attention(self.angles.rotate(q, seen - q.shape[2]), keys, values)
+        keys = self.angles.rotate(keys.to(q.dtype), 0)
+        return read_attention(self.angles.rotate(q, seen - q.shape[2]), keys, values.to(q.dtype))
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` as held, after every layer has appended them."""

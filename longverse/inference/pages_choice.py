@@ -74,7 +74,7 @@ def _page_lse(q: Tensor, keys: Tensor, page: int, offset: float) -> Tensor:
     step = max(1, STEP // page)  # pages at once
     for group in range(groups):
         for begin in range(0, out.shape[2], step):
-            some = keys[group, begin * page : (begin + step) * page]  # [s, D]
+            some = keys[group, begin * page : (begin + step) * page].to(q.dtype)  # [s, D]
             out[group, :, begin : begin + step] = _log_sums(q[group] @ some.T, page) + offset
     return out
 
@@ -91,8 +91,9 @@ def _log_sums(scores: Tensor, page: int) -> Tensor:
 
 def _bounds_lse(q: Tensor, far: Far) -> Tensor:
     """The largest score that a key inside each block's bounds could have; of a page, its best block's. [G, R, P]."""
-    high = q.clamp(min=0) @ far.blocks["highs"].transpose(1, 2)  # [G, R, P * page / block]
-    low = q.clamp(max=0) @ far.blocks["lows"].transpose(1, 2)
+    highs, lows = (far.blocks[name].to(q.dtype).transpose(1, 2) for name in ("highs", "lows"))  # [G, D, blocks]
+    high = q.clamp(min=0) @ highs  # [G, R, P * page / block]
+    low = q.clamp(max=0) @ lows
     return (high + low).float().unflatten(2, (far.pages, -1)).amax(-1)
 
 

@@ -33,7 +33,7 @@ from ..models.rope import RopePlan
 from ..models.shards import write_json
 from ..plan import CHUNK, ROUNDED, Rates, Shape
 
-VERSION = 4  # of the kernels' speed: rates that slower ones gave are measured anew
+VERSION = 5  # of the kernels' speed: rates that slower ones gave are measured anew
 WIDEST = 2048  # hidden size
 PAST = 8192  # tokens attended over
 AT_LEAST = 64 << 20  # bytes of weights and of cache, so that they come from memory and not from the processor's caches
@@ -181,7 +181,7 @@ class _Bench:
         short, long = (self._token(weights, form, length) for length in (16, PAST))
         assert short is not None
         assert long is not None
-        size = (PAST - 16) * self.shape.cache_bytes_per_token(form, self.dtype.itemsize)
+        size = (PAST - 16) * self.shape.cache_bytes_per_token(form)
         return size / max(long - short, 0.02 * long)
 
     def _token(self, form: str, cache_format: str, length: int) -> float | None:
@@ -208,7 +208,9 @@ class _Bench:
 
     def _cache(self, form: str, layers: int) -> KVCache:
         shape = self.shape
-        cache = KVCache(layers, shape.kv_heads, shape.head_dim, PAST + CHUNK, self.dtype, format=form)
+        cache = KVCache(
+            layers, shape.kv_heads, shape.head_dim, PAST + CHUNK, self.dtype, format=form, kept=torch.bfloat16
+        )
         for array in cache.storage().values():
             if array.is_floating_point():
                 array.normal_(std=0.02)

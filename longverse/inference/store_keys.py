@@ -106,6 +106,7 @@ def fingerprint(engine: Engine, *, capacity: int, cache: str, attention: str, re
         "rope_length": rope_length(plan, capacity),
         "cache": cache,
         "dtype": str(engine.network.dtype).removeprefix("torch."),
+        **({"kept": str(engine.kept).removeprefix("torch.")} if engine.kept != engine.network.dtype else {}),
         "attention": attention,
         "reading": reading,
     }

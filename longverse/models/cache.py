@@ -38,6 +38,7 @@ class KVCache:
     capacity     tokens it can ever hold: the planned length, which also pins the RoPE base
     rope_length  the planned length the keys' angles were computed for; the same for every token in it
     length       tokens held now
+    kept         the type of keys and values that are kept in full: `dtype`, the network's, unless told otherwise
     home         where keys and values lie: `device`, unless told otherwise. A cache that a card has no room for may lie
                  in the machine's memory; it comes to the card a stretch at a time, on every pass
 
@@ -60,6 +61,7 @@ class KVCache:
         format: str = "full",
         allocate: Allocate | None = None,
         home: torch.device | str | None = None,
+        kept: torch.dtype | None = None,
     ) -> None:
         if capacity < 1:
             raise UserError(f"A cache for {capacity} tokens must hold at least 1.")
@@ -67,6 +69,7 @@ class KVCache:
             raise UserError(f"There is no cache format {format!r}: choose one of {', '.join(FORMATS)}.")
         self.format = format
         self.dtype = dtype
+        self.kept = kept or dtype
         self.device = torch.device(device)
         self.home = self.device if home is None else torch.device(home)
         self.capacity = capacity
@@ -97,12 +100,12 @@ class KVCache:
         """Name to shape and type of every array."""
         lead, size = (self.layers, 1, self.kv_heads), self.head_dim  # [layer, 1, G, ...]
         if self.packing is None:
-            full = ((*lead, self.capacity, size), self.dtype)
+            full = ((*lead, self.capacity, size), self.kept)
             return {"keys": full, "values": full}
         rows, scales = self.packing.row, self.packing.scales
         packed = ((*lead, self.capacity, *rows), self.packing.dtype)
         steps = ((*lead, self.capacity, *scales), torch.bfloat16)
-        first, recent = ((*lead, FIRST, size), self.dtype), ((*lead, RECENT, size), self.dtype)
+        first, recent = ((*lead, FIRST, size), self.kept), ((*lead, RECENT, size), self.kept)
         return {
             "keys": packed, "key_scales": steps, "values": packed, "value_scales": steps,
             "first_keys": first, "first_values": first, "recent_keys": recent, "recent_values": recent,
@@ -134,7 +137,7 @@ class KVCache:
                 return one.attend(layer, q, self.spans(end), self.sparse_writing())
             if sparse is not None or (new > 1 and self._compiled(q, sparse)):
                 return self._attend_chunk(layer, q, k, v, sparse)
-            if not self.at_home:
+            if not self.at_home or self.kept != self.dtype:
                 return self._attend_in_stretches(layer, q, k, v)
             return chunk_attention(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
         rotated, k, v = (self.packing.rotate(x) for x in (q, k, v))
@@ -189,14 +192,14 @@ class KVCache:
         """The keys of tokens begin .. end - 1 after RoPE, [1, G, end - begin, D] in `dtype`; a view where it can be."""
         assert 0 <= begin <= end <= self.capacity
         if self.packing is None:
-            return self._here("keys", layer, begin, end)
+            return self._here("keys", layer, begin, end).to(self.dtype)
         return self.packing.rotate(self._rotated("key", layer, begin, end))
 
     def values_of(self, layer: int, begin: int, end: int) -> Tensor:
         """The values of tokens begin .. end - 1, as `keys_of`."""
         assert 0 <= begin <= end <= self.capacity
         if self.packing is None:
-            return self._here("values", layer, begin, end)
+            return self._here("values", layer, begin, end).to(self.dtype)
         return self.packing.rotate(self._rotated("value", layer, begin, end))
 
     def storage(self) -> dict[str, Tensor]:
@@ -208,7 +211,7 @@ class KVCache:
         """Bytes one token takes over all layers, keys and values together; the ends kept in full not counted."""
         heads = self.layers * self.kv_heads
         if self.packing is None:
-            return 2 * heads * self.head_dim * self.dtype.itemsize
+            return 2 * heads * self.head_dim * self.kept.itemsize
         return 2 * heads * self.packing.bytes_per_row
 
     # ---- writing -------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ class KVCache:
             self._storage[f"{kind}_scales"][layer, :, :, begin:end] = scales
             if begin < FIRST:
                 self._storage[f"first_{kind}s"][layer, :, :, begin:end] = x[:, :, : FIRST - begin]
-            self._storage[f"recent_{kind}s"][layer][:, :, newest % RECENT] = x[:, :, -newest.shape[0] :].to(self.dtype)
+            self._storage[f"recent_{kind}s"][layer][:, :, newest % RECENT] = x[:, :, -newest.shape[0] :].to(self.kept)
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -303,7 +306,7 @@ class KVCache:
     def _stretch(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of held tokens in the cache's rotation, [1, G, n, D] each."""
         if self.packing is None:
-            return self._here("keys", layer, begin, end), self._here("values", layer, begin, end)
+            return self.keys_of(layer, begin, end), self.values_of(layer, begin, end)
         return self._rotated("key", layer, begin, end), self._rotated("value", layer, begin, end)
 
     def _here(self, name: str, layer: int, begin: int, end: int) -> Tensor:

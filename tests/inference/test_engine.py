@@ -10,11 +10,11 @@ from longverse import UserError, XverseConfig, XverseForCausalLM
 from longverse.inference import engine as engine_module
 from longverse.inference.engine import HOMES, Engine, Session
 from longverse.inference.sampling import Sampling
-from longverse.models import kernels
+from longverse.models import checkpoint, kernels
 from longverse.models.chat import ChatFormat
 from longverse.models.tokenizer import Tokenizer
 from tests.helpers import TINY, random_network, tiny_config
-from tests.models.folders import save_tokenizer
+from tests.models.folders import save_folder, save_tokenizer
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0}
 
@@ -250,3 +250,18 @@ def test_sparse_sessions_say_what_writing_kept(
         assert not session.cache.sparse.writing  # type: ignore[union-attr]
     exact = engine.session(1300).complete(prompt(1200), Sampling(max_new_tokens=30))
     assert texts[1.0].tokens == exact.tokens
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_float32_for_want_of_something_faster_is_not_float32_by_name(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "cpu_has_bfloat16", lambda: False)
+    save_folder(tmp_path, tiny_config())
+    engine = Engine.load(str(tmp_path), dtype=dtype, device="cpu")
+    assert engine.network.dtype == torch.float32
+    session = engine.session(100)
+    assert session.cache.kept == engine.kept == (torch.bfloat16 if dtype == "auto" else torch.float32)
+    decoder = engine.decoder()
+    if decoder is not None:
+        assert decoder.weights == ("int8" if dtype == "auto" else "full")

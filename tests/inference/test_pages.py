@@ -441,6 +441,21 @@ def test_an_interrupt_inside_a_forward_leaves_the_document_usable(
     assert again == answer(PagesSession(engine, 200, settings=small(), question_tokens=5), prompt(100), 4)[0]
 
 
+def test_a_float32_network_may_keep_its_pages_in_bfloat16(engine: Engine) -> None:
+    """Asked anew it answers alike to the last bit, and otherwise as near as such keys allow."""
+    rounded = Engine(engine.network, engine.tokenizer, engine.chat, kept=torch.bfloat16)
+    document, question = prompt(150), prompt(9, 1)
+    for more in ({"anew": 24}, {"scope": "layer"}, {"score": "bounds"}):
+        session = PagesSession(rounded, 200, settings=small(**more), question_tokens=9)
+        _, logits = answer(session, document + question)
+        assert {x.dtype for x in session.cache.storage().values()} == {torch.bfloat16}
+        assert torch.equal(answer(session, document + question)[1], logits)
+        plain = PagesSession(engine, 200, settings=small(**more), question_tokens=9)
+        _, exact = answer(plain, document + question)
+        if torch.equal(session.chosen, plain.chosen):  # pages that weigh nearly the same may change places
+            assert (logits[0] - exact[0]).abs().max() < 0.05 * exact[0].abs().max()
+
+
 def test_a_session_rebuilt_from_its_storage_answers_alike(engine: Engine) -> None:
     ids, asked = prompt(150), prompt(6, 3)
     session = PagesSession(engine, 200, settings=small(), question_tokens=6)

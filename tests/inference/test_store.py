@@ -135,6 +135,19 @@ def test_pages_are_kept_too(tmp_path: Path, store: Store) -> None:
     assert answer(kept, question, 1900) == (answer(plain, question, 1900)[0], 1900)
 
 
+@pytest.mark.parametrize("attention", ["exact", "pages"])
+def test_a_float32_network_that_keeps_bfloat16_finds_only_its_own(tmp_path: Path, store: Store, attention: str) -> None:
+    engine, ids = make_engine(tmp_path, tiny_config(max_position_embeddings=1024)), document(900)
+    rounded = Engine(engine.network, engine.tokenizer, engine.chat, engine.name, kept=torch.bfloat16)
+    question = ids + document(9, 1)
+    plain = fresh(rounded, ids, 1000, attention=attention)
+    store.read(rounded, ids, 1000, attention=attention)
+    assert store.find(engine, question, 1000, attention=attention) is None
+    kept = store.find(rounded, question, 1000, attention=attention)
+    assert kept is not None
+    assert answer(kept, question, 900) == (answer(plain, question, 900)[0], 900)
+
+
 def test_sparse_readings_are_kept_apart_from_exact_ones(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

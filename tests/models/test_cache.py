@@ -22,14 +22,23 @@ LAYERS = 2
 class Run:
     """A cache and everything that was put into it."""
 
-    def __init__(self, format: str, group: int, heads: int, size: int, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        format: str,
+        group: int,
+        heads: int,
+        size: int,
+        capacity: int,
+        dtype: torch.dtype,
+        kept: torch.dtype | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(size * heads + group)
 
         def draw(heads: int) -> torch.Tensor:
             return torch.randn(LAYERS, 1, heads, capacity, size, generator=generator).to(dtype)
 
         self.q, self.k, self.v = draw(heads * group), draw(heads), draw(heads)
-        self.cache = KVCache(LAYERS, heads, size, capacity, dtype, format=format)
+        self.cache = KVCache(LAYERS, heads, size, capacity, dtype, format=format, kept=kept)
 
     def read(self, tokens: int, *, layers: int = LAYERS) -> float:
         """Put `tokens` more through the layers; the worst relative error. Fewer layers: a pass broken off."""
@@ -98,6 +107,20 @@ def test_bfloat16_caches_add_no_more_than_their_rounding(
         assert max(run.read(tokens) for tokens in chunks) < ALLOWED[format] + 0.01
 
     check()
+
+
+@pytest.mark.parametrize("format", ["full", "int4"])
+def test_a_float32_network_may_keep_its_cache_in_bfloat16(
+    format: str, runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longverse.models.kernels.chunk.MANY", 1)  # few keys go through the kernel, too
+    run = Run(format, 3, 2, 64, 700, torch.float32, kept=torch.bfloat16)
+    assert run.cache.bytes_per_token == KVCache(LAYERS, 2, 64, 700, torch.bfloat16, format=format).bytes_per_token
+    assert max(run.read(tokens) for tokens in (1, 300, 1, 90, 1, 200, 1)) < ALLOWED[format] + 0.004
+    if format == "full":
+        keys, values = (x[1][:, :, 100:500].bfloat16().float() for x in (run.k, run.v))
+        assert torch.equal(run.cache.keys_of(1, 100, 500), keys)
+        assert torch.equal(run.cache.values_of(1, 100, 500), values)
 
 
 def test_chunks_of_a_plain_past_go_through_the_same_kernel() -> None:

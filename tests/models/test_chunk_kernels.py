@@ -39,7 +39,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ti
     runs = {"amx": chunk.amx_runs_here, "bf16": chunk.runs_here}.get(kind.name, lambda: True)
     if not runs():
         pytest.skip(f"this processor has no {kind.name} products")
-    monkeypatch.setattr(chunk, "amx_serves", lambda q: kind.name == "amx")
+    monkeypatch.setattr(chunk, "tiles_for", lambda q: kind.name)
     monkeypatch.setattr(chunk, "BUFFER", 1 << 16)  # so that the past takes several stretches
     return kind
 
@@ -88,7 +88,7 @@ def test_heads_that_are_no_whole_amx_tiles_take_the_other_kernel() -> None:
     q, k, v = KINDS[1].drawn(4, 100, 80), KINDS[1].drawn(2, 300, 80, 1), KINDS[1].drawn(2, 300, 80, 2)
     if not chunk.fits(q, k.shape[2]):
         pytest.skip("this processor has no bfloat16 products")
-    assert not chunk.amx_serves(q)
+    assert chunk.tiles_for(q) == "bf16"
     assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < 0.004
 
 
@@ -98,7 +98,7 @@ def test_amx_is_left_alone_where_the_system_refuses_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
     chunk.amx_runs_here.cache_clear()
     try:
-        assert not chunk.amx_serves(KINDS[0].drawn(1, 1, 64))
+        assert chunk.tiles_for(KINDS[0].drawn(1, 1, 64)) == "bf16"
     finally:
         chunk.amx_runs_here.cache_clear()
 

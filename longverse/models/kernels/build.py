@@ -105,26 +105,26 @@ def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
 
 
 @lru_cache(maxsize=32)
-def chunk_kernel(cache: CacheForm, amx: bool, name: str) -> Any:
-    """A function of cpu_prefill, over f32.py for a cache in float32, else over amx.py or bf16.py: fold_stretch,
-    weigh_stretch or choose_blocks."""
-    from . import amx as amx_tiles
-    from . import bf16, cpu_prefill, f32
+def chunk_kernel(cache: CacheForm, kind: str, name: str) -> Any:
+    """A function of cpu_prefill over one kind of tiles, "f32", "bf16" or "amx" (the modules of these names):
+    fold_stretch, weigh_stretch or choose_blocks."""
+    from . import amx, bf16, cpu_prefill, f32
 
-    wide = cache.kept == "f32"
-    tiles: Any = f32 if wide else amx_tiles if amx else bf16
+    tiles: Any = {"f32": f32, "bf16": bf16, "amx": amx}[kind]
+    wide, widened = kind == "f32", kind == "f32" and cache.kept == "bf16"
     everything = cache.constants()
     bound = {name: everything[name] for name in ("SIZE", "HEADS", "QUANTISED", "PACKED", "GROUP")}
-    bound |= {"BF16": not wide, "WORDS": cache.size // (1 if wide else 2)}
+    bound |= {"BF16": not wide, "WORDS": cache.size // (1 if wide else 2), "WIDENED": widened}
+    bound["AS_KEPT"] = not (cache.packed or widened)
     assert ITEM_ROWS % (tiles.ITEM_TILES * tiles.TILE_ROWS) == 0
     tile_names = ("TILE_ROWS", "ITEM_TILES", "begin_tiles", "end_tiles", "attend_tile", "weigh_tile")
     bound |= {name: getattr(tiles, name) for name in tile_names}
-    for piece in ("rounded", "restore_row", "copy_row", "gather_block", "pair_values", "row_mass"):
+    for piece in ("rounded", "restore_row", "copy_row", "take_kept", "gather_block", "pair_values", "row_mass"):
         bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
     layouts: tuple[Callable[..., Any], ...]
     if wide:
         layouts = (cpu_prefill.turn_keys, cpu_prefill.copy_rows, cpu_prefill.copy_rows, cpu_prefill.take_rows)
-    elif amx:
+    elif kind == "amx":
         layouts = (cpu_prefill.copy_rows, cpu_prefill.turn_values, cpu_prefill.turn_queries, cpu_prefill.take_columns)
     else:
         layouts = (cpu_prefill.pair_keys, cpu_prefill.pair_values, cpu_prefill.copy_rows, cpu_prefill.take_rows)
@@ -132,9 +132,9 @@ def chunk_kernel(cache: CacheForm, amx: bool, name: str) -> Any:
         bound[piece] = specialise(layout, **bound)
     for piece in ("lay_block", "lay_queries", "give_results"):
         bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
-    bound["attend_tiles"] = amx_tiles.attend_tiles if amx else specialise(cpu_prefill.attend_tiles, **bound)
-    full_name = f"{name}_{cache.name}{'_amx' * amx}"
-    return specialise(getattr(cpu_prefill, name), full_name, ("chunk_kernel", cache, amx, name), **bound)
+    bound["attend_tiles"] = amx.attend_tiles if kind == "amx" else specialise(cpu_prefill.attend_tiles, **bound)
+    kernel = getattr(cpu_prefill, name)
+    return specialise(kernel, f"{name}_{cache.name}_{kind}", ("chunk_kernel", cache, kind, name), **bound)
 
 
 @lru_cache(maxsize=4)

@@ -96,21 +96,21 @@ def _attend(
     heads, tokens, size = k.shape
     k, v = k.contiguous(), v.contiguous()
     past, end = spans[0], spans[0] + tokens
-    words = size // (1 if q.dtype == torch.float32 else 2)  # of a key or value as the kernel has it
+    words = size * q.element_size() // 4  # of a key or value as the kernel has it
     stretch = max(BLOCK, min(BUFFER // (8 * words), end + BLOCK - 1) // BLOCK * BLOCK)
     by_token = q[0].transpose(0, 1).contiguous()  # [T, H, D]
     kept = np.empty((0, 0, 0), dtype=np.uint8)
     if sparse is not None:
         kept = _choose(form, parts, layer, spans, by_token, k, sparse, stretch)
-    amx, threads = amx_serves(q), team(torch.get_num_threads())
-    queries, rows = _queries(form, by_token, amx)
+    kind, threads = tiles_for(q), team(torch.get_num_threads())
+    queries, rows = _queries(form, by_token, kind)
     out = torch.empty_like(by_token)
-    top, total = torch.full((heads, rows), -3e38), torch.zeros(heads, rows * (1 if amx else LANES))
+    top, total = torch.full((heads, rows), -3e38), torch.zeros(heads, rows * (1 if kind == "amx" else LANES))
     acc = torch.zeros(heads, rows * size)
     laid = [torch.empty(heads, stretch * words, dtype=torch.int32).numpy() for _ in range(2)]
     for begin in range(0, end, stretch):
         threads.run(
-            chunk_kernel(form, amx, "fold_stretch"), np.zeros(1, dtype=np.int64), layer, begin,
+            chunk_kernel(form, kind, "fold_stretch"), np.zeros(1, dtype=np.int64), layer, begin,
             min(begin + stretch, end), past, np.array(spans), parts, array(k), array(v), kept,
             sparse_module.query_items(form.heads) * sparse_module.ITEM_ROWS, array(by_token), array(queries), *laid,
             array(top), array(total), array(acc), array(out),
@@ -135,9 +135,9 @@ def _choose(
     past, end = spans[0], spans[0] + tokens
     sampled = sampled_tokens(tokens, form.heads)  # [query blocks, samples + 1]
     count = sampled.shape[1] * form.heads
-    amx = amx_serves(by_token)
+    kind = tiles_for(by_token)
     q = by_token[sampled.flatten()]
-    queries, rows = _queries(form, q, amx)
+    queries, rows = _queries(form, q, kind)
     words = queries.shape[1] // rows
     places = np.zeros(rows, dtype=np.int64)
     places[: sampled.numel() * form.heads] = sampled.flatten().repeat_interleave(form.heads).numpy()
@@ -145,7 +145,7 @@ def _choose(
     top, total = (np.empty((heads, rows, blocks), dtype=np.float32) for _ in range(2))
     threads = team(torch.get_num_threads())
     laid = torch.empty(threads.size, BLOCK * words, dtype=torch.int32).numpy()
-    kernel = chunk_kernel(form, amx, "weigh_stretch")
+    kernel = chunk_kernel(form, kind, "weigh_stretch")
     for begin in range(0, end, stretch):
         threads.run(
             kernel, np.zeros(1, dtype=np.int64), layer, begin, min(begin + stretch, end), past, np.array(spans),
@@ -153,23 +153,24 @@ def _choose(
         )  # fmt: skip
     kept = np.empty((heads, sampled.shape[0], past // BLOCK), dtype=np.uint8)
     share = np.empty(kept.shape[:2], dtype=np.float64)
-    threads.run(chunk_kernel(form, amx, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
+    threads.run(chunk_kernel(form, kind, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
     sparse.count(torch.from_numpy(kept), torch.from_numpy(share))
     return kept
 
 
-def amx_serves(q: Tensor) -> bool:
-    """Whether queries [..., D] go through AMX tiles."""
-    return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and amx_runs_here()
+def tiles_for(q: Tensor) -> str:
+    """The kind of tiles that queries [..., D] go through: "f32", "bf16" or "amx"."""
+    if q.dtype == torch.float32:
+        return "f32"
+    return "amx" if q.shape[-1] % 32 == 0 and amx_runs_here() else "bf16"
 
 
-def _queries(form: CacheForm, by_token: Tensor, amx: bool) -> tuple[Tensor, int]:
+def _queries(form: CacheForm, by_token: Tensor, kind: str) -> tuple[Tensor, int]:
     """Memory for queries [T, H, D] as the kernel lays them out, int32 [G, rows * words], and how many rows that is."""
-    from . import amx as amx_tiles
-    from . import bf16, f32
+    from . import amx, bf16, f32
 
-    wide = by_token.dtype == torch.float32
-    tile = (f32 if wide else amx_tiles if amx else bf16).TILE_ROWS
+    tile = {"f32": f32, "bf16": bf16, "amx": amx}[kind].TILE_ROWS
     tokens, heads, size = by_token.shape
     rows = -(-tokens * form.heads // tile) * tile
-    return torch.empty(heads // form.heads, rows * (size if wide else size // 2), dtype=torch.int32), rows
+    words = size if kind == "f32" else size // 2
+    return torch.empty(heads // form.heads, rows * words, dtype=torch.int32), rows

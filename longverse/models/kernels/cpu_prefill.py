@@ -22,6 +22,8 @@ SIZE, HEADS = 64, 1
 QUANTISED, PACKED, GROUP = False, "int8", 64
 BF16 = True  # whether everything is multiplied in bfloat16, and comes so; else float32
 WORDS = 32  # of four bytes in a row of D numbers
+WIDENED = False  # whether a cache in bfloat16 is multiplied in float32
+AS_KEPT = True  # whether rows of the cache are multiplied as they are
 
 
 def rounded(x):
@@ -61,18 +63,24 @@ def gather_block(head, kv_head, begin, past, end, spans, rows, scales, first, re
             copy_row(own[kv_head, token - past], out[i])
         elif QUANTISED:
             if token < spans[1]:
-                copy_row(first[head, token], out[i])
+                take_kept(first[head, token], out[i])
             elif token >= spans[2]:
-                copy_row(recent[head, token % recent.shape[1]], out[i])
+                take_kept(recent[head, token % recent.shape[1]], out[i])
             else:
                 restore_row(rows[head, token], scales[head, token], out[i])
         else:
-            copy_row(rows[head, token], out[i])
+            take_kept(rows[head, token], out[i])
 
 
 def copy_row(row, out):
     for i in range(SIZE):
         out[i] = row[i]
+
+
+def take_kept(row, out):
+    """A row that is kept in full, as it is multiplied."""
+    for i in range(SIZE):
+        out[i] = bf16_to_float(row[i]) if WIDENED else row[i]
 
 
 def copy_rows(rows, out):
@@ -156,7 +164,7 @@ def attend_tiles(size, scale, queries, keys, values, rows, blocks, count, top, t
 def lay_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, own, gathered, kind, out):
     """Lay one block out for the inner loop; kind 0 for keys, 1 for values."""
     block = gathered
-    if not QUANTISED and at + BLOCK <= past:
+    if AS_KEPT and at + BLOCK <= past:
         block = rows[head, at : at + BLOCK]
     else:
         gather_block(head, kv_head, at, past, end, spans, rows, scales, first, recent, own, gathered)
@@ -210,7 +218,7 @@ def fold_stretch(
 
     work      int64 [1], zero: the next item
     spans     int64 [3]: P, the end of the first tokens in full, the beginning of the ring (the last two if QUANTISED)
-    own_*     [G, T, D], rotated as the cache's: float32, or as everything else that is bfloat16 uint16
+    own_*     [G, T, D], rotated as the cache's: float32, or as all that is bfloat16 uint16
     q, out    [T, H, D]: the queries; the result, written with the last stretch
     queries   int32 [G, rows * WORDS], written with the first stretch as f32.py, bf16.py or amx.py wants them
     kept      uint8 [G, query blocks, past blocks]: which blocks wholly in the past are attended to by each

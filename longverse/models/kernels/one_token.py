@@ -57,7 +57,7 @@ def budget_of(sparse: Sparse | None) -> np.ndarray:
 
 def cache_form(cache: KVCache, heads: int) -> CacheForm | None:
     """What the kernels for one query need to know of a cache; None where they do not fit it."""
-    kept = LAYOUTS.get(cache.dtype)
+    kept = LAYOUTS.get(cache.kept)
     if kept is None or cache.device.type != "cpu":
         return None
     packed: dict[str, Any] = {}
