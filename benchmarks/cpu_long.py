@@ -1,4 +1,6 @@
-"""Reading and writing on a CPU: ours, transformers' dense bf16, llama.cpp on the very file of the wheel. On smol.
+"""Reading and writing on a CPU: ours, transformers' dense attention, llama.cpp on the very file of the wheel. On smol.
+
+transformers runs in bfloat16 where the processor multiplies it, else in float32, which is far faster there.
 
 Every measurement is a process of its own, and results/cpu_long.json is written after each (another kind of machine has
 another --name); given again, the script goes on with what is missing. A process that reaches --limit seconds counts as
@@ -31,7 +33,7 @@ OURS: dict[str, dict[str, str]] = {
     "ours sparse": {"attention": "sparse", "cache": "full"},
     "ours pages": {"attention": "pages", "cache": "full"},
 }
-PEERS = ("transformers bf16", "llama.cpp Q4_1, f16 cache")
+PEERS = ("transformers bf16", "transformers float32", "llama.cpp Q4_1, f16 cache")
 
 
 def ids_of(count: int) -> list[int]:
@@ -71,9 +73,10 @@ def transformers(name: str, tokens: int) -> dict[str, Any]:
 
     from longverse.models.export import export
 
+    dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
     with tempfile.TemporaryDirectory() as home:
         export("smol", Path(home) / "smol")
-        model = AutoModelForCausalLM.from_pretrained(Path(home) / "smol", dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_pretrained(Path(home) / "smol", dtype=dtype).eval()
         with torch.inference_mode():
             model(torch.tensor([ids_of(600)]), logits_to_keep=1)
             begun = time.perf_counter()
@@ -194,6 +197,7 @@ def main() -> None:
     from common import RESULTS, table, write_results
 
     from longverse.models import embedded
+    from longverse.models.checkpoint import cpu_has_bfloat16
 
     if options.kernels:
         rows = kernel_speeds(options.tokens)
@@ -204,7 +208,8 @@ def main() -> None:
         return None
     path = RESULTS / f"{options.name}.json"
     known: dict[str, Any] = json.loads(path.read_text()).get("rows", {}) if path.exists() else {}
-    plan = [(name, length) for length in options.lengths for name in (*OURS, *PEERS)]
+    unfit = "transformers float32" if cpu_has_bfloat16() else "transformers bf16"
+    plan = [(name, length) for length in options.lengths for name in (*OURS, *PEERS) if name != unfit]
     plan += [("ours pages", length) for length in options.ours]
     for name, length in plan:
         key = f"{name} @ {length}"

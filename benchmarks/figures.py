@@ -190,8 +190,11 @@ def cpu_long(chinese: bool, name: str = "cpu_long") -> str:
         "ours sparse": ("sparse", "稀疏"),
         "ours pages": ("pages", "分页"),
         "transformers bf16": ("transformers, bf16", "transformers，bf16"),
+        "transformers float32": ("transformers, float32", "transformers，float32"),
         "llama.cpp Q4_1, f16 cache": ("llama.cpp, Q4_1", "llama.cpp，Q4_1"),
     }
+    measured = {key.split(" @ ")[0] for key in results["rows"]}
+    names = {name: heads for name, heads in names.items() if name in measured}
     parts = {
         "read_seconds": ("reading, s", "阅读，秒", 1.0),
         "token_seconds": ("a further token, ms", "每多写一个 token，毫秒", 1e3),
@@ -223,6 +226,18 @@ def cpu_kernels(chinese: bool) -> str:
     results = load("cpu_kernels")
     rows = [[row["what"], f"{row['gb']:.1f}", f"{row['share']:.0%}"] for row in results["rows"]]
     return f"{table(['', 'GB/s', 'of plain reading'], rows)}\n\n{machine_line(results, chinese)}\n"
+
+
+def kv_quality(chinese: bool) -> str:
+    """What rounded caches cost, by layout."""
+    results = load("kv_quality")
+    columns = [key for key in next(iter(results["layouts"].values())) if key.startswith("KL")]
+    rows = []
+    for name, row in results["layouts"].items():
+        found = results["facts_found"].get(name.split(" ")[0]) if "ours" in name or name == "full" else None
+        cells = [f"{row[key]:.5f}" for key in columns]
+        rows.append([name, f"{row['bytes a token']:,.0f}", *cells, "–" if found is None else f"{found:.0%}"])
+    return f"{table(['layout', 'bytes a token', *columns, 'facts found'], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
 def pages_lengths(chinese: bool) -> str:
@@ -331,6 +346,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_long": cpu_long,
     "cpu_long_amx": lambda chinese: cpu_long(chinese, "cpu_long_amx"),
     "cpu_kernels": cpu_kernels,
+    "kv_quality": kv_quality,
     "pages_lengths": pages_lengths,
     "pages_variants": pages_variants,
     "pages_reports": pages_reports,

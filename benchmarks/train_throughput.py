@@ -3,7 +3,7 @@
     python benchmarks/train_throughput.py --tokens 1024 2048 --steps 3
     python benchmarks/train_throughput.py --loss            our loss against F.linear_cross_entropy and the plain one
 
-LoRA of rank 16 on all projections of smol, bf16 weights, one conversation a step, labels on its last answers, AdamW.
+LoRA of rank 16 on all projections of smol, in bf16 where the processor multiplies it, else in float32, one conversation a step, labels on its last answers, AdamW.
 Both sides get the same ids and labels; Trainer gets activation checkpointing as ours does above `--recompute-above`
 tokens. Each side runs in a process of its own, in turn, so that peaks are its own; both losses are kept beside the
 speeds. Seconds are given twice: by the clock, and of processor time, which other programs on the machine disturb less.
@@ -25,6 +25,13 @@ from typing import Any
 from common import table, write_results
 
 HERE = Path(__file__).resolve().parent
+
+
+def number() -> str:
+    """The type that both sides compute in."""
+    from longverse.models.checkpoint import cpu_has_bfloat16
+
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
 
 
 def examples(tokens: int, steps: int, vocabulary: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -51,7 +58,7 @@ def ours(tokens: int, steps: int, recompute: bool) -> dict[str, Any]:
     from longverse.train.rows import make_rows
     from longverse.train.state import trained
 
-    network = load("smol", dtype="bfloat16").network
+    network = load("smol", dtype=number()).network
     add_lora(network, Lora())
     model = LossModel(network).train()
     parameters = list(trained(network).values())
@@ -79,11 +86,11 @@ def trainer(tokens: int, steps: int, recompute: bool) -> dict[str, Any]:
 
     from longverse.models.checkpoint import load
 
-    loaded = load("smol", dtype="bfloat16")
+    loaded = load("smol", dtype=number())
     config = {key: value for key, value in loaded.config.items() if key not in ("model_type", "architectures", "dtype")}
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(LlamaConfig(**config))
-    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    model = model.to_empty(device="cpu").to(getattr(torch, number()))
     model.load_state_dict(loaded.network.state_dict(), strict=True)
     for module in model.modules():  # a buffer that to_empty left blank
         if hasattr(module, "original_inv_freq"):
@@ -126,7 +133,7 @@ def trainer(tokens: int, steps: int, recompute: bool) -> dict[str, Any]:
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            bf16=True,
+            bf16=number() == "bfloat16",
             use_cpu=True,
             gradient_checkpointing=recompute,
             train_sampling_strategy="sequential",
@@ -223,7 +230,7 @@ def main() -> None:
             speeds = [f"{found[name]:.0f}" for name in ("tokens_per_second", "tokens_per_cpu_second")]
             cells.append([f"{tokens:,}", side_name, *speeds, f"{found['peak'] / 1e9:.2f}", f"{found['losses'][0]:.3f}"])
         print(table(["tokens", "side", "tok/s", "tok/s of processor time", "peak GB", "first loss"], cells), flush=True)
-    print(write_results("train_throughput", {"steps": asked.steps, "rows": rows}))
+    print(write_results("train_throughput", {"dtype": number(), "steps": asked.steps, "rows": rows}))
 
 
 if __name__ == "__main__":
