@@ -3,9 +3,9 @@
     python benchmarks/train_throughput.py --tokens 1024 2048 --steps 3
     python benchmarks/train_throughput.py --loss            our loss against F.linear_cross_entropy and the plain one
 
-LoRA of rank 16 on all projections of smol, in bf16 where the processor multiplies it, else in float32, one conversation a step, labels on its last answers, AdamW.
-Both sides get the same ids and labels; Trainer gets activation checkpointing as ours does above `--recompute-above`
-tokens. Each side runs in a process of its own, in turn, so that peaks are its own; both losses are kept beside the
+LoRA of rank 16 on all projections of smol, in bf16 where the processor multiplies it, else in float32; one conversation
+a step, labels on its last answers, AdamW. Both sides get the same ids and labels; Trainer gets activation checkpointing
+as ours does above `--recompute-above` tokens. Each side runs in a process of its own, in turn, so that peaks are its own; both losses are kept beside the
 speeds. Seconds are given twice: by the clock, and of processor time, which other programs on the machine disturb less.
 Writes benchmarks/results/train_throughput.json (or train_loss.json) with the machine in it.
 """
