@@ -150,7 +150,7 @@ def needles(model: str, lengths: tuple[int, ...]) -> dict[str, float | None]:
     from longverse.evaluation.engine_backend import EngineBackend
     from longverse.evaluation.needle import NeedleSettings, run_needle
 
-    engine = Engine.load(model, device="cpu")
+    engine = Engine.load(model, dtype="float32", device="cpu")
     settings = NeedleSettings(lengths=lengths)
     return {
         name: run_needle(EngineBackend(engine, "exact", name), settings).found() for name in ("full", "int8", "int4")

@@ -5,8 +5,9 @@
 
 LoRA of rank 16 on all projections of smol, in bf16 where the processor multiplies it, else in float32; one conversation
 a step, labels on its last answers, AdamW. Both sides get the same ids and labels; Trainer gets activation checkpointing
-as ours does above `--recompute-above` tokens. Each side runs in a process of its own, in turn, so that peaks are its own; both losses are kept beside the
-speeds. Seconds are given twice: by the clock, and of processor time, which other programs on the machine disturb less.
+as ours does above `--recompute-above` tokens. Each side runs in a process of its own, in turn, so that peaks are its
+own; both losses are kept beside the speeds. Seconds are given twice: by the clock, and of processor time, which other
+programs on the machine disturb less.
 Writes benchmarks/results/train_throughput.json (or train_loss.json) with the machine in it.
 """
 

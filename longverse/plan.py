@@ -8,7 +8,7 @@ Arithmetic on a config.json alone: no weights, no torch. Times are floating-poin
 that were measured on this machine (inference/rates.py), or taken from a card's published peaks; the latter are
 predictions and say so. How near they come: benchmarks/plan_check.py.
 
-Units: bytes, seconds, tokens. Full precision of a cache is the type the weights run in.
+Units: bytes, seconds, tokens. A cache in full takes two bytes a number, but for a model put into float32 by name.
 """
 
 from __future__ import annotations
@@ -196,6 +196,8 @@ class Shape:
         total = chunk * width * (4 * self.hidden + widest) + 4 * 2 * self.vocab
         if cache != "full":
             total += min(STRETCH, tokens) * kv_size * (4 + width) * 2 + chunk * q_size * 4 * 4
+        elif weights == "float32":  # bfloat16 that is kept, in floats
+            total += min(STRETCH, tokens) * kv_size * 2 * width
         if weights in ("int8", "int4"):
             total += (1 << 19) * (width + 1)
         return total

@@ -109,6 +109,8 @@ class EngineBackend:
             "model": self.engine.name,
             "weights": self._weights,
             "dtype": str(network.dtype).removeprefix("torch."),
+            # Where it is not the same: caches in bfloat16 and answers written with rounded weights.
+            **({"kept": str(self.engine.kept).removeprefix("torch.")} if self.engine.kept != network.dtype else {}),
             "window": self.engine.window,
             "rope": {"kind": rope.kind, "theta": rope.theta, "factor": rope.factor},
             "chat": self.engine.chat.kind,

@@ -135,17 +135,19 @@ class Engine:
         if window is not None and window < 1:
             raise UserError(f"A window of {window} tokens must be at least 1.")
         loaded = load(model, dtype=dtype, device=device, rope=rope, on_progress=on_progress)
-        kept = None
-        if loaded.network.dtype == torch.float32:
-            kept = torch.bfloat16 if dtype == "auto" else None
-            weights = "full" if weights == "auto" and dtype != "auto" else weights
+        kept, notes = None, list(loaded.notes)
+        if loaded.network.dtype == torch.float32 and dtype == "auto":
+            kept = torch.bfloat16
+            notes.append("Keys and values are kept as bfloat16; --dtype float32 keeps all their digits.")
+        elif loaded.network.dtype == torch.float32 and weights == "auto":
+            weights = "full"
         return cls(
             loaded.network,
             loaded.tokenizer,
             loaded.chat,
             loaded.name,
             loaded.config,
-            list(loaded.notes),
+            notes,
             window,
             weights,
             kept,

@@ -57,7 +57,7 @@ def all_figures(dtype: torch.dtype) -> list[Figure]:
 def rates_for(
     shape: Shape, dtype: torch.dtype, wanted: Iterable[Figure], *, measure: bool = True, again: bool = False
 ) -> Rates:
-    """Rates of this machine's CPU for a shape whose full precision is `dtype`.
+    """Rates of this machine's CPU for a shape that runs in `dtype`; full caches are measured in bfloat16.
 
     wanted   figures that are measured when they are not known yet, unless `measure` is off
     again    measure them though they are known

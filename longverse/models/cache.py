@@ -4,7 +4,7 @@ of a layer and asks it to attend, and the cache knows its own layout, its kernel
 What is written is never written again, and never requantised. A forward pass appends to every layer and then `advance`s
 once, so that a pass broken off in the middle leaves the cache as it was.
 
-Formats: "full" keeps keys (after RoPE) and values in the network's type. "int8" and "int4" keep them rotated by a
+Formats: "full" keeps keys (after RoPE) and values in one floating-point type. "int8" and "int4" keep them rotated by a
 Hadamard matrix, which spreads outliers over a head, and rounded per token and head in groups (`packing.py`); the first
 FIRST tokens, which attention leans on, and the newest RECENT ones are in full as well. docs/memory.md has the
 measurements behind that choice.
@@ -43,8 +43,8 @@ class KVCache:
                  in the machine's memory; it comes to the card a stretch at a time, on every pass
 
     Memory: `bytes_per_token * capacity`, and for int8 and int4 the ends kept in full and, while a prompt is read, one
-    stretch of the past in floating point. On CPU the system hands out pages as they are written, so an unused capacity
-    costs address space and no memory.
+    stretch of the past in `dtype` (as for a `kept` of another type). On CPU the system hands out pages as they are
+    written, so an unused capacity costs address space and no memory.
 
     Raises UserError for an unknown format, a capacity below one token, and when the machine refuses the memory.
     """
@@ -130,6 +130,8 @@ class KVCache:
         one = self._kernel(q.shape[1]) if new == 1 else None
         sparse = self.sparse if self.sparse is not None and self.sparse.serves(new, self.length) else None
         if self.packing is None:
+            if self.kept != self.dtype:  # a token sees itself as those after it will
+                k, v = k.to(self.kept).to(self.dtype), v.to(self.kept).to(self.dtype)
             self.keys[layer, :, :, self.length : end] = k
             self.values[layer, :, :, self.length : end] = v
             self._written.add(layer)
@@ -189,17 +191,18 @@ class KVCache:
     # ---- what others read ----------------------------------------------------------------------------------
 
     def keys_of(self, layer: int, begin: int, end: int) -> Tensor:
-        """The keys of tokens begin .. end - 1 after RoPE, [1, G, end - begin, D] in `dtype`; a view where it can be."""
+        """The keys of tokens begin .. end - 1 after RoPE, [1, G, end - begin, D]; a view, in `kept`, where it can be,
+        else in `dtype`."""
         assert 0 <= begin <= end <= self.capacity
         if self.packing is None:
-            return self._here("keys", layer, begin, end).to(self.dtype)
+            return self._here("keys", layer, begin, end)
         return self.packing.rotate(self._rotated("key", layer, begin, end))
 
     def values_of(self, layer: int, begin: int, end: int) -> Tensor:
         """The values of tokens begin .. end - 1, as `keys_of`."""
         assert 0 <= begin <= end <= self.capacity
         if self.packing is None:
-            return self._here("values", layer, begin, end).to(self.dtype)
+            return self._here("values", layer, begin, end)
         return self.packing.rotate(self._rotated("value", layer, begin, end))
 
     def storage(self) -> dict[str, Tensor]:
@@ -276,7 +279,8 @@ class KVCache:
         return x
 
     def _attend_in_stretches(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [1, H, T, D] over the tokens held, a stretch at a time, and its own k, v [1, G, T, D]; all as stored."""
+        """q [1, H, T, D] over the tokens held, a stretch at a time, and its own k, v [1, G, T, D]; all in the
+        cache's rotation."""
         mixed, weight = causal_attention(q, k, v)
         return merge(*self._attend_past(layer, q, self.length), mixed, weight) if self.length else mixed
 
@@ -304,9 +308,10 @@ class KVCache:
         return sparse_attention(sparse, q, k, v, self.length, lambda begin, end: self._stretch(layer, begin, end))
 
     def _stretch(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of held tokens in the cache's rotation, [1, G, n, D] each."""
+        """Keys and values of held tokens in the cache's rotation, [1, G, n, D] each, in `dtype`."""
         if self.packing is None:
-            return self.keys_of(layer, begin, end), self.values_of(layer, begin, end)
+            keys, values = self._here("keys", layer, begin, end), self._here("values", layer, begin, end)
+            return keys.to(self.dtype), values.to(self.dtype)
         return self._rotated("key", layer, begin, end), self._rotated("value", layer, begin, end)
 
     def _here(self, name: str, layer: int, begin: int, end: int) -> Tensor:

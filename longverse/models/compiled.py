@@ -3,21 +3,33 @@
 Shapes as in attention.py: q [B, H, T, D]   k, v [B, G, S, D]   result [B, H, T, D]
 """
 
+import platform
+
 import torch
 from torch import Tensor
 
 from . import kernels
 from .attention import chunk_attention
 
+MANY = 4096  # keys in float32
+
 
 def compiled_fits(q: Tensor, keys: int | None) -> bool:
-    """Whether our own kernel for many queries serves q over so many keys (None: over some that it chooses): asked
-    before anything of it is imported."""
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float32) or kernels.unavailable():
+    """Whether our own kernel for many queries serves q over so many keys; None for some keys chosen among many. Nothing
+    of it is imported where it does not.
+
+    In float32 torch's fused kernel is nearly as fast: few keys are not worth compiling for, and processors other than
+    x86 may have products of their own (Apple's do). Choosing is slow in torch everywhere.
+    """
+    if q.device.type != "cpu" or q.shape[0] != 1 or q.shape[3] % 16 or kernels.unavailable():
+        return False
+    if q.dtype == torch.float32:
+        return keys is None or (keys >= MANY and platform.machine() in ("x86_64", "AMD64"))
+    if q.dtype != torch.bfloat16:
         return False
     from .kernels import chunk
 
-    return chunk.fits(q, keys)
+    return chunk.runs_here()
 
 
 def attend_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

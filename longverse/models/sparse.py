@@ -13,7 +13,7 @@ statistics state.
 In the line of MInference (Jiang et al. 2024, arXiv 2407.02490) and XAttention (Xu et al. 2025, arXiv 2503.16428), which
 estimate from the last queries and from antidiagonals. Not done: patterns per head, fixed beforehand.
 
-This file is the definition, in plain torch, for every device and type; bfloat16 on CPUs goes to `kernels/chunk.py`.
+This file is the definition, in plain torch, for every device and type; CPUs go to `kernels/chunk.py`.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class Sessions:
     @property
     def bytes_per_token(self) -> int:
         """Of the caches that `open` makes; before the first, the full-precision size."""
-        shape, network = self.engine.network.config, self.engine.network
-        full = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * network.dtype.itemsize
+        shape = self.engine.network.config
+        full = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.engine.kept.itemsize
         return self._per_token or full
 
     @property

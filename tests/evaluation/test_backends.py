@@ -374,6 +374,8 @@ def test_other_weights_and_other_numbers_are_another_model(engine: Engine, model
     again = Engine.load(str(model_folder), dtype="float32", device="cpu")
     assert EngineBackend(again).describe() == about
     assert EngineBackend(again, cache="int8").describe() != about
+    rounded = Engine(again.network, again.tokenizer, again.chat, again.name, kept=torch.bfloat16)
+    assert EngineBackend(rounded).describe() == {**EngineBackend(again).describe(), "kept": "bfloat16"} != about
     assert (
         EngineBackend(Engine.load(str(model_folder), dtype="bfloat16", device="cpu")).describe()["dtype"] == "bfloat16"
     )

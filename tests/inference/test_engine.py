@@ -260,6 +260,7 @@ def test_float32_for_want_of_something_faster_is_not_float32_by_name(
     save_folder(tmp_path, tiny_config())
     engine = Engine.load(str(tmp_path), dtype=dtype, device="cpu")
     assert engine.network.dtype == torch.float32
+    assert any("--dtype float32" in note for note in engine.notes) == (dtype == "auto")
     session = engine.session(100)
     assert session.cache.kept == engine.kept == (torch.bfloat16 if dtype == "auto" else torch.float32)
     decoder = engine.decoder()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from longverse import UserError
 from longverse.models import cache as cache_module
-from longverse.models import kernels
+from longverse.models import compiled, kernels
 from longverse.models.attention import reference_attention
 from longverse.models.cache import FIRST, RECENT, KVCache
 from longverse.models.compiled import attend_chunk
@@ -109,18 +109,33 @@ def test_bfloat16_caches_add_no_more_than_their_rounding(
     check()
 
 
-@pytest.mark.parametrize("format", ["full", "int4"])
+@pytest.mark.parametrize("format", ["full", "int8", "int4"])
 def test_a_float32_network_may_keep_its_cache_in_bfloat16(
     format: str, runner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longverse.models.kernels.chunk.MANY", 1)  # few keys go through the kernel, too
+    monkeypatch.setattr(compiled, "MANY", 1)  # few keys go through the kernel, too
     run = Run(format, 3, 2, 64, 700, torch.float32, kept=torch.bfloat16)
     assert run.cache.bytes_per_token == KVCache(LAYERS, 2, 64, 700, torch.bfloat16, format=format).bytes_per_token
     assert max(run.read(tokens) for tokens in (1, 300, 1, 90, 1, 200, 1)) < ALLOWED[format] + 0.004
     if format == "full":
-        keys, values = (x[1][:, :, 100:500].bfloat16().float() for x in (run.k, run.v))
+        keys, values = (x[1][:, :, 100:500].bfloat16() for x in (run.k, run.v))
         assert torch.equal(run.cache.keys_of(1, 100, 500), keys)
         assert torch.equal(run.cache.values_of(1, 100, 500), values)
+
+
+def test_a_full_cache_kept_in_bfloat16_is_the_same_however_it_is_filled(runner: str) -> None:
+    """A token sees itself as those after it do."""
+    found = []
+    for chunks in ((200,), (90, 1, 1, 108), (1, 199)):
+        run = Run("full", 3, 2, 64, 200, torch.float32, kept=torch.bfloat16)
+        parts = []
+        for tokens in chunks:
+            new = [x[0][:, :, run.cache.length : run.cache.length + tokens] for x in (run.q, run.k, run.v)]
+            parts.append(run.cache.attend(0, *new))
+            run.cache.advance(tokens)
+        found.append(torch.cat(parts, 2))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_chunks_of_a_plain_past_go_through_the_same_kernel() -> None:

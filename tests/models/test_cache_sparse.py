@@ -86,8 +86,13 @@ def test_the_dial_trades_blocks_for_mass(format: str, path: str, monkeypatch: py
     assert errors[2] < 0.25
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_choice_is_that_of_the_definition(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
+def test_the_compiled_choice_is_that_of_the_definition(
+    dtype: torch.dtype, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v = heaped(dtype=dtype)
     if not compiled_fits(q, None):
         pytest.skip(f"no kernel here for {dtype}")
@@ -95,7 +100,7 @@ def test_the_compiled_choice_is_that_of_the_definition(dtype: torch.dtype, monke
     for stop in (False, True):
         if stop:
             monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
-        cache = KVCache(1, 2, SIZE, TOTAL, dtype)
+        cache = KVCache(1, 2, SIZE, TOTAL, dtype, kept=kept)
         cache.sparse = Sparse(mass=0.9)
         mixed, _ = read(cache, q, k, v, (700, 500, 300))
         found.append((mixed, cache.sparse))

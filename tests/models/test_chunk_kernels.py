@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from longverse.models import kernels
 from longverse.models.attention import reference_attention
 from longverse.models.cache import KVCache
+from longverse.models.compiled import compiled_fits
 from longverse.models.sparse import Sparse
 
 
@@ -82,14 +83,28 @@ def test_scores_that_rise_and_fall_along_the_text(tiles: Tiles, rising: bool) ->
     assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < tiles.near
 
 
-def test_heads_that_are_no_whole_amx_tiles_take_the_other_kernel() -> None:
+@pytest.mark.parametrize("kind", KINDS[1:], ids=[kind.name for kind in KINDS[1:]])
+def test_heads_that_are_no_whole_amx_tiles_take_the_other_kernel(kind: Tiles) -> None:
     from longverse.models.kernels import chunk
 
-    q, k, v = KINDS[1].drawn(4, 100, 80), KINDS[1].drawn(2, 300, 80, 1), KINDS[1].drawn(2, 300, 80, 2)
-    if not chunk.fits(q, k.shape[2]):
-        pytest.skip("this processor has no bfloat16 products")
-    assert chunk.tiles_for(q) == "bf16"
-    assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < 0.004
+    q, k, v = kind.drawn(4, 100, 80), kind.drawn(2, 300, 80, 1), kind.drawn(2, 300, 80, 2)
+    if not compiled_fits(q, None):
+        pytest.skip(f"no kernel here for {kind.name}")
+    assert chunk.tiles_for(q) == kind.name
+    assert error(chunk.attend(q, k, v), reference_attention(q.float(), k, v)) < kind.near
+
+
+def test_few_keys_in_float32_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels.unavailable():
+        pytest.skip(f"no CPU kernels: {kernels.unavailable()}")
+    q = KINDS[2].drawn(3, 100, 64)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert [compiled_fits(q, keys) for keys in (4095, 4096, None)] == [False, True, True]
+    assert not compiled_fits(q.repeat(2, 1, 1, 1), 5000)
+    assert not compiled_fits(q[..., :40], 5000)
+    assert not compiled_fits(q.double(), 5000)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert [compiled_fits(q, keys) for keys in (4096, None)] == [False, True]
 
 
 def test_amx_is_left_alone_where_the_system_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,8 @@ def test_a_document_is_kept_from_a_greeting_and_shared_by_questions(engine: Engi
 
 def test_memory_has_a_limit_and_the_oldest_goes_first(engine: Engine) -> None:
     per = Sessions(engine, 2**30).bytes_per_token
+    rounded = Engine(engine.network, engine.tokenizer, engine.chat, kept=torch.bfloat16)
+    assert Sessions(rounded, 2**30).bytes_per_token == per // 2
     sessions = Sessions(engine, 1500 * per)
     entries = []
     for seed in range(3):

@@ -96,8 +96,7 @@ def attend_tile(
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
             before = b.load(b.gep(top, [rows[r]]))
-            highest = larger(b, larger(b, scores[0], scores[1]), larger(b, scores[2], scores[3]))
-            now = larger(b, largest_of_all(b, highest), before)
+            now = larger(b, largest_score(b, scores), before)
             b.store(now, b.gep(top, [rows[r]]))
             factor = exp2(b, splat(b, b.fsub(before, now)))
             factors.append(factor)
@@ -164,7 +163,7 @@ def weigh_tile(
             seen = seen_keys(b, limits, I64(r)) if masked_ else []
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
-            highest = largest_of_all(b, larger(b, larger(b, scores[0], scores[1]), larger(b, scores[2], scores[3])))
+            highest = largest_score(b, scores)
             shift, added = splat(b, highest), None
             for j, score in enumerate(scores):
                 weight = exp2(b, b.fsub(score, shift))
@@ -200,6 +199,11 @@ def seen_keys(b: ir.IRBuilder, limits: Any, row: Any) -> list[Any]:
     """Which keys of the block a row of the tile sees."""
     limit = _splat_int(b, b.load(b.gep(limits, [row])))
     return [b.icmp_signed("<", ir.Constant(VI, list(range(j * LANES, (j + 1) * LANES))), limit) for j in range(VECTORS)]
+
+
+def largest_score(b: ir.IRBuilder, scores: list[Any]) -> Any:
+    """The largest of one row's scores in a block."""
+    return largest_of_all(b, larger(b, larger(b, scores[0], scores[1]), larger(b, scores[2], scores[3])))
 
 
 def _pair_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:

@@ -5,7 +5,6 @@ Shapes: G key/value heads, h query heads of each, D head size, T new tokens afte
 
 from __future__ import annotations
 
-import platform
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from ..cache import KVCache
 
 BUFFER = 1 << 20  # bytes of a key/value head's stretch, laid out for the kernel, which should stay in a second cache
-MANY = 4096  # keys in float32
 
 
 @lru_cache(maxsize=1)
@@ -40,20 +38,6 @@ def amx_runs_here() -> bool:
     from llvmlite.binding import get_host_cpu_features  # by which LLVM goes
 
     return bool(get_host_cpu_features().get("amx-bf16")) and torch.cpu._init_amx()
-
-
-def fits(q: Tensor, keys: int | None) -> bool:
-    """Whether queries [1, H, T, D] over so many keys are served here; None for some keys chosen among many.
-
-    In float32 torch's fused kernel is nearly as fast: few keys are not worth compiling for, and processors other than
-    x86 may have products of their own (Apple's do). Choosing is slow in torch everywhere.
-    """
-    if q.device.type != "cpu" or q.shape[0] != 1 or q.shape[3] % 16:
-        return False
-    if q.dtype == torch.float32:
-        many = keys is None or (keys >= MANY and platform.machine() in ("x86_64", "AMD64"))
-        return many and not unavailable()
-    return q.dtype == torch.bfloat16 and runs_here()
 
 
 def attend_cache(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, sparse: Sparse | None = None) -> Tensor:

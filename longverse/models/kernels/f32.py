@@ -22,7 +22,7 @@ from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 
-from .bf16 import BLOCK, begin_tiles, end_tiles, seen_keys
+from .bf16 import BLOCK, begin_tiles, end_tiles, largest_score, seen_keys
 from .vectors import (
     F32,
     I64,
@@ -36,7 +36,6 @@ from .vectors import (
     fma,
     intrinsic,
     larger,
-    largest_of_all,
     load_vector,
     pointer_to,
     row_stride_of,
@@ -80,7 +79,7 @@ def attend_tile(
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
             before = b.load(b.gep(top, [r]))
-            now = larger(b, largest_of_all(b, _largest(b, scores)), before)
+            now = larger(b, largest_score(b, scores), before)
             b.store(now, b.gep(top, [r]))
             factor, shift, added = exp2(b, splat(b, b.fsub(before, now))), splat(b, now), zero
             for j, (score, place) in enumerate(zip(scores, places, strict=True)):
@@ -124,7 +123,7 @@ def weigh_tile(
             seen = seen_keys(b, limits, loop.index) if masked_ else []
             if masked_:
                 scores = [b.select(see, score, LOWEST) for see, score in zip(seen, scores, strict=True)]
-            highest = largest_of_all(b, _largest(b, scores))
+            highest = largest_score(b, scores)
             shift, added = splat(b, highest), filled(0.0)
             for j, score in enumerate(scores):
                 weight = exp2(b, b.fsub(score, shift))
@@ -173,8 +172,3 @@ def _row_of_weights(b: ir.IRBuilder, area: Any, row: Any) -> list[Any]:
     """Where the vectors of one row of [TILE_ROWS, BLOCK] lie."""
     start = b.mul(row, I64(BLOCK))
     return [pointer_to(b, area, b.add(start, I64(j)), VF) for j in range(0, BLOCK, LANES)]
-
-
-def _largest(b: ir.IRBuilder, scores: list[Any]) -> Any:
-    """The largest at each place of a row's vectors."""
-    return larger(b, larger(b, scores[0], scores[1]), larger(b, scores[2], scores[3]))
