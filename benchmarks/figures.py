@@ -345,6 +345,7 @@ def reopen(chinese: bool) -> str:
 WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_long": cpu_long,
     "cpu_long_amx": lambda chinese: cpu_long(chinese, "cpu_long_amx"),
+    "cpu_long_avx2": lambda chinese: cpu_long(chinese, "cpu_long_avx2"),
     "cpu_kernels": cpu_kernels,
     "kv_quality": kv_quality,
     "pages_lengths": pages_lengths,

@@ -289,7 +289,7 @@ def test_a_card_without_room_for_any_cache_borrows_the_machines_memory(
     plain: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = SimpleNamespace(device=torch.device("cuda"), config=plain.network.config, dtype=torch.bfloat16)
-    engine: Any = SimpleNamespace(network=card, name="tiny")
+    engine: Any = SimpleNamespace(network=card, name="tiny", kept=torch.bfloat16)
     needs = {"full": 3e9, "int8": 2e9, "int4": 1e9}
     monkeypatch.setattr(commands_plan, "requirements", lambda engine, tokens: (needs, int(1.5e9)))
     monkeypatch.setattr("longverse.plan.memory_of_machine", lambda: (2**34, 2**33))
