@@ -330,6 +330,19 @@ def plan_check(chinese: bool) -> str:
     return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
 
 
+def train_throughput(chinese: bool) -> str:
+    """A step of training beside transformers' Trainer."""
+    results = load("train_throughput")
+    rows = [
+        [f"{row['tokens']:,}", *(f"{row[side]['tokens_per_second']:.0f}" for side in ("ours", "trainer")),
+         f"{row['tokens_per_second_ratio']:.2f}",
+         *(f"{row[side]['peak'] / 1e9:.2f}" for side in ("ours", "trainer")), f"{row['memory_ratio']:.2f}"]
+        for row in results["rows"]
+    ]  # fmt: skip
+    header = ["tokens a step", "ours, tokens/s", "Trainer", "ratio", "ours, peak GB", "Trainer", "ratio"]
+    return f"{table(header, rows)}\n\n{results['dtype']}. {machine_line(results, chinese)}\n"
+
+
 def reopen(chinese: bool) -> str:
     """A long document read, kept and opened again."""
     results = load("reopen")
@@ -354,6 +367,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "recipe_study": recipe_study,
     "plan_check": plan_check,
     "reopen": reopen,
+    "train_throughput": train_throughput,
     "first_light": first_light,
     "needle": needle,
     "smol_facts": smol_facts,
