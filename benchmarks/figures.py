@@ -240,6 +240,21 @@ def kv_quality(chinese: bool) -> str:
     return f"{table(['layout', 'bytes a token', *columns, 'facts found'], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
+def sparse_quality(chinese: bool) -> str:
+    """What sparse reading and writing cost and give."""
+    results = load("sparse_quality")
+    forms = {
+        "seconds": "{:.1f}", "times faster": "{:.2f}", "blocks read": "{:.0%}", "mass kept": "{:.1%}", "KL": "{:.4f}",
+        "ms a token": "{:.1f}", "mass written": "{:.1%}", "facts found": "{:.0%}",
+    }  # fmt: skip
+    rows = [
+        [f"{row['tokens']:,}", str(row["dial"])]
+        + [form.format(row[key]) if row.get(key) is not None else "–" for key, form in forms.items()]
+        for row in results["rows"]
+    ]
+    return f"{table(['tokens', 'dial', *forms], rows)}\n\n{machine_line(results, chinese)}\n"
+
+
 def pages_lengths(chinese: bool) -> str:
     """Facts found past the window, and what reading costs."""
     results = load("pages_lengths")
@@ -361,6 +376,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_long_avx2": lambda chinese: cpu_long(chinese, "cpu_long_avx2"),
     "cpu_kernels": cpu_kernels,
     "kv_quality": kv_quality,
+    "sparse_quality": sparse_quality,
     "pages_lengths": pages_lengths,
     "pages_variants": pages_variants,
     "pages_reports": pages_reports,
