@@ -7,7 +7,7 @@ are asked in documents of the same lengths over all depths, of the model as it i
 and --rope where it has none of its own).
 
     python benchmarks/sparse_quality.py [--lengths 8000 16000 32000 64000] [--masses 0.9 0.95 0.98] [--needles]
-                                        [--model smol] [--rope abf:1000000] [--repeats 1]
+                                        [--model smol] [--rope abf:1000000] [--repeats 1] [--facts 5] [--name long]
 """
 
 import argparse
@@ -49,14 +49,16 @@ def write(session: Session, ids: list[int]) -> float:
     return seconds(lambda: [session._next(token) for token in ids[:WRITTEN]]) / WRITTEN
 
 
-def needles(engine: Engine, lengths: list[int], attention: str, mass: float, repeats: int) -> float | None:
+def needles(engine: Engine, length: int, attention: str, mass: float, options: argparse.Namespace) -> float | None:
+    """The share found of `options.facts` facts a document, at even depths, in `options.repeats` documents."""
     from longverse.evaluation.engine_backend import EngineBackend
     from longverse.evaluation.needle import NeedleSettings, run_needle
 
     dialled = functools.partial(Engine.session, engine, mass=mass)
     engine.session = dialled  # type: ignore[method-assign]
     try:
-        settings = NeedleSettings(lengths=tuple(lengths), repeats=repeats)
+        depths = tuple(n / (options.facts - 1) for n in range(options.facts))
+        settings = NeedleSettings(lengths=(length,), depths=depths, repeats=options.repeats)
         return run_needle(EngineBackend(engine, attention), settings).found()
     finally:
         del engine.session
@@ -68,9 +70,11 @@ def main() -> None:
     parser.add_argument("--masses", type=float, nargs="+", default=[0.9, 0.95, 0.98])
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--needles", action="store_true")
-    parser.add_argument("--repeats", type=int, default=1, help="of the needle test")
+    parser.add_argument("--repeats", type=int, default=1, help="documents of the needle test")
+    parser.add_argument("--facts", type=int, default=5, help="in each of them, 2 or more")
     parser.add_argument("--model", default="smol")
     parser.add_argument("--rope")
+    parser.add_argument("--name", help="an ending for the result file")
     options = parser.parse_args()
     engine = Engine.load(options.model, device="cpu", rope=options.rope, window=max(options.lengths) + 1000)
     for attention in ("exact", "sparse"):  # kernels are compiled, loaded and weights rounded before anything counts
@@ -84,7 +88,7 @@ def main() -> None:
             took, following, session = read(engine, ids, "exact", 1.0)
             exact.append((took, following))
             written += write(session, ids) / len(texts)
-        found = needles(engine, [length], "exact", 1.0, options.repeats) if options.needles else None
+        found = needles(engine, length, "exact", 1.0, options) if options.needles else None
         base = sum(took for took, _ in exact) / len(texts)
         row: dict[str, Any] = {"tokens": length, "dial": "exact", "seconds": base, "times faster": 1.0}
         rows.append(row | {"ms a token": 1000 * written, "facts found": found})
@@ -98,7 +102,7 @@ def main() -> None:
             row["KL"] = sum(kl(e[1], s[1]) for e, s in zip(exact, sparse, strict=True)) / len(texts)
             row["ms a token"] = 1000 * sum(write(x[2], ids) for x, ids in zip(sparse, texts, strict=True)) / len(texts)
             row["mass written"] = sum(x.mass_written for x in stats if x) / len(stats)
-            row["facts found"] = needles(engine, [length], "sparse", mass, options.repeats) if options.needles else None
+            row["facts found"] = needles(engine, length, "sparse", mass, options) if options.needles else None
             rows.append(row)
     header = [
         "tokens", "dial", "seconds", "times faster", "blocks read", "mass kept", "KL", "ms a token", "mass written",
@@ -120,7 +124,9 @@ def main() -> None:
             [[form[key].format(row[key]) if row.get(key) is not None else "–" for key in header] for row in rows],
         )
     )
-    print(write_results("sparse_quality", {"model": options.model, "rope": options.rope, "rows": rows}))
+    about = {"model": options.model, "rope": options.rope, "facts": options.facts, "repeats": options.repeats}
+    name = f"sparse_quality_{options.name}" if options.name else "sparse_quality"
+    print(write_results(name, about | {"rows": rows}))
 
 
 if __name__ == "__main__":
