@@ -190,7 +190,7 @@ def test_kernels_kept_on_disk_do_not_run_with_anothers_constants(tmp_path: Any) 
         "    theirs, ours = both(random_network(tiny_config(num_hidden_layers=1)), weights, threads=1)\n"
         "    assert (ours - theirs).norm() < 0.3 * theirs.norm(), weights\n"
     )
-    environment = {**os.environ, "LONGVERSE_CACHE": str(tmp_path)}
+    environment = {**os.environ, "LONGVERSE_CACHE": str(tmp_path), "LONGVERSE_COMMAND": "1"}
     for order in (["int4"], ["full"], ["int4", "full"]):
         done = subprocess.run(
             [sys.executable, "-c", script, *order], env=environment, capture_output=True, text=True, check=False
@@ -214,7 +214,7 @@ def test_the_process_that_compiles_computes_the_same_bits(tmp_path: Path) -> Non
         "out = [kernel.attend(0, queries * n, cache.spans(300)) for n in range(1, 40)]\n"
         "print(hashlib.sha256(torch.stack(out).numpy().tobytes()).hexdigest())\n"
     )
-    environment = os.environ | {"LONGVERSE_CACHE": str(tmp_path), "LONGVERSE_COMPILES": ""}
+    environment = os.environ | {"LONGVERSE_CACHE": str(tmp_path), "LONGVERSE_COMPILES": "", "LONGVERSE_COMMAND": "1"}
     seen = []
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

@@ -14,7 +14,7 @@ pytest.importorskip("numba")
 from numba import njit
 
 from longverse.models.kernels import page_sums
-from longverse.models.kernels.build import array
+from longverse.models.kernels.arrays import array
 from longverse.models.kernels.simd import dots, exponentials, largest, matvec, weighted_sum
 from longverse.models.packing import Packing
 

@@ -1,4 +1,5 @@
-"""The compiled kernels of a cache format and a model: which exist, and the binding of their constants."""
+"""The compiled kernels of a cache format and a model: which exist, and the binding of their constants. No torch: a
+process that compiles them starts without it."""
 
 from __future__ import annotations
 
@@ -8,14 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..sparse import ITEM_ROWS
 from . import cpu_decode
 from .team import Team, specialise
-
-LAYOUTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ class DecoderForm:
 
 
 PIECES = (
-    "exp_negative", "rms_norm", "hadamard", "rotate_position", "sum_groups", "keep_in_full", "pack_row", "keep",
-    "fold", "attend_kept", "attend_packed", "attend_stretch", "merge", "product",
+    "exp_negative", "rms_norm", "hadamard", "rotate_scaled", "rotate_position", "sum_groups", "keep_in_full",
+    "pack_row", "keep", "fold", "attend_kept", "attend_packed", "attend_stretch", "hand_over", "merge", "product",
 )  # fmt: skip  # each may call those before it
 
 
@@ -108,6 +104,15 @@ def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
 def chunk_kernel(cache: CacheForm, kind: str, name: str) -> Any:
     """A function of cpu_prefill over one kind of tiles, "f32", "bf16" or "amx" (the modules of these names):
     fold_stretch, weigh_stretch or choose_blocks."""
+    from . import cpu_prefill
+
+    maker = ("chunk_kernel", cache, kind, name)
+    return specialise(getattr(cpu_prefill, name), f"{name}_{cache.name}_{kind}", maker, **_chunk_pieces(cache, kind))
+
+
+@lru_cache(maxsize=32)
+def _chunk_pieces(cache: CacheForm, kind: str) -> dict[str, Any]:
+    """What the names in cpu_prefill are bound to: compiled once for its three kernels."""
     from . import amx, bf16, cpu_prefill, f32
 
     tiles: Any = {"f32": f32, "bf16": bf16, "amx": amx}[kind]
@@ -116,10 +121,12 @@ def chunk_kernel(cache: CacheForm, kind: str, name: str) -> Any:
     bound = {name: everything[name] for name in ("SIZE", "HEADS", "QUANTISED", "PACKED", "GROUP")}
     bound |= {"BF16": not wide, "WORDS": cache.size // (1 if wide else 2), "WIDENED": widened}
     bound["AS_KEPT"] = not (cache.packed or widened)
-    assert ITEM_ROWS % (tiles.ITEM_TILES * tiles.TILE_ROWS) == 0
     tile_names = ("TILE_ROWS", "ITEM_TILES", "begin_tiles", "end_tiles", "attend_tile", "weigh_tile")
     bound |= {name: getattr(tiles, name) for name in tile_names}
-    for piece in ("rounded", "restore_row", "copy_row", "take_kept", "gather_block", "pair_values", "row_mass"):
+    for piece in (
+        "rounded", "restore_row", "copy_row", "clear_row", "take_kept", "gather_block", "pair_values", "row_mass",
+        "anyone_keeps",
+    ):  # fmt: skip
         bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
     layouts: tuple[Callable[..., Any], ...]
     if wide:
@@ -133,21 +140,13 @@ def chunk_kernel(cache: CacheForm, kind: str, name: str) -> Any:
     for piece in ("lay_block", "lay_queries", "give_results"):
         bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
     bound["attend_tiles"] = amx.attend_tiles if kind == "amx" else specialise(cpu_prefill.attend_tiles, **bound)
-    kernel = getattr(cpu_prefill, name)
-    return specialise(kernel, f"{name}_{cache.name}_{kind}", ("chunk_kernel", cache, kind, name), **bound)
+    return bound
 
 
 @lru_cache(maxsize=4)
 def team(size: int) -> Team:
     """The threads of this process; as many as torch uses is the usual choice."""
     return Team(size)
-
-
-def array(tensor: Tensor) -> np.ndarray:
-    """A contiguous tensor's memory as numpy; bfloat16 as its bits."""
-    assert tensor.is_contiguous()
-    tensor = tensor.detach()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def stretches(kv_heads: int, threads: int) -> int:

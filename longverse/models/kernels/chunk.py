@@ -6,7 +6,7 @@ Shapes: G key/value heads, h query heads of each, D head size, T new tokens afte
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import sparse as sparse_module
 from ..sparse import Sparse, sampled_tokens
 from . import unavailable
-from .build import LAYOUTS, CacheForm, array, chunk_kernel, team
+from .arrays import LAYOUTS, array
+from .build import CacheForm, chunk_kernel, team
 from .one_token import cache_arrays, cache_form
 
 if TYPE_CHECKING:
@@ -153,7 +154,9 @@ def _queries(form: CacheForm, by_token: Tensor, kind: str) -> tuple[Tensor, int]
     """Memory for queries [T, H, D] as the kernel lays them out, int32 [G, rows * words], and how many rows that is."""
     from . import amx, bf16, f32
 
-    tile = {"f32": f32, "bf16": bf16, "amx": amx}[kind].TILE_ROWS
+    tiles: Any = {"f32": f32, "bf16": bf16, "amx": amx}[kind]
+    tile = tiles.TILE_ROWS
+    assert sparse_module.ITEM_ROWS % (tiles.ITEM_TILES * tile) == 0
     tokens, heads, size = by_token.shape
     rows = -(-tokens * form.heads // tile) * tile
     words = size if kind == "f32" else size // 2

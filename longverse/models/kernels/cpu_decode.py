@@ -84,6 +84,14 @@ def hadamard(x):
             x[i] *= factor
 
 
+def rotate_scaled(q):
+    """A query head [D] as keys are met: rotated, and divided by the root of D."""
+    hadamard(q)
+    scale = np.float32(1) / np.sqrt(np.float32(SIZE))
+    for i in range(SIZE):
+        q[i] *= scale
+
+
 def rotate_position(x, cos, sin, weight, eps):
     """The query/key norm where there is one, then RoPE, of one head x [D] in place."""
     if QK_NORM:
@@ -216,10 +224,10 @@ def attend_stretch(q, head, part, parts, spans, budget, cache, scores, top, tota
     """Stretch `part` of `parts` of one head's tokens. q [h, D] is rotated and scaled; spans: see `attend_one`."""
     keys, key_scales, values, value_scales, first_keys, first_values, recent_keys, recent_values = cache
     length, first_end, recent_begin = spans[0], spans[1], spans[2]
-    top[:] = np.float32(-3e38)
-    total[:] = np.float32(0)
-    dropped[:] = np.float32(0)
-    acc[:] = np.float32(0)
+    for i in range(HEADS):
+        top[i], total[i], dropped[i] = np.float32(-3e38), NOTHING, NOTHING
+        for j in range(SIZE):
+            acc[i, j] = NOTHING
     sums = np.empty((HEADS, SIZE // GROUP if QUANTISED else 1), dtype=np.float32)
     base = head * keys.shape[1]
     if QUANTISED:
@@ -255,6 +263,14 @@ def attend_stretch(q, head, part, parts, spans, budget, cache, scores, top, tota
         )  # fmt: skip
 
 
+def hand_over(top, total, dropped, acc, place):
+    """What a stretch came to, for `merge`: place [h, D + 3]."""
+    for i in range(HEADS):
+        for j in range(SIZE):
+            place[i, j] = acc[i, j]
+        place[i, SIZE], place[i, SIZE + 1], place[i, SIZE + 2] = top[i], total[i], dropped[i]
+
+
 def merge(partial, head, out):
     """Join the stretches of one head: partial [G, P, h, D + 3] to out [h * D] of this head, rotated back. Returns the
     share of the attention that was left out, as the mean over its query heads."""
@@ -264,7 +280,8 @@ def merge(partial, head, out):
         for part in range(partial.shape[1]):
             highest = max(highest, partial[head, part, i, SIZE])
         mixed = out[i * SIZE : (i + 1) * SIZE]
-        mixed[:] = np.float32(0)
+        for j in range(SIZE):
+            mixed[j] = NOTHING
         total, dropped = np.float32(0), np.float32(0)
         for part in range(partial.shape[1]):
             factor = exp_negative(partial[head, part, i, SIZE] - highest)
@@ -294,19 +311,15 @@ def attend_one(rank, team, counter, queries, layer, spans, budget, lost, cache, 
     top, total = np.empty(HEADS, dtype=np.float32), np.empty(HEADS, dtype=np.float32)
     dropped = np.empty(HEADS, dtype=np.float32)
     acc = np.empty((HEADS, SIZE), dtype=np.float32)
-    scale = np.float32(1) / np.sqrt(np.float32(SIZE))
     items = heads * parts
     for item in range(items * rank // team, items * (rank + 1) // team):
         head, part = item // parts, item % parts
         for i in range(HEADS):
-            q[i] = queries[head * HEADS + i]
-            hadamard(q[i])
-            q[i] *= scale
+            for j in range(SIZE):
+                q[i, j] = queries[head * HEADS + i, j]
+            rotate_scaled(q[i])
         attend_stretch(q, layer * heads + head, part, parts, spans, budget, cache, scores, top, total, dropped, acc)
-        partial[head, part, :, :SIZE] = acc
-        partial[head, part, :, SIZE] = top
-        partial[head, part, :, SIZE + 1] = total
-        partial[head, part, :, SIZE + 2] = dropped
+        hand_over(top, total, dropped, acc, partial[head, part])
     meet(counter, team)
     for head in range(heads * rank // team, heads * (rank + 1) // team):
         lost[head] += merge(partial, head, out[head * HEADS * SIZE : (head + 1) * HEADS * SIZE])
@@ -352,7 +365,6 @@ def decode_one(
     top, total = np.empty(HEADS, dtype=np.float32), np.empty(HEADS, dtype=np.float32)
     dropped = np.empty(HEADS, dtype=np.float32)
     acc = np.empty((HEADS, SIZE), dtype=np.float32)
-    scale = np.float32(1) / np.sqrt(np.float32(SIZE))
     for layer in range(layers):
         w, s = weights[layer], scales[layer]
         # Queries, keys and values of the token.
@@ -374,8 +386,7 @@ def decode_one(
                     if QKV_BIAS:
                         q[i, j] += qkv_bias[layer, at + j]
                 rotate_position(q[i], cos, sin, qk_norms[layer, 0] if QK_NORM else row, eps)
-                hadamard(q[i])
-                q[i] *= scale
+                rotate_scaled(q[i])
             index = layer * heads + head
             # The newest token is in the ring, which part 0 reads; without a ring it ends the last stretch.
             if part == (0 if QUANTISED else parts - 1):
@@ -393,10 +404,7 @@ def decode_one(
                 hadamard(row)
                 keep(row, index, token, values, value_scales, first_values, recent_values)
             attend_stretch(q, index, part, parts, spans, budget, cache, scores, top, total, dropped, acc)
-            partial[head, part, :, :SIZE] = acc
-            partial[head, part, :, SIZE] = top
-            partial[head, part, :, SIZE + 1] = total
-            partial[head, part, :, SIZE + 2] = dropped
+            hand_over(top, total, dropped, acc, partial[head, part])
         meet(counter, team)
         for head in range(heads):
             left = merge(partial, head, mixed[head * HEADS * SIZE : (head + 1) * HEADS * SIZE])

@@ -15,7 +15,7 @@ import numpy as np
 from .bf16 import BLOCK, ITEM_TILES, TILE_ROWS, attend_tile, begin_tiles, end_tiles, weigh_tile
 from .simd import arrive, bf16_to_float, float_to_bf16
 from .team import meet
-from .vectors import copy_words, transpose_words
+from .vectors import LANES, copy_words, transpose_words
 
 # Bound by specialise, as in cpu_decode.py:
 SIZE, HEADS = 64, 1
@@ -58,7 +58,7 @@ def gather_block(head, kv_head, begin, past, end, spans, rows, scales, first, re
     for i in range(BLOCK):
         token = begin + i
         if token >= end:
-            out[i] = 0
+            clear_row(out[i])
         elif token >= past:
             copy_row(own[kv_head, token - past], out[i])
         elif QUANTISED:
@@ -75,6 +75,11 @@ def gather_block(head, kv_head, begin, past, end, spans, rows, scales, first, re
 def copy_row(row, out):
     for i in range(SIZE):
         out[i] = row[i]
+
+
+def clear_row(out):
+    for i in range(SIZE):
+        out[i] = 0
 
 
 def take_kept(row, out):
@@ -136,13 +141,17 @@ def take_rows(total, acc, first, weights, tile):
     """Of TILE_ROWS rows from `first` on: weights [TILE_ROWS], the sums of their weights; tile [TILE_ROWS * D], their
     weighted values."""
     for r in range(TILE_ROWS):
-        weights[r] = total[(first + r) * 16 : (first + r + 1) * 16].sum()
-    tile[:] = acc[first * SIZE : (first + TILE_ROWS) * SIZE]
+        weights[r] = np.float32(0)
+        for i in range(LANES):
+            weights[r] += total[(first + r) * LANES + i]
+    for i in range(TILE_ROWS * SIZE):
+        tile[i] = acc[first * SIZE + i]
 
 
 def take_columns(total, acc, first, weights, tile):
     """`take_rows` for AMX, of tiles of 16 rows that lie as [D, 16]."""
-    weights[:] = total[first : first + TILE_ROWS]
+    for r in range(TILE_ROWS):
+        weights[r] = total[first + r]
     held = acc[first * SIZE : (first + TILE_ROWS) * SIZE].reshape(-1, 16)
     for r in range(0, TILE_ROWS, 16):
         for i in range(0, SIZE, 16):
@@ -188,7 +197,7 @@ def lay_queries(rank, team, q, out):
             if token < tokens:
                 copy_row(flat[token * heads * HEADS + head * HEADS + of_head], gathered[r])
             else:
-                gathered[r] = 0
+                clear_row(gathered[r])
         lay_tile(gathered, out[head, tile * TILE_ROWS * WORDS : (tile + 1) * TILE_ROWS * WORDS])
 
 
@@ -208,6 +217,14 @@ def give_results(rank, team, total, acc, out):
                 target, share = flat[token * heads * HEADS + head * HEADS + of_head], np.float32(1) / weights[r]
                 for i in range(SIZE):
                     target[i] = rounded(tile[r * SIZE + i] * share)
+
+
+def anyone_keeps(kept, block):
+    """Whether some query block of kept [query blocks, past blocks] attends to this block of the past."""
+    count = 0
+    for query in range(kept.shape[0]):
+        count += kept[query, block]
+    return count > 0
 
 
 def fold_stretch(
@@ -238,7 +255,7 @@ def fold_stretch(
     for index in range(rank, heads * blocks, team):
         head, block = index // blocks, index % blocks
         at, which = begin + block * BLOCK, layer * heads + head
-        if at // BLOCK < whole_past and not kept[head, :, at // BLOCK].any():
+        if at // BLOCK < whole_past and not anyone_keeps(kept[head], at // BLOCK):
             continue
         place = slice(block * laid, (block + 1) * laid)
         lay_block(
@@ -357,15 +374,18 @@ def choose_blocks(rank, team, counter, past, mass, samples, top, total, kept, ke
     mean = np.empty(past_blocks, dtype=np.float32)
     for index in range(rank, heads * queries, team):
         head, query = index // queries, index % queries
-        mean[:] = np.float32(0)
+        for block in range(past_blocks):
+            mean[block] = np.float32(0)
         own = np.float32(0)
         choosing = samples - HEADS
         for sample in range(choosing):
             row_mass(top[head, query * samples + sample], total[head, query * samples + sample], weight)
             for block in range(past_blocks):
                 mean[block] += weight[block]
-            own += weight[past_blocks:].sum()
-        mean /= np.float32(choosing)
+            for block in range(past_blocks, blocks):
+                own += weight[block]
+        for block in range(past_blocks):
+            mean[block] /= np.float32(choosing)
         need = np.float32(mass) - own / np.float32(choosing) - mean[0]
         # The threshold whose blocks hold what is needed, by halving: no sorting of thousands of blocks.
         low, high = np.float32(0), np.float32(1)
@@ -380,19 +400,19 @@ def choose_blocks(rank, team, counter, past, mass, samples, top, total, kept, ke
                 high = middle
         for block in range(past_blocks):
             kept[head, query, block] = block == 0 or (mean[block] >= low if need > 0 else False)
-        share = 0.0
+        share = np.float64(0)
         for sample in range(choosing, samples):
             row_mass(top[head, query * samples + sample], total[head, query * samples + sample], weight)
-            share += weight[past_blocks:].sum()
-            for block in range(past_blocks):
-                share += weight[block] * kept[head, query, block]
+            for block in range(blocks):
+                share += weight[block] if block >= past_blocks or kept[head, query, block] else np.float32(0)
         kept_share[head, query] = share / HEADS
 
 
 def row_mass(top, total, weight):
     """Each block's share of one row's attention."""
-    highest = top.max()
-    whole = np.float32(0)
+    highest, whole = top[0], np.float32(0)
+    for block in range(1, top.size):
+        highest = max(highest, top[block])
     for block in range(top.size):
         weight[block] = total[block] * np.exp2(max(top[block] - highest, np.float32(-126.0)))
         whole += weight[block]

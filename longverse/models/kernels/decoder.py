@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..cache import KVCache
 from ..network import CausalLM
 from ..packing import Packing
-from .build import LAYOUTS, DecoderForm, array, decoder_kernel, stretches, team
+from .arrays import LAYOUTS, array
+from .build import DecoderForm, decoder_kernel, stretches, team
 from .one_token import budget_of, cache_arrays, cache_form
 
 WEIGHTS = ("auto", "full", "int8", "int4")

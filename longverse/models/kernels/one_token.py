@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import LAYOUTS, CacheForm, array, attention_kernel, stretches, team
+from .arrays import LAYOUTS, array
+from .build import CacheForm, attention_kernel, stretches, team
 
 if TYPE_CHECKING:
     from ..cache import KVCache

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import LAYOUTS, array, team
+from .arrays import LAYOUTS, array
+from .build import team
 from .simd import bf16_to_float, exponentials, largest
 from .team import specialise
 from .vectors import LANES

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
-import subprocess
-import sys
 import threading
 import types
 from collections.abc import Callable
@@ -24,13 +21,14 @@ import numba
 import numpy as np
 from numba.core import config as _config
 
-from ..converted import cache_folder
+from ..places import cache_folder
+from .compiler import CHILD, Compiler
 from .simd import arrive, give_way, look
 
 njit: Any = numba.njit
 config: Any = _config
 _placing = threading.Lock()
-CHILD = "LONGVERSE_COMPILES"  # set in a process that only compiles
+_compiler = Compiler()
 SPINS = 20_000  # looks at the counter before giving the processor away, some ten microseconds
 
 
@@ -66,10 +64,11 @@ def specialise(
             before, config.CACHE_DIR = config.CACHE_DIR, config.CACHE_DIR or str(_code_folder())
             try:
                 with suppress(RuntimeError):  # no folder can be written: it is compiled at every start
-                    return Kept(njit(cache=True, **options)(copy), maker)
+                    return Kept(njit(cache=True, **options)(copy), maker, config.CACHE_DIR)
             finally:
                 config.CACHE_DIR = before
-    return njit(**options)(copy)
+    # Called by compiled code alone: without the entries for Python, which take longer than most of the pieces do.
+    return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(copy)
 
 
 class Kept:
@@ -77,11 +76,11 @@ class Kept:
 
     The process that compiles a function also holds its pieces, each compiled by itself, and the linker takes those for
     the copies that were optimised within it: such code rounds otherwise, in the last bits, than what is kept. So a
-    child process compiles, and this one loads. Where the child cannot, this process compiles.
+    child process compiles (`compiler.py`), and this one loads. Where the child cannot, this process compiles.
     """
 
-    def __init__(self, function: Any, maker: tuple[Any, ...]) -> None:
-        self.function, self.maker = function, maker
+    def __init__(self, function: Any, maker: tuple[Any, ...], folder: str) -> None:
+        self.function, self.maker, self.folder = function, maker, folder
         self._known: set[tuple[Any, ...]] = set()
         self._lock = threading.Lock()
 
@@ -99,21 +98,7 @@ class Kept:
         compiles_here = os.environ.get(CHILD) or not self.maker
         if compiles_here or self.function._cache.load_overload(types, self.function.targetctx) is not None:
             return
-        program = f"from {__package__}.team import compile_as_told; compile_as_told()"
-        told = pickle.dumps((self.maker, types))
-        with suppress(OSError):
-            subprocess.run(
-                [sys.executable, "-c", program], input=told, env=os.environ | {CHILD: "1"}, check=False,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-
-
-def compile_as_told() -> None:
-    """In a child of `Kept`: compile a kernel for the types that its parent writes to our standard input."""
-    from . import build
-
-    (name, *arguments), types = pickle.load(sys.stdin.buffer)
-    getattr(build, name)(*arguments).function.compile(types)
+        _compiler.compile(self.maker, types, self.folder)
 
 
 def _digest(bound: dict[str, Any]) -> str:
