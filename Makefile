@@ -10,8 +10,8 @@ READY  := $(VENV)/.ready
 demo: $(READY)          ## answer ten questions over a long report with the embedded model
 	$(BIN)/longverse demo
 
-test: $(READY)          ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(READY)          ## the whole test suite, on two processes: TESTS="tests/models -x" for some of it
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 check: lint types test  ## lint, format, types, tests
 
