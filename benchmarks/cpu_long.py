@@ -31,6 +31,7 @@ OURS: dict[str, dict[str, str]] = {
     "ours exact, int8 cache": {"attention": "exact", "cache": "int8"},
     "ours exact, int4 cache": {"attention": "exact", "cache": "int4"},
     "ours sparse": {"attention": "sparse", "cache": "full"},
+    "ours sparse:0.8": {"attention": "sparse:0.8", "cache": "full"},
     "ours pages": {"attention": "pages", "cache": "full"},
 }
 PEERS = ("transformers bf16", "transformers float32", "llama.cpp Q4_1, f16 cache")

@@ -188,6 +188,7 @@ def cpu_long(chinese: bool, name: str = "cpu_long") -> str:
         "ours exact, int8 cache": ("int8 cache", "int8 缓存"),
         "ours exact, int4 cache": ("int4 cache", "int4 缓存"),
         "ours sparse": ("sparse", "稀疏"),
+        "ours sparse:0.8": ("sparse:0.8", "稀疏 0.8"),
         "ours pages": ("pages", "分页"),
         "transformers bf16": ("transformers, bf16", "transformers，bf16"),
         "transformers float32": ("transformers, float32", "transformers，float32"),
@@ -209,13 +210,20 @@ def cpu_long(chinese: bool, name: str = "cpu_long") -> str:
                 cells.append(f"{row[part] * scale:.1f}" if part in row else late)
             rows.append([f"{length:,}", translated if chinese else english, *cells])
     header = ["token 数", ""] if chinese else ["tokens", ""]
-    kept = min(row["mass_kept"] for key, row in results["rows"].items() if "sparse" in key and "mass_kept" in row)
+    measured_rows = [(key, row) for key, row in results["rows"].items() if "mass_kept" in row]
+    kept, little = (
+        min((row["mass_kept"] for key, row in measured_rows if key.startswith(f"{name} @")), default=None)
+        for name in ("ours sparse", "ours sparse:0.8")
+    )
     weights = ", ".join(sorted({row["weights"] for row in results["rows"].values() if "weights" in row}))
     note = (
-        f"longverse 写答案时用 {weights} 权重；稀疏阅读至少保留 {kept:.0%} 的注意力，分页是近似。"
+        f"longverse 写答案时用 {weights} 权重；稀疏阅读至少保留 {kept:.0%} 的注意力"
+        + (f"（0.8 档至少 {little:.0%}）" if little else "")
+        + "，分页是近似。"
         if chinese
-        else f"Ours writes with {weights} weights; sparse reading kept {kept:.0%} of the attention or more; pages are"
-        " an approximation. "
+        else f"Ours writes with {weights} weights; sparse reading kept {kept:.0%} of the attention or more"
+        + (f", with the dial at 0.8 {little:.0%}" if little else "")
+        + "; pages are an approximation. "
     )
     shown = table([*header, *(name[chinese] for name in names.values())], rows)
     return f"{shown}\n\n{note}{machine_line(results, chinese)}\n"

@@ -11,7 +11,6 @@ and --rope where it has none of its own).
 """
 
 import argparse
-import functools
 from typing import Any
 
 import torch
@@ -35,9 +34,9 @@ def documents(engine: Engine, tokens: int, count: int) -> list[list[int]]:
     return found
 
 
-def read(engine: Engine, ids: list[int], attention: str, mass: float) -> tuple[float, torch.Tensor, Session]:
+def read(engine: Engine, ids: list[int], attention: str) -> tuple[float, torch.Tensor, Session]:
     """Seconds of reading, log probabilities [1, V] of what follows, the session."""
-    session = engine.session(len(ids) + 1 + WRITTEN, attention=attention, mass=mass)
+    session = engine.session(len(ids) + 1 + WRITTEN, attention=attention)
     took = seconds(lambda: session.read(ids[:-1]))
     with torch.inference_mode():
         following = session._logits(session._forward(ids[-1:])).log_softmax(-1)[None]
@@ -49,19 +48,14 @@ def write(session: Session, ids: list[int]) -> float:
     return seconds(lambda: [session._next(token) for token in ids[:WRITTEN]]) / WRITTEN
 
 
-def needles(engine: Engine, length: int, attention: str, mass: float, options: argparse.Namespace) -> float | None:
+def needles(engine: Engine, length: int, attention: str, options: argparse.Namespace) -> float | None:
     """The share found of `options.facts` facts a document, at even depths, in `options.repeats` documents."""
     from longverse.evaluation.engine_backend import EngineBackend
     from longverse.evaluation.needle import NeedleSettings, run_needle
 
-    dialled = functools.partial(Engine.session, engine, mass=mass)
-    engine.session = dialled  # type: ignore[method-assign]
-    try:
-        depths = tuple(n / (options.facts - 1) for n in range(options.facts))
-        settings = NeedleSettings(lengths=(length,), depths=depths, repeats=options.repeats)
-        return run_needle(EngineBackend(engine, attention), settings).found()
-    finally:
-        del engine.session
+    depths = tuple(n / (options.facts - 1) for n in range(options.facts))
+    settings = NeedleSettings(lengths=(length,), depths=depths, repeats=options.repeats)
+    return run_needle(EngineBackend(engine, attention), settings).found()
 
 
 def main() -> None:
@@ -77,23 +71,23 @@ def main() -> None:
     parser.add_argument("--name", help="an ending for the result file")
     options = parser.parse_args()
     engine = Engine.load(options.model, device="cpu", rope=options.rope, window=max(options.lengths) + 1000)
-    for attention in ("exact", "sparse"):  # kernels are compiled, loaded and weights rounded before anything counts
+    for attention in ("exact", "sparse:0.9"):  # kernels are compiled, loaded and weights rounded before anything counts
         ids = documents(engine, 1500, 1)[0]
-        write(read(engine, ids, attention, 0.9)[2], ids)
+        write(read(engine, ids, attention)[2], ids)
     rows: list[dict[str, Any]] = []
     for length in options.lengths:
         texts = documents(engine, length, options.texts)
         exact, written = [], 0.0
         for ids in texts:
-            took, following, session = read(engine, ids, "exact", 1.0)
+            took, following, session = read(engine, ids, "exact")
             exact.append((took, following))
             written += write(session, ids) / len(texts)
-        found = needles(engine, length, "exact", 1.0, options) if options.needles else None
+        found = needles(engine, length, "exact", options) if options.needles else None
         base = sum(took for took, _ in exact) / len(texts)
         row: dict[str, Any] = {"tokens": length, "dial": "exact", "seconds": base, "times faster": 1.0}
         rows.append(row | {"ms a token": 1000 * written, "facts found": found})
         for mass in options.masses:
-            sparse = [read(engine, ids, "sparse", mass) for ids in texts]
+            sparse = [read(engine, ids, f"sparse:{mass}") for ids in texts]
             took = sum(x[0] for x in sparse) / len(texts)
             stats = [x[2].cache.sparse for x in sparse]
             row = {"tokens": length, "dial": mass, "seconds": took, "times faster": base / took}
@@ -102,7 +96,7 @@ def main() -> None:
             row["KL"] = sum(kl(e[1], s[1]) for e, s in zip(exact, sparse, strict=True)) / len(texts)
             row["ms a token"] = 1000 * sum(write(x[2], ids) for x, ids in zip(sparse, texts, strict=True)) / len(texts)
             row["mass written"] = sum(x.mass_written for x in stats if x) / len(stats)
-            row["facts found"] = needles(engine, length, "sparse", mass, options) if options.needles else None
+            row["facts found"] = needles(engine, length, f"sparse:{mass}", options) if options.needles else None
             rows.append(row)
     header = [
         "tokens", "dial", "seconds", "times faster", "blocks read", "mass kept", "KL", "ms a token", "mass written",

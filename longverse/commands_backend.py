@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from longverse.evaluation.backends import Backend
 
 Window = Annotated[int | None, typer.Option("--window", help="Take this many tokens, beyond the model's window too.")]
-Attention = Annotated[str, typer.Option("--attention", help="How the engine attends: exact, sparse or pages.")]
+Attention = Annotated[
+    str, typer.Option("--attention", help="How the engine attends: exact, sparse, sparse:0.9 or pages.")
+]
 Cache = Annotated[str, typer.Option("--cache", help="How the engine keeps what it read: full, int8 or int4.")]
 Processes = Annotated[
     int, typer.Option("--processes", help="Engines side by side, which share the cores: more rows an hour.")

@@ -34,7 +34,8 @@ Attention = Annotated[
     str,
     typer.Option(
         "--attention",
-        help="exact, or pages: in linear time, past the model's window; auto takes pages only where it must.",
+        help="exact; sparse: of a long past only what weighs (sparse:0.9 keeps nine tenths of the attention); or pages:"
+        " in linear time, past the model's window. auto is exact, and pages only where it must.",
     ),
 ]
 Limit = Annotated[str | None, typer.Option("--limit", help="The most that all kept documents may take, like 20GB.")]
@@ -313,11 +314,10 @@ def tell(store: Store, *, quiet: bool) -> None:
 
 def choose_attention(engine: Engine, tokens: int, attention: str, *, quiet: bool = False) -> str:
     """`attention`, or for auto exact where `tokens` fit the model's window, and pages past it, which is said."""
-    from .inference.engine import ATTENTIONS
+    from .inference.engine import parse_attention
 
-    if attention not in ("auto", *ATTENTIONS):
-        raise UserError(f"There is no attention {attention!r}: choose one of auto, {', '.join(ATTENTIONS)}.")
     if attention != "auto":
+        parse_attention(attention)
         return attention
     if tokens <= engine.window:
         return "exact"

@@ -35,9 +35,29 @@ Cancelled = Callable[[], bool]
 HOMES = ("device", "machine")
 ATTENTIONS = ("exact", "sparse", "pages")
 WEIGHTS = ("auto", "full", "int8", "int4")
-MASS = 0.95  # of the attention that sparse reading keeps
+MASS = 0.95  # of the attention that sparse reading keeps, where nothing else is said
 EXACT_END = 128  # tokens at the end of a prompt that are read exactly then
 CHUNK = 1024  # tokens a forward reads at once: enough for products at full speed, and the past is laid out seldom
+
+
+def parse_attention(text: str) -> tuple[str, float]:
+    """Of "sparse:0.9" the kind, one of ATTENTIONS, and the share of the attention to keep, which only sparse has.
+
+    Raises UserError for another kind, and for a share that is none.
+    """
+    kind, colon, share = text.partition(":")
+    if kind not in ATTENTIONS or (colon and kind != "sparse"):
+        raise UserError(
+            f"There is no attention {text!r}: choose one of {', '.join(ATTENTIONS)}, or sparse with the share to keep,"
+            " like sparse:0.9."
+        )
+    try:
+        mass = float(share) if colon else MASS
+    except ValueError:
+        raise UserError(
+            f"The attention {text!r} names no share to keep: give a number above 0 and up to 1, like sparse:0.9."
+        ) from None
+    return kind, Sparse(mass).mass
 
 
 @dataclass
@@ -168,7 +188,6 @@ class Engine:
         attention: str = "exact",
         cache: str = "full",
         allocate: Allocate | None = None,
-        mass: float = MASS,
         home: str = "device",
     ) -> "Session":
         """A conversation of at most `planned_tokens` tokens, prompt and answers together. The RoPE base is chosen
@@ -176,17 +195,16 @@ class Engine:
 
         attention  "exact"; "sparse": a prompt's tokens leave out the past's blocks that weigh least (models/sparse.py),
                    all but its last ones, which are the question, and an answer's tokens the values that weigh next to
-                   nothing; "pages": in linear time, for documents past the window (inference/pages.py)
+                   nothing; "sparse:0.9" names the share of the attention to keep, else MASS; "pages": in linear time,
+                   for documents past the window (inference/pages.py)
         cache      format of the keys and values, one of models.cache.FORMATS
         allocate   where the cache's storage comes from; memory when left out
-        mass       for "sparse": the share of the attention to keep
         home       where the cache lies: on the model's "device", or, for a card without the room, in the "machine"'s
                    memory, from which every forward brings it over (not for pages)
         """
         if home not in HOMES:
             raise UserError(f"A cache cannot lie in {home!r}: choose one of {', '.join(HOMES)}.")
-        if attention not in ATTENTIONS:
-            raise UserError(f"There is no attention {attention!r}: choose one of {', '.join(ATTENTIONS)}.")
+        attention, mass = parse_attention(attention)
         if attention == "pages":
             from .pages import PagesSession
 

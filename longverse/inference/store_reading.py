@@ -43,7 +43,8 @@ class Layout:
         session = engine.session(capacity, cache=cache, attention=attention, allocate=note)
         pages = getattr(session, "pages", None)
         piece = pages.chunk if pages is not None else engine_module.CHUNK
-        how = pages if pages is not None else f"{attention} {session.mass:g}" if attention == "sparse" else attention
+        sparse = session.attention == "sparse"
+        how = pages if pages is not None else f"sparse {session.mass:g}" if sparse else attention
         growing = row_counts(session.cache, 1)
         ends = {name: array for name, array in arrays.items() if name not in growing}
         arrays = {name: arrays[name] for name in growing}

@@ -8,7 +8,7 @@ import torch
 
 from longverse import UserError, XverseConfig, XverseForCausalLM
 from longverse.inference import engine as engine_module
-from longverse.inference.engine import HOMES, Engine, Session
+from longverse.inference.engine import HOMES, MASS, Engine, Session
 from longverse.inference.sampling import Sampling
 from longverse.models import checkpoint, kernels
 from longverse.models.chat import ChatFormat
@@ -231,6 +231,26 @@ def test_a_cache_in_the_machines_memory_gives_the_same_answer(tokenizer: Tokeniz
         engine.session(80, home="cellar")
 
 
+def test_the_share_to_keep_stands_behind_a_colon(tokenizer: Tokenizer) -> None:
+    engine = make_engine(tokenizer)
+    for text, mass in (("sparse", MASS), ("sparse:0.9", 0.9), ("sparse:1", 1.0)):
+        session = engine.session(80, attention=text)
+        assert (session.attention, session.mass) == ("sparse", mass)
+        assert session.cache.sparse is not None
+        assert session.cache.sparse.mass == mass
+    for text, message in (
+        ("dense", "no attention 'dense': choose one of exact, sparse, pages"),
+        ("exact:0.9", "no attention 'exact:0.9'"),
+        ("sparse:", "names no share to keep"),
+        ("sparse:most", "names no share to keep"),
+        ("sparse:0", "cannot be kept: choose one above 0 and up to 1"),
+        ("sparse:nan", "cannot be kept"),
+        ("sparse:95", "cannot be kept"),
+    ):
+        with pytest.raises(UserError, match=message):
+            engine.session(80, attention=text)
+
+
 @pytest.mark.parametrize("kernel", [True, False])
 def test_sparse_sessions_say_what_writing_kept(
     tokenizer: Tokenizer, kernel: bool, monkeypatch: pytest.MonkeyPatch
@@ -243,7 +263,7 @@ def test_sparse_sessions_say_what_writing_kept(
     engine = make_engine(tokenizer, config)
     texts = {}
     for mass in (0.3, 1.0):
-        session = engine.session(1300, attention="sparse", mass=mass)
+        session = engine.session(1300, attention=f"sparse:{mass}")
         texts[mass] = session.complete(prompt(1200), Sampling(max_new_tokens=30))
         kept = session.stats.mass_written
         assert (mass <= kept < 1) if kernel and mass < 1 else kept == 1  # in torch every value is read

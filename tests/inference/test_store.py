@@ -161,7 +161,12 @@ def test_sparse_readings_are_kept_apart_from_exact_ones(
     kept = store.find(make_engine(tmp_path, tiny_config(max_position_embeddings=1024)), question, 1000)
     assert kept is not None
     assert kept.attention == "sparse"
-    assert store.find(engine, question, 1000, attention="exact") is None
+    for other in ("exact", "sparse:0.9"):
+        assert store.find(engine, question, 1000, attention=other) is None
+    store.read(engine, ids, 1000, attention="sparse:0.9")
+    less = store.find(engine, question, 1000, attention="sparse:0.9")
+    assert less is not None
+    assert less.mass == 0.9
     assert same_cache(kept, plain, 900)
     assert answer(kept, question, 900) == (answer(plain, question, 900)[0], 900)
 
