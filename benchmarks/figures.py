@@ -248,9 +248,9 @@ def kv_quality(chinese: bool) -> str:
     return f"{table(['layout', 'bytes a token', *columns, 'facts found'], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
-def sparse_quality(chinese: bool) -> str:
+def sparse_quality(chinese: bool, name: str = "sparse_quality") -> str:
     """What sparse reading and writing cost and give."""
-    results = load("sparse_quality")
+    results = load(name)
     forms = {
         "seconds": "{:.1f}", "times faster": "{:.2f}", "blocks read": "{:.0%}", "mass kept": "{:.1%}", "KL": "{:.4f}",
         "ms a token": "{:.1f}", "mass written": "{:.1%}", "facts found": "{:.0%}",
@@ -263,9 +263,9 @@ def sparse_quality(chinese: bool) -> str:
     return f"{table(['tokens', 'dial', *forms], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
-def pages_lengths(chinese: bool) -> str:
+def pages_lengths(chinese: bool, name: str = "pages_lengths") -> str:
     """Facts found past the window, and what reading costs."""
-    results = load("pages_lengths")
+    results = load(name)
     modes = [mode for mode in ("facts", "several", "hop") if mode in results["lengths"][0]]
     rows = []
     for record in sorted(results["lengths"], key=lambda record: record["length"]):
@@ -385,6 +385,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_kernels": cpu_kernels,
     "kv_quality": kv_quality,
     "sparse_quality": sparse_quality,
+    "sparse_quality_32k": lambda chinese: sparse_quality(chinese, "sparse_quality_32k"),
     "pages_lengths": pages_lengths,
     "pages_variants": pages_variants,
     "pages_reports": pages_reports,
