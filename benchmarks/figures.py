@@ -212,8 +212,8 @@ def cpu_long(chinese: bool, name: str = "cpu_long") -> str:
     header = ["token 数", ""] if chinese else ["tokens", ""]
     measured_rows = [(key, row) for key, row in results["rows"].items() if "mass_kept" in row]
     kept, little = (
-        min((row["mass_kept"] for key, row in measured_rows if key.startswith(f"{name} @")), default=None)
-        for name in ("ours sparse", "ours sparse:0.8")
+        min((row["mass_kept"] for key, row in measured_rows if key.startswith(f"{way} @")), default=None)
+        for way in ("ours sparse", "ours sparse:0.8")
     )
     weights = ", ".join(sorted({row["weights"] for row in results["rows"].values() if "weights" in row}))
     note = (
@@ -384,6 +384,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_long_avx2": lambda chinese: cpu_long(chinese, "cpu_long_avx2"),
     "cpu_kernels": cpu_kernels,
     "kv_quality": kv_quality,
+    "pages_lengths_avx2": lambda chinese: pages_lengths(chinese, "pages_lengths_avx2"),
     "sparse_quality": sparse_quality,
     "sparse_quality_32k": lambda chinese: sparse_quality(chinese, "sparse_quality_32k"),
     "pages_lengths": pages_lengths,

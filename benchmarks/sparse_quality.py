@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--rope")
     parser.add_argument("--name", help="an ending for the result file")
     options = parser.parse_args()
+    if options.facts < 2:
+        parser.error("--facts must be 2 or more")
     engine = Engine.load(options.model, device="cpu", rope=options.rope, window=max(options.lengths) + 1000)
     for attention in ("exact", "sparse:0.9"):  # kernels are compiled, loaded and weights rounded before anything counts
         ids = documents(engine, 1500, 1)[0]

@@ -88,8 +88,9 @@ class Who:
             yield TransformersBackend(self.model, dtype=self.dtype, device=self.device)
             return
         from longverse.evaluation.engine_backend import EngineBackend, EngineProcesses
-        from longverse.inference.engine import Engine
+        from longverse.inference.engine import Engine, parse_attention
 
+        parse_attention(self.attention)  # what is wrong with it is said before a model loads
         load: dict[str, Any] = {
             "rope": self.rope, "window": self.window, "dtype": self.dtype, "device": self.device,
         }  # fmt: skip

@@ -32,7 +32,7 @@ def serve(
     ] = None,
     library: Annotated[Path | None, typer.Option("--library", help="The folder of uploaded documents.")] = None,
     attention: Annotated[
-        str, typer.Option("--attention", help="exact, or pages for documents past the model's window.")
+        str, typer.Option("--attention", help="exact, sparse, sparse:0.9, or pages for documents past the window.")
     ] = "exact",
     cache: Annotated[str, typer.Option("--cache", help="Format of the keys and values: full, int8 or int4.")] = "full",
     cache_memory: Annotated[
@@ -77,8 +77,10 @@ def serve(
         raise UserError(
             f"`longverse serve` needs {error.name}: install it with pip install 'longverse[server]'."
         ) from None
+    from .inference.engine import parse_attention
     from .server.run import address_of, bind
 
+    attention = parse_attention(attention).name
     sock = bind(host, port)  # before the model loads: a port that is taken is said at once
     engine = loading.engine(quiet)
 

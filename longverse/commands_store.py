@@ -34,8 +34,8 @@ Attention = Annotated[
     str,
     typer.Option(
         "--attention",
-        help="exact; sparse: of a long past only what weighs (sparse:0.9 keeps nine tenths of the attention); or pages:"
-        " in linear time, past the model's window. auto is exact, and pages only where it must.",
+        help="exact; sparse: of a long past only what weighs (sparse:0.9 aims at nine tenths of the attention); or"
+        " pages: in linear time, past the model's window. auto is exact, and pages only where it must.",
     ),
 ]
 Limit = Annotated[str | None, typer.Option("--limit", help="The most that all kept documents may take, like 20GB.")]
@@ -397,7 +397,8 @@ def say_plan(engine: Engine, session: Session, tokens: int, *, quiet: bool) -> N
     parts.append(f"{session.cache_format} cache {_gb(size)}")
     seconds = predict(engine, session, tokens)
     if seconds is not None:
-        parts.append(f"about {console.duration(seconds[0])} to read, {1 / seconds[1]:,.0f} tok/s to write")
+        most = "at most" if session.attention == "sparse" else "about"
+        parts.append(f"{most} {console.duration(seconds[0])} to read, {1 / seconds[1]:,.0f} tok/s to write")
     console.note("Plan: " + " · ".join(parts))
 
 

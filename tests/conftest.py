@@ -8,7 +8,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("LONGVERSE_COMPILES", "1")  # kernels are compiled where they are tested: a child for each is slow
+os.environ.setdefault("LONGVERSE_COMPILES", "1")  # kernels are compiled where they are tested, not in a process beside
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,11 @@ class EngineBackend:
     _session: Session | None = field(default=None, repr=False)
     _weights: str | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        from longverse.inference.engine import parse_attention
+
+        self.attention = parse_attention(self.attention).name  # journals tell ways apart by it
+
     @property
     def name(self) -> str:
         return self.engine.name

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,11 +40,20 @@ EXACT_END = 128  # tokens at the end of a prompt that are read exactly then
 CHUNK = 1024  # tokens a forward reads at once: enough for products at full speed, and the past is laid out seldom
 
 
-def parse_attention(text: str) -> tuple[str, float]:
-    """Of "sparse:0.9" the kind, one of ATTENTIONS, and the share of the attention to keep, which only sparse has.
+class Attention(NamedTuple):
+    """How a session attends: one of ATTENTIONS, and the share of the attention to keep, which only sparse asks for."""
 
-    Raises UserError for another kind, and for a share that is none.
-    """
+    kind: str = "exact"
+    mass: float = MASS
+
+    @property
+    def name(self) -> str:
+        """What `parse_attention` reads; one name for one way."""
+        return f"{self.kind}:{self.mass:g}" if self.kind == "sparse" and self.mass != MASS else self.kind
+
+
+def parse_attention(text: str) -> Attention:
+    """Of "sparse:0.9" the kind and the share. Raises UserError for another kind, and for what is no share."""
     kind, colon, share = text.partition(":")
     if kind not in ATTENTIONS or (colon and kind != "sparse"):
         raise UserError(
@@ -57,7 +66,9 @@ def parse_attention(text: str) -> tuple[str, float]:
         raise UserError(
             f"The attention {text!r} names no share to keep: give a number above 0 and up to 1, like sparse:0.9."
         ) from None
-    return kind, Sparse(mass).mass
+    if kind == "sparse":
+        Sparse(mass)  # refuses a share that cannot be kept
+    return Attention(kind, mass)
 
 
 @dataclass
@@ -204,8 +215,8 @@ class Engine:
         """
         if home not in HOMES:
             raise UserError(f"A cache cannot lie in {home!r}: choose one of {', '.join(HOMES)}.")
-        attention, mass = parse_attention(attention)
-        if attention == "pages":
+        kind, mass = parse_attention(attention)
+        if kind == "pages":
             from .pages import PagesSession
 
             return PagesSession(self, planned_tokens, cache_format=cache, allocate=allocate)
@@ -215,7 +226,7 @@ class Engine:
                 " shorten the text, or use a model with a larger window."
             )
         return Session(
-            self, planned_tokens, cache_format=cache, allocate=allocate, attention=attention, mass=mass, home=home
+            self, planned_tokens, cache_format=cache, allocate=allocate, attention=kind, mass=mass, home=home
         )
 
 
@@ -326,7 +337,8 @@ class Session:
     ) -> Iterator[int]:
         network, end_ids = self.engine.network, self.engine.tokenizer.eos_ids
         self.stats = stats = Stats(
-            prompt_tokens=len(prompt), attention=self.attention, cache=self.cache_format, cache_home=self.home
+            prompt_tokens=len(prompt), attention=Attention(self.attention, self.mass).name, cache=self.cache_format,
+            cache_home=self.home,
         )  # fmt: skip
         held = stats.reused_tokens = self._begin(prompt, stats, sampling.max_new_tokens)
         started = time.perf_counter()

@@ -27,7 +27,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..models.converted import cache_folder
-from .engine import Cancelled, Engine, Progress, Session
+from .engine import Cancelled, Engine, Progress, Session, parse_attention
 from .store_entry import (
     Appender,
     Busy,
@@ -108,6 +108,7 @@ class Store:
         """(usable tokens, entry) of the kept readings that begin like `tokens`, the longest first."""
         found = []
         plan = engine.network.config.rope
+        attention = None if attention is None else parse_attention(attention).name
         for entry in self._readable():
             shaped = entry.fingerprint
             if cache not in (None, shaped.get("cache")) or attention not in (None, shaped.get("attention")):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from . import engine as engine_module
-from .engine import Engine, Session
+from .engine import Engine, Session, parse_attention
 from .store_entry import Appender
 from .store_keys import fingerprint
 
@@ -40,6 +40,7 @@ class Layout:
             arrays[name] = (tuple(shape), str(dtype).removeprefix("torch."))
             return torch.empty(shape, dtype=dtype, device="meta")
 
+        attention = parse_attention(attention).name
         session = engine.session(capacity, cache=cache, attention=attention, allocate=note)
         pages = getattr(session, "pages", None)
         piece = pages.chunk if pages is not None else engine_module.CHUNK

@@ -8,7 +8,7 @@ import torch
 
 from longverse import UserError, XverseConfig, XverseForCausalLM
 from longverse.inference import engine as engine_module
-from longverse.inference.engine import HOMES, MASS, Engine, Session
+from longverse.inference.engine import HOMES, MASS, Engine, Session, parse_attention
 from longverse.inference.sampling import Sampling
 from longverse.models import checkpoint, kernels
 from longverse.models.chat import ChatFormat
@@ -238,6 +238,13 @@ def test_the_share_to_keep_stands_behind_a_colon(tokenizer: Tokenizer) -> None:
         assert (session.attention, session.mass) == ("sparse", mass)
         assert session.cache.sparse is not None
         assert session.cache.sparse.mass == mass
+    assert [parse_attention(text).name for text in ("sparse:0.95", "sparse:0.90", "pages")] == [
+        "sparse",
+        "sparse:0.9",
+        "pages",
+    ]
+    answer = engine.session(80, attention="sparse:0.9").complete(prompt(20), Sampling(max_new_tokens=2))
+    assert answer.stats.attention == "sparse:0.9"
     for text, message in (
         ("dense", "no attention 'dense': choose one of exact, sparse, pages"),
         ("exact:0.9", "no attention 'exact:0.9'"),

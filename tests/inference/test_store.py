@@ -167,6 +167,10 @@ def test_sparse_readings_are_kept_apart_from_exact_ones(
     less = store.find(engine, question, 1000, attention="sparse:0.9")
     assert less is not None
     assert less.mass == 0.9
+    same = store.find(engine, question, 1000, attention="sparse:0.950")
+    assert same is not None
+    assert same.mass == 0.95
+    assert store.knows(engine, ids, 1000, cache="full", attention="sparse:0.95")
     assert same_cache(kept, plain, 900)
     assert answer(kept, question, 900) == (answer(plain, question, 900)[0], 900)
 

@@ -1,6 +1,7 @@
 """The process that compiles kernels: it answers, ends, fails and is interrupted without its parent taking harm."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from longverse.models import kernels
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.skipif(bool(kernels.unavailable()), reason=kernels.unavailable() or "kernels are off")
+
+
+STEP = 1  # bound to 2 below
 
 
 def small_kernel() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -60,7 +64,7 @@ def test_what_fails_leaves_nothing_and_raises_nothing(tmp_path: Path, monkeypatc
     compiler.compile(("no_such_kernel",), types, str(tmp_path))
     assert compiler._child is not None  # it lives on
     compiler._end()
-    for program in ("/bin/false", "/no/such/program"):
+    for program in (shutil.which("false") or "false", "/no/such/program"):
         monkeypatch.setattr(sys, "executable", program)
         compiler.compile(maker, types, str(tmp_path))
         assert compiler._child is None
@@ -81,7 +85,10 @@ def test_an_interrupt_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyP
     class Interrupted:
         closed = False
 
-        def readline(self) -> bytes:
+        def __iter__(self) -> "Interrupted":
+            return self
+
+        def __next__(self) -> bytes:
             raise KeyboardInterrupt
 
         def close(self) -> None:
@@ -99,6 +106,7 @@ def test_a_child_of_whom_nothing_is_asked_ends_and_needs_no_torch() -> None:
     program = (
         "import sys\n"
         "from longverse.models.kernels import build, compiler\n"
+        "build.chunk_kernel(build.CacheForm(64, 3, 'bf16'), 'amx', 'fold_stretch')\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         "compiler.IDLE = 0.1\n"
         "compiler.serve()\n"
@@ -106,3 +114,17 @@ def test_a_child_of_whom_nothing_is_asked_ends_and_needs_no_torch() -> None:
     environment = {**os.environ, "LONGVERSE_COMMAND": "1"}
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment) as child:
         assert child.wait(timeout=60) == 0
+
+
+def test_code_that_cannot_be_kept_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no folder can be written numba refuses to cache."""
+    from longverse.models.kernels import team
+
+    def refusing(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("no locator available")
+        return compiled(**options)
+
+    compiled = team.njit
+    monkeypatch.setattr(team, "njit", refusing)
+    assert team.specialise(lambda x: x + STEP, "add_step", STEP=2)(40) == 42

@@ -200,9 +200,11 @@ def test_kernels_kept_on_disk_do_not_run_with_anothers_constants(tmp_path: Any) 
 
 @needs_kernels
 def test_the_process_that_compiles_computes_the_same_bits(tmp_path: Path) -> None:
-    """A machine's first process and all later ones: a resumed run must not differ from one that was not broken off."""
+    """A machine's first process and all later ones: a resumed run must not differ from one that was not broken off.
+    Whatever it calls first: kernels hold pieces of the same names."""
     program = (
-        "import hashlib, torch\n"
+        "import hashlib, sys, torch\n"
+        "from longverse.models.sparse import Sparse\n"
         "from longverse.models.cache import KVCache\n"
         "cache = KVCache(1, 3, 64, 400, torch.bfloat16)\n"
         "draw = lambda heads, tokens: torch.randn(1, heads, tokens, 64, generator=rng).bfloat16()\n"
@@ -211,14 +213,23 @@ def test_the_process_that_compiles_computes_the_same_bits(tmp_path: Path) -> Non
         "cache.advance(300)\n"
         "kernel = cache._kernel(9)\n"
         "queries = torch.randn(1, 9, 1, 64, generator=rng)\n"
-        "out = [kernel.attend(0, queries * n, cache.spans(300)) for n in range(1, 40)]\n"
-        "print(hashlib.sha256(torch.stack(out).numpy().tobytes()).hexdigest())\n"
+        "write = lambda: [kernel.attend(0, queries * n, cache.spans(300)) for n in range(1, 40)]\n"
+        "chunk = [draw(heads, 300).float() for heads in (9, 3, 3, 9, 3, 3)]\n"
+        "reader = KVCache(1, 3, 64, 700, torch.float32, kept=torch.bfloat16)\n"
+        "reader.sparse = Sparse(0.7)\n"
+        "reader.attend(0, *chunk[:3])\n"
+        "reader.advance(300)\n"
+        "ways = {'write': write, 'read': lambda: [reader.attend(0, *chunk[3:])]}\n"
+        "for way in sys.argv[1:]:\n"
+        "    print(way, hashlib.sha256(torch.stack(ways[way]()).numpy().tobytes()).hexdigest())\n"
+        "assert 0 < reader.sparse.density < 1\n"
     )
     environment = os.environ | {"LONGVERSE_CACHE": str(tmp_path), "LONGVERSE_COMPILES": "", "LONGVERSE_COMMAND": "1"}
     seen = []
-    for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    for order in (["write", "read"], ["read", "write"]):
+        command = [sys.executable, "-c", program, *order]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        seen.append(done.stdout)
+        seen.append(sorted(done.stdout.splitlines()))
     assert seen[0] == seen[1]
     assert list((tmp_path / "kernels").rglob("*.nbc"))

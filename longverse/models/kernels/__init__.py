@@ -1,10 +1,11 @@
 """Kernels beside the plain torch code that they must agree with: who can run them here, and why not.
 
-`simd.py` and `team.py` hold the tools, `cpu_decode.py` one token's attention and decoder, `build.py` what binds them to
-a model and a cache. `cpu_prefill.py` is many tokens' attention over `f32.py`, `bf16.py` or `amx.py`, called by
-`chunk.py`. They need numba, which compiles them once for this processor and keeps the result on disk, so no compiler
-has to be installed. `gpu_decode.py` and `split_k.py` are one token's attention on a card, in Triton. Nothing here is
-imported before it is used.
+`simd.py` and `team.py` hold the tools, `compiler.py` the process that compiles, `arrays.py` tensors as kernels see
+them. `cpu_decode.py` is one token's attention and decoder, `build.py` what binds them to a model and a cache.
+`cpu_prefill.py` is many tokens' attention over `f32.py`, `bf16.py` or `amx.py`, called by `chunk.py`. They need numba,
+which compiles them once for this processor and keeps the result on disk, so no compiler has to be installed.
+`gpu_decode.py` and `split_k.py` are one token's attention on a card, in Triton. Nothing here is imported before it is
+used.
 """
 
 from __future__ import annotations

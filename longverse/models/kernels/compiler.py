@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,11 @@ class Compiler:
         self._child: subprocess.Popen[bytes] | None = None
         self._serves: tuple[int, str] | None = None  # whose child it is, and for which folder
         atexit.register(self._end)
+        if hasattr(os, "register_at_fork"):  # the lock may be held at that moment, by a thread that is not forked
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
 
     def compile(self, maker: tuple[Any, ...], types: tuple[Any, ...], folder: str) -> None:
         """Compile a kernel for these types into numba's cache in `folder`. Where that fails nothing is there
@@ -56,10 +62,10 @@ class Compiler:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            with suppress(BrokenPipeError):
+            with suppress(OSError):  # it has ended
                 child.stdin.write(told)
                 child.stdin.flush()
-                if child.stdout.readline() == DONE:
+                if any(line == DONE for line in child.stdout):  # imports may print as well
                     return True
         except BaseException:  # Ctrl-C: what it would answer later is no answer to the next question
             self._end()
@@ -82,10 +88,11 @@ class Compiler:
 
 def serve() -> None:
     """In the child: compile what is asked for on standard input, until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too, and the parent says what it means
+    asked, answers = sys.stdin.buffer, _own_output()
     from . import build
 
-    asked, answers = sys.stdin.buffer, _own_output()
-    with suppress(EOFError, KeyboardInterrupt):
+    with suppress(EOFError):
         while True:
             idle = threading.Timer(IDLE, os._exit, (0,))
             idle.daemon = True

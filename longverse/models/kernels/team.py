@@ -67,6 +67,7 @@ def specialise(
                     return Kept(njit(cache=True, **options)(copy), maker, config.CACHE_DIR)
             finally:
                 config.CACHE_DIR = before
+        return njit(**options)(copy)
     # Called by compiled code alone: without the entries for Python, which take longer than most of the pieces do.
     return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(copy)
 
