@@ -38,7 +38,8 @@ PEERS = ("transformers bf16", "transformers float32", "llama.cpp Q4_1, f16 cache
 
 
 def ids_of(count: int) -> list[int]:
-    """The same tokens for everybody; speed does not depend on which."""
+    """The same tokens for everybody, without sense. Only sparse reading's speed depends on which: sparse_quality.py
+    measures it on prose."""
     return [(n * 7919) % 40_000 + 100 for n in range(count)]
 
 
