@@ -387,6 +387,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "pages_lengths_avx2": lambda chinese: pages_lengths(chinese, "pages_lengths_avx2"),
     "sparse_quality": sparse_quality,
     "sparse_quality_32k": lambda chinese: sparse_quality(chinese, "sparse_quality_32k"),
+    "sparse_quality_64k": lambda chinese: sparse_quality(chinese, "sparse_quality_64k"),
     "pages_lengths": pages_lengths,
     "pages_variants": pages_variants,
     "pages_reports": pages_reports,
