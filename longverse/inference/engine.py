@@ -49,7 +49,7 @@ class Attention(NamedTuple):
     @property
     def name(self) -> str:
         """What `parse_attention` reads; one name for one way."""
-        return f"{self.kind}:{self.mass:g}" if self.kind == "sparse" and self.mass != MASS else self.kind
+        return f"{self.kind}:{self.mass}" if self.kind == "sparse" and self.mass != MASS else self.kind
 
 
 def parse_attention(text: str) -> Attention:

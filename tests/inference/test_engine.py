@@ -243,6 +243,7 @@ def test_the_share_to_keep_stands_behind_a_colon(tokenizer: Tokenizer) -> None:
         "sparse:0.9",
         "pages",
     ]
+    assert parse_attention("sparse:0.9500001").name == "sparse:0.9500001"  # no other way's name
     answer = engine.session(80, attention="sparse:0.9").complete(prompt(20), Sampling(max_new_tokens=2))
     assert answer.stats.attention == "sparse:0.9"
     for text, message in (
