@@ -4,20 +4,25 @@ needles, KL.
 Every length is read exactly and at each dial; KL is of the next token after the whole text, against exact reading, mean
 over the texts. Then WRITTEN tokens are written, the same everywhere: milliseconds each, and the attention kept. Needles
 are asked in documents of the same lengths over all depths, of the model as it is loaded (give --model the extended one,
-and --rope where it has none of its own).
+and --rope where it has none of its own). With --texts 0 there are only those documents, and the seconds are theirs.
 
     python benchmarks/sparse_quality.py [--lengths 8000 16000 32000 64000] [--masses 0.9 0.95 0.98] [--needles]
                                         [--model smol] [--rope abf:1000000] [--repeats 1] [--facts 5] [--name long]
 """
 
 import argparse
+from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 import torch
 from common import seconds, table, write_results
 from quant_quality import kl
 
+from longverse.evaluation.backends import Reply, Request
+from longverse.evaluation.engine_backend import EngineBackend
 from longverse.evaluation.haystack import generated_text
+from longverse.evaluation.needle import NeedleSettings, run_needle
 from longverse.inference.engine import Engine, Session
 
 WRITTEN = 24
@@ -48,14 +53,28 @@ def write(session: Session, ids: list[int]) -> float:
     return seconds(lambda: [session._next(token) for token in ids[:WRITTEN]]) / WRITTEN
 
 
-def needles(engine: Engine, length: int, attention: str, options: argparse.Namespace) -> float | None:
-    """The share found of `options.facts` facts a document, at even depths, in `options.repeats` documents."""
-    from longverse.evaluation.engine_backend import EngineBackend
-    from longverse.evaluation.needle import NeedleSettings, run_needle
+@dataclass
+class Reader(EngineBackend):
+    """An engine that notes how it read the documents it is asked about: seconds, and what sparse reading counted."""
 
+    readings: list[tuple[float, Any]] = field(default_factory=list)
+
+    def answer(self, request: Request) -> Reply:
+        reply = super().answer(request)
+        assert self._session is not None
+        if 2 * (reply.reused_tokens or 0) < len(self._session.tokens):
+            self.readings.append((self._session.stats.prefill_seconds, self._session.cache.sparse))
+        return reply
+
+
+def needles(engine: Engine, length: int, attention: str, options: argparse.Namespace) -> tuple[float | None, Reader]:
+    """Share found of `options.facts` facts a document, at even depths, in `options.repeats` documents; its reader."""
     depths = tuple(n / (options.facts - 1) for n in range(options.facts))
     settings = NeedleSettings(lengths=(length,), depths=depths, repeats=options.repeats)
-    return run_needle(EngineBackend(engine, attention), settings).found()
+    reader = Reader(engine, attention)
+    found = run_needle(reader, settings).found() if options.needles else None
+    reader._session = None  # frees its cache
+    return found, reader
 
 
 def main() -> None:
@@ -72,6 +91,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.facts < 2:
         parser.error("--facts must be 2 or more")
+    if not (options.texts or options.needles):
+        parser.error("--texts 0 reads nothing without --needles")
     engine = Engine.load(options.model, device="cpu", rope=options.rope, window=max(options.lengths) + 1000)
     for attention in ("exact", "sparse:0.9"):  # kernels are compiled, loaded and weights rounded before anything counts
         ids = documents(engine, 1500, 1)[0]
@@ -79,27 +100,30 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for length in options.lengths:
         texts = documents(engine, length, options.texts)
-        exact, written = [], 0.0
+        exact, written = [], []
         for ids in texts:
             took, following, session = read(engine, ids, "exact")
             exact.append((took, following))
-            written += write(session, ids) / len(texts)
-        found = needles(engine, length, "exact", options) if options.needles else None
-        base = sum(took for took, _ in exact) / len(texts)
+            written.append(write(session, ids))
+        found, reader = needles(engine, length, "exact", options)
+        base = mean([took for took, _ in exact or reader.readings])
         row: dict[str, Any] = {"tokens": length, "dial": "exact", "seconds": base, "times faster": 1.0}
-        rows.append(row | {"ms a token": 1000 * written, "facts found": found})
+        rows.append(row | {"ms a token": 1000 * mean(written) if written else None, "facts found": found})
+        print(rows[-1], flush=True)
         for mass in options.masses:
             sparse = [read(engine, ids, f"sparse:{mass}") for ids in texts]
-            took = sum(x[0] for x in sparse) / len(texts)
-            stats = [x[2].cache.sparse for x in sparse]
-            row = {"tokens": length, "dial": mass, "seconds": took, "times faster": base / took}
-            row["blocks read"] = sum(x.density for x in stats if x) / len(stats)
-            row["mass kept"] = sum(x.mass_kept for x in stats if x) / len(stats)
-            row["KL"] = sum(kl(e[1], s[1]) for e, s in zip(exact, sparse, strict=True)) / len(texts)
-            row["ms a token"] = 1000 * sum(write(x[2], ids) for x, ids in zip(sparse, texts, strict=True)) / len(texts)
-            row["mass written"] = sum(x.mass_written for x in stats if x) / len(stats)
-            row["facts found"] = needles(engine, length, f"sparse:{mass}", options) if options.needles else None
+            found, reader = needles(engine, length, f"sparse:{mass}", options)
+            took = mean([x[0] for x in sparse or reader.readings])
+            stats: list[Any] = [x[2].cache.sparse for x in sparse] or [counted for _, counted in reader.readings]
+            row = {"tokens": length, "dial": mass, "seconds": took, "times faster": base / took, "facts found": found}
+            row["blocks read"] = mean([x.density for x in stats])
+            row["mass kept"] = mean([x.mass_kept for x in stats])
+            if sparse:
+                row["KL"] = mean([kl(e[1], s[1]) for e, s in zip(exact, sparse, strict=True)])
+                row["ms a token"] = 1000 * mean([write(x[2], ids) for x, ids in zip(sparse, texts, strict=True)])
+                row["mass written"] = mean([x.mass_written for x in stats])
             rows.append(row)
+            print(row, flush=True)
     header = [
         "tokens", "dial", "seconds", "times faster", "blocks read", "mass kept", "KL", "ms a token", "mass written",
         "facts found",
