@@ -17,22 +17,35 @@ LENGTHS = tuple(2**power * 1024 for power in range(3, 11))  # 8K … 1M tokens
 
 
 def config_of(model: str) -> tuple[str, NetworkConfig]:
-    """Name and shape of a model out of its config alone: no weights are read, and of a hub model none downloaded."""
+    """Name and shape of a model out of its config alone, with what its adapter changes: no weights are read, and of a
+    hub model none downloaded."""
+    from .models.network import NetworkConfig
+
+    name, config = _completed_config(model)
+    return name, NetworkConfig.from_dict(config)
+
+
+def _completed_config(model: str) -> tuple[str, dict[str, Any]]:
     from .models import embedded, hub, releases
+    from .models.adapters import adapted_config, base_of, is_adapter
     from .models.checkpoint import locate, read_config
     from .models.gguf import read_gguf
-    from .models.network import NetworkConfig
     from .models.tokenizer import read_json
 
-    path = expand(model)
+    path, adapter = expand(model), None
     if os.path.isfile(path) and path.suffix.lower() == ".json":
         name, config = path.resolve().parent.name, read_json(path)
     elif not os.path.exists(path) and model not in embedded.EMBEDDED and hub.is_hub_id(model):
         name, config = model.split("/")[1], read_json(_hub_config(model))
     else:
         name, place = locate(model)
-        config = read_gguf(place).config if place.is_file() else read_config(place)
-    return name, NetworkConfig.from_dict(releases.complete(config, name)[0])
+        if place.is_dir() and is_adapter(place):
+            adapter, config = place, _completed_config(base_of(place))[1]
+        else:
+            adapter = embedded.adapter(name) if name == model else None
+            config = read_gguf(place).config if place.is_file() else read_config(place)
+    config = releases.complete(config, name)[0]
+    return name, config if adapter is None else adapted_config(config, adapter)
 
 
 def _hub_config(hub_id: str) -> Path:
