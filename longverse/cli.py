@@ -97,6 +97,7 @@ def chat(
 
     if "-" in (files or ()):
         raise UserError("The chat reads your turns from standard input, so the document must be a file.")
+    commands_store.check_attention(attention)
     documents = read_documents(files, quiet=quiet) if files else []
     settings = drawing.sampling()
     engine = loading.engine(quiet)

@@ -17,7 +17,7 @@ import typer
 
 from . import commands_cite, console
 from .commands_common import AsJson, Drawing, Loading, Quiet, with_options
-from .commands_store import PAST_THE_WINDOW, Attention, CacheFormat
+from .commands_store import PAST_THE_WINDOW, Attention, CacheFormat, check_attention
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def ask(
     cat letter.txt | longverse ask - "Who wrote this?"
     """
     files, asked = split_arguments(file, questions)
+    check_attention(attention)
     documents = read_documents(files, quiet=quiet)
     settings = drawing.sampling()
     engine = loading.engine(quiet)

@@ -43,7 +43,6 @@ class Chat:
         quiet: bool = False,
     ) -> None:  # fmt: skip
         self.engine, self.sampling, self.system, self.quiet = engine, sampling, system, quiet
-        choose_attention(engine, 0, attention)  # a name that does not exist is refused at once
         self.attention = attention
         self.interactive = sys.stdin.isatty()
         self.session: Session | None = None

@@ -71,6 +71,7 @@ def read(
     from .commands_ask import read_documents
 
     store_limit = library_limit(limit)
+    check_attention(attention)
     documents = read_documents(files, quiet=quiet)
     engine = loading.engine(quiet)
     from .documents.ask import prepare, way_for
@@ -312,12 +313,17 @@ def tell(store: Store, *, quiet: bool) -> None:
     store.notes.clear()
 
 
-def choose_attention(engine: Engine, tokens: int, attention: str, *, quiet: bool = False) -> str:
-    """`attention`, or for auto exact where `tokens` fit the model's window, and pages past it, which is said."""
+def check_attention(attention: str) -> None:
+    """Refuse an --attention that does not exist: before a document is read and a model loads."""
     from .inference.engine import parse_attention
 
     if attention != "auto":
         parse_attention(attention)
+
+
+def choose_attention(engine: Engine, tokens: int, attention: str, *, quiet: bool = False) -> str:
+    """`attention`, or for auto exact where `tokens` fit the model's window, and pages past it, which is said."""
+    if attention != "auto":
         return attention
     if tokens <= engine.window:
         return "exact"

@@ -252,6 +252,8 @@ def test_demo_with_a_tiny_model(run: Runner, tmp_path: Path, tmp_path_factory: p
         (("ask", "FILE", "Where?", "--rope", "magic:2"), "magic:2"),
         (("ask", "FILE", "Where?", "--rope", "abf:10000"), "changes nothing"),
         (("ask", "FILE", "Where?", "--frobnicate"), "--frobnicate"),
+        (("ask", "FILE", "Where?", "--attention", "sparse:2", "--model", "no such model"), "A share of 2"),
+        (("read", "FILE", "--attention", "most", "--model", "no such model"), "There is no attention 'most'"),
         (("generate", ""), "prompt is empty"),
         (("chat", "-"), "must be a file"),
         (("demo", "--tokens", "10"), "--tokens"),
@@ -592,6 +594,17 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert process.stderr is not None
     assert process.stderr.read() == b""
     process.wait(timeout=60)
+
+
+@needs_smol
+def test_rope_and_plan_of_a_model_are_those_of_its_adapter(run: Runner) -> None:
+    shipped = embedded.adapter("smol")
+    assert shipped is not None
+    for model in ("smol", str(shipped)):
+        record = json.loads(run("rope", model, "--json")[1])
+        assert (record["base"], record["window"]) == (1_000_000, 32_768)
+        assert json.loads(run("plan", model, "--gpu", "H100", "--json")[1])["context"] == 32_768
+    assert json.loads(run("rope", "smol-8k", "--json")[1])["window"] == 8192
 
 
 @needs_smol
