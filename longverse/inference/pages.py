@@ -28,7 +28,7 @@ from ..models import kernels
 from ..models.cache import KVCache
 from .engine import CHUNK, Session, Stats, common_prefix
 from .pages_cache import Angles, PageCache
-from .pages_choice import SCORES, Score, best_pages, page_mass
+from .pages_choice import SCORES, Score, best_pages, page_mass, scaled_rows
 
 Scope = Literal["all", "layer", "head"]
 Vote = Literal["best", "sum"]
@@ -62,6 +62,8 @@ class PagesSettings:
     anew       for scope "all", where not all pages fit: so many tokens, the heaviest pages with `margin` tokens more
                before and after each, are read anew for every question, one after another, and no other page is laid
                out. 0: all chosen pages are laid out as they were read
+    least      a page that weighs less than this share of the heaviest is not read anew: there are many such, and what
+               stands in them is mistaken for the answer
     """
 
     first: int = 64
@@ -80,12 +82,15 @@ class PagesSettings:
     positions: Positions = "renumbered"
     anew: int = 1024
     margin: int = 32
+    least: float = 0.3
 
     def __post_init__(self) -> None:
         for name in ("first", "page", "block", "shortlist", "anew", "margin", *HALVED):
             least = 0 if name in ("anew", "margin") else 1
             if getattr(self, name) < least:
                 raise UserError(f"The setting {name} of pages is {getattr(self, name)} and must be at least {least}.")
+        if not 0 <= self.least <= 1:
+            raise UserError(f"The setting least of pages is {self.least} and must be a share from 0 to 1.")
         if self.page % self.block:
             raise UserError(f"A page of {self.page} tokens must be a multiple of its blocks of {self.block}.")
         if self.budget < self.page:
@@ -339,17 +344,11 @@ class WorkingSet:
 
     def weigh(self, layer: int, q: Tensor) -> Tensor:
         """Mass [G, far] of every page, from the question's unrotated queries [1, H, T, D]; kept in `mass`."""
-        settings, groups, size = self.settings, self.chosen.shape[1], q.shape[-1]
-
-        def rows(x: Tensor) -> Tensor:  # [1, H, T, D] -> [G, H / G * T, D]
-            return (x[0] * size**-0.5).reshape(groups, -1, size)
-
-        near = self._near(layer, rows(self.turned), q.shape[2])
-        distance = min(settings.distance, self.angles.reach - 1)
+        settings = self.settings
+        near = self._near(layer, scaled_rows(self.turned[0], self.chosen.shape[1]), q.shape[2])
+        turned = self.angles.rotate_all_to(q, min(settings.distance, self.angles.reach - 1))[0]
         far = self.cache.far(layer, self.far, settings.page)
-        self.mass[layer] = page_mass(
-            rows(self.angles.rotate_all_to(q, distance)), near, far, settings.score, settings.shortlist
-        )
+        self.mass[layer] = page_mass(turned, near, far, settings.score, settings.shortlist)
         return self.mass[layer]
 
     def weights(self) -> Tensor:
@@ -398,14 +397,16 @@ class WorkingSet:
 
 
 def heaviest_spans(weights: Tensor, settings: PagesSettings, room: int) -> tuple[list[tuple[int, int]], Tensor]:
-    """The heaviest of the pages that weigh `weights` [far], each with its margins, at most `anew` tokens and never more
-    than `room`, but one page at least. Returns (begin, end) of what is to be read, in the document's order, counted
-    from the end of the first tokens; and the pages, int64 [n]."""
+    """The heaviest of the pages that weigh `weights` [far], each with its margins: none below the settings' `least`, at
+    most `anew` tokens and never more than `room`, but one page at least. Returns (begin, end) of what is to be read, in
+    the document's order, counted from the end of the first tokens; and the pages, int64 [n]."""
     page, margin, most = settings.page, settings.margin, min(settings.anew, room)
     order = weights.argsort(descending=True, stable=True).tolist()
     taken = torch.zeros(len(weights) * page, dtype=torch.bool)
     chosen: list[int] = []
     for number in order:
+        if weights[number] < settings.least * weights[order[0]]:
+            break
         more = taken.clone()
         more[max(0, number * page - margin) : (number + 1) * page + margin] = True
         if int(more.sum()) > most:

@@ -151,9 +151,9 @@ class PageCache:
 
     def far(self, layer: int, pages: int, page: int) -> Far:
         """The first `pages` pages after the first tokens, as views."""
-        end, blocks = self.first + pages * page, pages * page // self.block
+        blocks = pages * page // self.block
         summaries = {name: array[layer, 0, :, :blocks] for name, array in self.summaries.items()}
-        return Far(self.keys[layer, 0, :, self.first : end], summaries, page, self.block)
+        return Far(self.keys, layer, self.first, pages, summaries, page, self.block)
 
     # ---- what a store needs -----------------------------------------------------------------------------
 

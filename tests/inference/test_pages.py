@@ -15,7 +15,7 @@ from longverse import UserError
 from longverse.inference import pages_attention
 from longverse.inference.engine import Engine
 from longverse.inference.pages import PagesSession, PagesSettings, heaviest_spans
-from longverse.inference.pages_choice import Far, best_pages, page_mass
+from longverse.inference.pages_choice import Far, _bounds_lse, best_pages, page_mass, scaled_rows
 from longverse.inference.sampling import Sampling
 from longverse.models.attention import reference_attention
 from longverse.models.chat import ChatFormat
@@ -54,7 +54,7 @@ def engine(tokenizer: Tokenizer) -> Engine:
 def small(**changes: Any) -> PagesSettings:
     """Settings under which 100 tokens are long."""
     base: dict[str, Any] = {"first": 4, "window": 24, "chunk": 16, "page": 8, "block": 4, "budget": 24, "newest": 12}
-    base |= {"reserve": 60, "shortlist": 5, "distance": 30, "anew": 0, "margin": 3}
+    base |= {"reserve": 60, "shortlist": 5, "distance": 30, "anew": 0, "margin": 3, "least": 0.0}
     return PagesSettings(**(base | changes))
 
 
@@ -259,12 +259,13 @@ def test_a_question_over_text_read_anew_is_what_the_definition_says(
 @given(
     weights=st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.7, 0.9]), min_size=1, max_size=30),
     page=st.integers(1, 9), margin=st.integers(0, 12), anew=st.integers(1, 90), more=st.integers(0, 90),
+    share=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
 )  # fmt: skip
 def test_the_heaviest_pages_and_what_stands_around_them(
-    weights: list[float], page: int, margin: int, anew: int, more: int
+    weights: list[float], page: int, margin: int, anew: int, more: int, share: float
 ) -> None:
     room = page + more
-    s = small(page=page, block=1, margin=margin, anew=anew, budget=page)
+    s = small(page=page, block=1, margin=margin, anew=anew, budget=page, least=share)
     spans, pages = heaviest_spans(torch.tensor(weights), s, room)
     read = [t for begin, end in spans for t in range(begin, end)]
     assert read == sorted(set(read))
@@ -281,7 +282,8 @@ def test_the_heaviest_pages_and_what_stands_around_them(
 
     order = sorted(range(len(weights)), key=lambda number: -weights[number])
     most = min(anew, room)
-    fit = [n for n in range(len(weights) + 1) if len(with_margins(order[:n])) <= most]
+    heavy = sum(weight >= torch.tensor(max(weights)) * share for weight in torch.tensor(weights))
+    fit = [n for n in range(int(heavy) + 1) if len(with_margins(order[:n])) <= most]
     count = max(fit)
     if count:
         assert sorted(order[:count]) == pages.tolist()
@@ -291,26 +293,33 @@ def test_the_heaviest_pages_and_what_stands_around_them(
 
 
 def naive_mass(q: Tensor, near: Tensor, keys: Tensor, page: int) -> Tensor:
-    """Softmax over all far keys and one more of score `near`, summed over a page's keys and over the queries."""
-    scores = torch.cat((q.double() @ keys.double().transpose(1, 2), near.double()[..., None]), -1)
+    """Softmax of q [H, T, D] over all far keys [G, n, D] and one more of score `near`, summed over a page's keys and
+    over the queries."""
+    groups, _, size = keys.shape
+    rows = q.double().reshape(groups, -1, size) * size**-0.5
+    scores = torch.cat((rows @ keys.double().transpose(1, 2), near.double()[..., None]), -1)
     return scores.softmax(-1)[..., :-1].sum(1).unflatten(1, (-1, page)).sum(-1)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    groups=st.integers(1, 3), rows=st.integers(1, 9), pages=st.integers(1, 30), block=st.integers(1, 4),
-    blocks=st.integers(1, 3), step=st.integers(1, 50), shortlist=st.integers(1, 40), seed=st.integers(0, 99),
+    groups=st.integers(1, 3), heads=st.integers(1, 3), tokens=st.integers(1, 4), pages=st.integers(1, 30),
+    block=st.integers(1, 4), blocks=st.integers(1, 3), first=st.integers(0, 5), step=st.integers(1, 50),
+    shortlist=st.integers(1, 40), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_page_scores(
-    groups: int, rows: int, pages: int, block: int, blocks: int, step: int, shortlist: int, seed: int
-) -> None:
+    groups: int, heads: int, tokens: int, pages: int, block: int, blocks: int, first: int, step: int, shortlist: int,
+    seed: int,
+) -> None:  # fmt: skip
     draw = torch.Generator().manual_seed(seed)
     page = block * blocks
-    q = torch.randn(groups, rows, 8, generator=draw)
-    keys = torch.randn(groups, pages * page, 8, generator=draw)
-    near = 3 * torch.randn(groups, rows, generator=draw)
+    q = 3 * torch.randn(groups * heads, tokens, 8, generator=draw)
+    kept = torch.randn(2, 1, groups, first + pages * page + 3, 8, generator=draw)
+    keys = kept[1, 0, :, first : first + pages * page]
+    near = 3 * torch.randn(groups, heads * tokens, generator=draw)
     cut = keys.unflatten(1, (-1, block))
-    far = Far(keys, {"means": cut.mean(2), "lows": cut.amin(2), "highs": cut.amax(2)}, page, block)
+    far = Far(kept, 1, first, pages, {"means": cut.mean(2), "lows": cut.amin(2), "highs": cut.amax(2)}, page, block)
+    assert torch.equal(far.keys, keys)
     expected = naive_mass(q, near, keys, page).float()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("longverse.inference.pages_choice.STEP", step)
@@ -329,10 +338,21 @@ def test_page_scores(
         assert torch.allclose(means, expected, atol=1e-5)
     # A bound is no share; it is tested by its logarithm: never below the best key of the page.
     assert bounds.shape == expected.shape
-    from longverse.inference.pages_choice import _bounds_lse
+    rows = scaled_rows(q, groups)
+    best = (rows @ keys.transpose(1, 2)).unflatten(2, (-1, page)).amax(-1)
+    assert (_bounds_lse(rows, far) >= best - 1e-5).all()
 
-    best = (q @ keys.transpose(1, 2)).unflatten(2, (-1, page)).amax(-1)
-    assert (_bounds_lse(q, far) >= best - 1e-5).all()
+
+@pytest.mark.parametrize("page", [64, 128])
+def test_pages_are_weighed_by_the_kernel_as_without_it(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    kept = torch.randn(2, 1, 3, 64 + 6 * page + 20, 64, generator=draw).bfloat16()
+    q, near = 2 * torch.randn(9, 5, 64, generator=draw), torch.randn(3, 15, generator=draw)
+    far = Far(kept, 1, 64, 6, {}, page, 16)
+    found = page_mass(q, near, far, "mass", 1)
+    monkeypatch.setattr("longverse.inference.pages_choice.compiled_fits", lambda q, keys: False)
+    torch.testing.assert_close(found, page_mass(q, near, far, "mass", 1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, naive_mass(q, near, far.keys, page).float(), rtol=1e-4, atol=1e-6)
 
 
 def test_best_pages_keep_their_order_and_ties_fall_to_the_earlier() -> None:
@@ -360,6 +380,7 @@ def test_the_page_a_question_repeats_is_chosen(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"least": 1.5}, "least of pages is 1.5 and must be a share from 0 to 1"),
         ({"anew": -1}, "anew of pages is -1 and must be at least 0"),
         ({"margin": -2}, "margin of pages is -2"),
         ({"page": 0}, "page of pages is 0 and must be at least 1"),

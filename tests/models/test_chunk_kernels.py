@@ -146,6 +146,36 @@ def test_weights_next_to_nothing_make_no_nan(tiles: Tiles) -> None:
     assert error(found, reference_attention(q.float(), k, v)) < 0.01
 
 
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+def test_log_sums_of_blocks(tiles: Tiles, kept: torch.dtype) -> None:
+    from longverse.models.kernels import chunk
+
+    if kept == torch.float32 and tiles.dtype != kept:
+        pytest.skip("keys in float32 want queries in float32")
+
+    @settings(max_examples=15, deadline=None)
+    @given(
+        form=st.sampled_from([(3, 64), (1, 96)]), layer=st.integers(0, 1), groups=st.integers(1, 2),
+        tokens=st.integers(1, 50), blocks=st.integers(1, 9), more=st.integers(0, 70),
+        sharpness=st.sampled_from([0.1, 1.0, 20.0]),
+    )  # fmt: skip
+    def check(
+        form: tuple[int, int], layer: int, groups: int, tokens: int, blocks: int, more: int, sharpness: float
+    ) -> None:
+        share, size = form
+        end = 64 * blocks
+        q = (tiles.drawn(groups * share, tokens, size) * sharpness)[0]
+        drawn = tiles.drawn(2 * groups, end + more, size, 1).to(kept)
+        keys = drawn.view(2, 1, groups, end + more, size)
+        found = chunk.block_log_sums(q, keys, layer, end)
+        rows = q.double().reshape(groups, share * tokens, size)
+        scores = rows @ keys[layer, 0, :, :end].double().transpose(1, 2) * size**-0.5
+        expected = scores.unflatten(2, (blocks, 64)).logsumexp(-1)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+    check()
+
+
 @pytest.mark.parametrize("format", ["full", "int8", "int4"])
 def test_sparse_reading_keeps_the_share_it_is_asked_for(tiles: Tiles, format: str) -> None:
     """The share that the tiles measure is that of the attention itself."""

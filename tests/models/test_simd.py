@@ -13,7 +13,6 @@ pytest.importorskip("numba")
 
 from numba import njit
 
-from longverse.models.kernels import page_sums
 from longverse.models.kernels.arrays import array
 from longverse.models.kernels.simd import dots, exponentials, largest, matvec, weighted_sum
 from longverse.models.packing import Packing
@@ -89,15 +88,6 @@ def test_largest_and_exponentials(values: list[float], n: int) -> None:
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
     assert (x[0] == 0).all()
     assert (x[1, n:] == np.array(values[n:], np.float32)).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_sums_of_pages(dtype: torch.dtype) -> None:
-    scores = (torch.randn(7, 5 * 48, generator=torch.Generator().manual_seed(0)) * 20).to(dtype)
-    assert page_sums.fits(scores, 48)
-    assert not page_sums.fits(scores, 40)
-    expected = scores.float().unflatten(1, (-1, 48)).logsumexp(-1)
-    torch.testing.assert_close(page_sums.page_log_sums(scores, 48), expected)
 
 
 @pytest.mark.parametrize("layout", ["f32", "int8", "int4"])

@@ -58,9 +58,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     past = k.shape[2] - q.shape[2]
     k, v = k[0].contiguous(), v[0].contiguous()
     form = CacheForm(q.shape[3], q.shape[1] // k.shape[0], LAYOUTS[q.dtype])
-    none, no_scales = np.empty((1, 1, 0), dtype=array(k).dtype), np.empty((1, 1, 0), dtype=np.uint16)
-    parts = (array(k), no_scales, array(v), no_scales, none, none, none, none)
-    return _attend(form, parts, 0, (past, 0, 0), q, k[:, past:], v[:, past:])
+    return _attend(form, _in_full(array(k), array(v)), 0, (past, 0, 0), q, k[:, past:], v[:, past:])
+
+
+def block_log_sums(q: Tensor, keys: Tensor, layer: int, end: int) -> Tensor:
+    """Log-sum-exps of scores of q [H, T, D] against every BLOCK of the first `end` keys (whole blocks) that keys
+    [layers, 1, G, tokens, D] hold of `layer`: float32 [G, h * T, blocks]."""
+    layers, _, heads, _, size = keys.shape
+    of_head, tokens = q.shape[0] // heads, q.shape[1]
+    form = CacheForm(size, of_head, LAYOUTS[keys.dtype])
+    rows = array(keys).reshape(layers * heads, -1, size)
+    by_token, no_own = q.transpose(0, 1).contiguous(), q.new_empty(heads, 0, size)
+    places = np.zeros(tokens * of_head, dtype=np.int64)
+    top, total = _weigh(form, _in_full(rows, rows), layer, (end, 0, 0), by_token, no_own, places)
+    sums = torch.from_numpy(total).log2_().add_(torch.from_numpy(top)).mul_(np.log(2))  # [G, rows, blocks]
+    return sums[:, : tokens * of_head].unflatten(1, (tokens, of_head)).transpose(1, 2).flatten(1, 2)
+
+
+def _in_full(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Keys and values [heads, tokens, D] as `one_token.cache_arrays` gives those of a cache in full precision."""
+    none, no_scales = np.empty((1, 1, 0), dtype=keys.dtype), np.empty((1, 1, 0), dtype=np.uint16)
+    return keys, no_scales, values, no_scales, none, none, none, none
 
 
 def _attend(
@@ -86,7 +104,7 @@ def _attend(
     by_token = q[0].transpose(0, 1).contiguous()  # [T, H, D]
     kept = np.empty((0, 0, 0), dtype=np.uint8)
     if sparse is not None:
-        kept = _choose(form, parts, layer, spans, by_token, k, sparse, stretch)
+        kept = _choose(form, parts, layer, spans, by_token, k, sparse)
     kind, threads = tiles_for(q), team(torch.get_num_threads())
     queries, rows = _queries(form, by_token, kind)
     out = torch.empty_like(by_token)
@@ -111,36 +129,49 @@ def _choose(
     by_token: Tensor,
     k: Tensor,
     sparse: Sparse,
-    stretch: int,
 ) -> np.ndarray:
     """Which blocks of the past each query block attends to: uint8 [G, query blocks, past blocks]."""
     from .bf16 import BLOCK
 
     heads, tokens = k.shape[:2]
-    past, end = spans[0], spans[0] + tokens
+    past = spans[0]
     sampled = sampled_tokens(tokens, form.heads)  # [query blocks, samples + 1]
     count = sampled.shape[1] * form.heads
-    kind = tiles_for(by_token)
-    q = by_token[sampled.flatten()]
-    queries, rows = _queries(form, q, kind)
-    words = queries.shape[1] // rows
-    places = np.zeros(rows, dtype=np.int64)
-    places[: sampled.numel() * form.heads] = sampled.flatten().repeat_interleave(form.heads).numpy()
-    blocks = -(-end // BLOCK)
-    top, total = (np.empty((heads, rows, blocks), dtype=np.float32) for _ in range(2))
-    threads = team(torch.get_num_threads())
-    laid = torch.empty(threads.size, BLOCK * words, dtype=torch.int32).numpy()
-    kernel = chunk_kernel(form, kind, "weigh_stretch")
-    for begin in range(0, end, stretch):
-        threads.run(
-            kernel, np.zeros(1, dtype=np.int64), layer, begin, min(begin + stretch, end), past, np.array(spans),
-            parts, array(k), places, array(q), array(queries), laid, top, total,
-        )  # fmt: skip
+    places = sampled.flatten().repeat_interleave(form.heads).numpy()
+    top, total = _weigh(form, parts, layer, spans, by_token[sampled.flatten()], k, places)
     kept = np.empty((heads, sampled.shape[0], past // BLOCK), dtype=np.uint8)
     share = np.empty(kept.shape[:2], dtype=np.float64)
-    threads.run(chunk_kernel(form, kind, "choose_blocks"), past, sparse.mass, count, top, total, kept, share)
+    kernel = chunk_kernel(form, tiles_for(by_token), "choose_blocks")
+    team(torch.get_num_threads()).run(kernel, past, sparse.mass, count, top, total, kept, share)
     sparse.count(torch.from_numpy(kept), torch.from_numpy(share))
     return kept
+
+
+def _weigh(
+    form: CacheForm,
+    parts: tuple[np.ndarray, ...],
+    layer: int,
+    spans: tuple[int, int, int],
+    q: Tensor,
+    k: Tensor,
+    places: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What every block of the past and of k [G, T, D] weighs for queries q [n, H, D]: their largest scores and the sums
+    of all weights beside those, float32 [G, at least n * h, blocks]. places: int64 [n * h], each row's place in k."""
+    from .bf16 import BLOCK
+
+    past, end = spans[0], spans[0] + k.shape[1]
+    kind, threads = tiles_for(q), team(torch.get_num_threads())
+    queries, rows = _queries(form, q, kind)
+    every = np.zeros(rows, dtype=np.int64)
+    every[: len(places)] = places
+    top, total = (np.empty((k.shape[0], rows, -(-end // BLOCK)), dtype=np.float32) for _ in range(2))
+    laid = torch.empty(threads.size, BLOCK * (queries.shape[1] // rows), dtype=torch.int32).numpy()
+    threads.run(
+        chunk_kernel(form, kind, "weigh_stretch"), np.zeros(1, dtype=np.int64), layer, 0, end, past, np.array(spans),
+        parts, array(k), every, array(q), array(queries), laid, top, total,
+    )  # fmt: skip
+    return top, total
 
 
 def tiles_for(q: Tensor) -> str:
