@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "votes added": {"vote": "sum"},
     "nothing read anew": {"anew": 0},
     "votes added, nothing read anew": {"vote": "sum", "anew": 0},
+    "all that have room read anew": {"least": 0.0},
     "read anew, 512 tokens": {"anew": 512},
     "read anew, 2,048 tokens": {"anew": 2048},
     "read anew, margins of 96": {"margin": 96},
