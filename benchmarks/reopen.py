@@ -8,7 +8,7 @@ store and answer, with the store's files in the machine's memory, as they are af
 there (no difference where the folder itself lies in memory: then name another with --folder). Their clocks start when
 the model is loaded and its kernels are compiled, and stop at the first new token; checksums are compared in between.
 --once leaves the first out, for machines that take long: then the reading that is kept is the fresh one. Writes
-benchmarks/results/reopen.json.
+benchmarks/results/reopen.json, with --name slow reopen_slow.json.
 """
 
 import argparse

@@ -26,6 +26,7 @@ def config_of(model: str) -> tuple[str, NetworkConfig]:
 
 
 def _completed_config(model: str) -> tuple[str, dict[str, Any]]:
+    """A model's name and config, with what its release leaves out and its adapter states."""
     from .models import embedded, hub, releases
     from .models.adapters import adapted_config, base_of, is_adapter
     from .models.checkpoint import locate, read_config
