@@ -103,7 +103,7 @@ def decoder_kernel(cache: CacheForm, decoder: DecoderForm) -> Any:
 @lru_cache(maxsize=32)
 def chunk_kernel(cache: CacheForm, kind: str, name: str) -> Any:
     """A function of cpu_prefill over one kind of tiles, "f32", "bf16" or "amx" (the modules of these names):
-    fold_stretch, weigh_stretch or choose_blocks."""
+    fold_stretch, weigh_blocks or choose_blocks."""
     from . import cpu_prefill
 
     maker = ("chunk_kernel", cache, kind, name)

@@ -6,7 +6,7 @@ Shapes: G key/value heads, h query heads of each, D head size, T new tokens afte
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from ..cache import KVCache
 
 BUFFER = 1 << 20  # bytes of a key/value head's stretch, laid out for the kernel, which should stay in a second cache
+
+
+class Held(NamedTuple):
+    """One layer of what a cache holds, as the kernels take it."""
+
+    form: CacheForm
+    parts: tuple[np.ndarray, ...]  # one_token.cache_arrays
+    layer: int
+    spans: tuple[int, int, int]  # tokens held, the end of the first ones in full, the beginning of the ring
 
 
 @lru_cache(maxsize=1)
@@ -50,7 +59,7 @@ def attend_cache(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, sp
     form = cache_form(cache, q.shape[1])
     assert form is not None
     past, first_end, recent = cache.spans(cache.length)
-    return _attend(form, cache_arrays(cache), layer, (past, first_end, recent), q, k[0], v[0], sparse)
+    return _attend(Held(form, cache_arrays(cache), layer, (past, first_end, recent)), q, k[0], v[0], sparse)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -58,7 +67,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     past = k.shape[2] - q.shape[2]
     k, v = k[0].contiguous(), v[0].contiguous()
     form = CacheForm(q.shape[3], q.shape[1] // k.shape[0], LAYOUTS[q.dtype])
-    return _attend(form, _in_full(array(k), array(v)), 0, (past, 0, 0), q, k[:, past:], v[:, past:])
+    held = Held(form, _in_full(array(k), array(v)), 0, (past, 0, 0))
+    return _attend(held, q, k[:, past:], v[:, past:])
 
 
 def block_log_sums(q: Tensor, keys: Tensor, layer: int, end: int) -> Tensor:
@@ -70,7 +80,7 @@ def block_log_sums(q: Tensor, keys: Tensor, layer: int, end: int) -> Tensor:
     rows = array(keys).reshape(layers * heads, -1, size)
     by_token, no_own = q.transpose(0, 1).contiguous(), q.new_empty(heads, 0, size)
     places = np.zeros(tokens * of_head, dtype=np.int64)
-    top, total = _weigh(form, _in_full(rows, rows), layer, (end, 0, 0), by_token, no_own, places)
+    top, total = _weigh(Held(form, _in_full(rows, rows), layer, (end, 0, 0)), by_token, no_own, places)
     sums = torch.from_numpy(total).log2_().add_(torch.from_numpy(top)).mul_(np.log(2))  # [G, rows, blocks]
     return sums[:, : tokens * of_head].unflatten(1, (tokens, of_head)).transpose(1, 2).flatten(1, 2)
 
@@ -81,21 +91,13 @@ def _in_full(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
     return keys, no_scales, values, no_scales, none, none, none, none
 
 
-def _attend(
-    form: CacheForm,
-    parts: tuple[np.ndarray, ...],
-    layer: int,
-    spans: tuple[int, int, int],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sparse: Sparse | None = None,
-) -> Tensor:
-    """q [1, H, T, D] over the past in `parts` and k, v [G, T, D]."""
+def _attend(held: Held, q: Tensor, k: Tensor, v: Tensor, sparse: Sparse | None = None) -> Tensor:
+    """q [1, H, T, D] over what is held and k, v [G, T, D]."""
     from .bf16 import BLOCK
     from .vectors import LANES
 
     assert BLOCK == sparse_module.BLOCK
+    form, parts, layer, spans = held
     heads, tokens, size = k.shape
     k, v = k.contiguous(), v.contiguous()
     past, end = spans[0], spans[0] + tokens
@@ -104,7 +106,7 @@ def _attend(
     by_token = q[0].transpose(0, 1).contiguous()  # [T, H, D]
     kept = np.empty((0, 0, 0), dtype=np.uint8)
     if sparse is not None:
-        kept = _choose(form, parts, layer, spans, by_token, k, sparse)
+        kept = _choose(held, by_token, k, sparse)
     kind, threads = tiles_for(q), team(torch.get_num_threads())
     queries, rows = _queries(form, by_token, kind)
     out = torch.empty_like(by_token)
@@ -121,24 +123,16 @@ def _attend(
     return out.transpose(0, 1)[None]
 
 
-def _choose(
-    form: CacheForm,
-    parts: tuple[np.ndarray, ...],
-    layer: int,
-    spans: tuple[int, int, int],
-    by_token: Tensor,
-    k: Tensor,
-    sparse: Sparse,
-) -> np.ndarray:
+def _choose(held: Held, by_token: Tensor, k: Tensor, sparse: Sparse) -> np.ndarray:
     """Which blocks of the past each query block attends to: uint8 [G, query blocks, past blocks]."""
     from .bf16 import BLOCK
 
     heads, tokens = k.shape[:2]
-    past = spans[0]
+    form, past = held.form, held.spans[0]
     sampled = sampled_tokens(tokens, form.heads)  # [query blocks, samples + 1]
     count = sampled.shape[1] * form.heads
     places = sampled.flatten().repeat_interleave(form.heads).numpy()
-    top, total = _weigh(form, parts, layer, spans, by_token[sampled.flatten()], k, places)
+    top, total = _weigh(held, by_token[sampled.flatten()], k, places)
     kept = np.empty((heads, sampled.shape[0], past // BLOCK), dtype=np.uint8)
     share = np.empty(kept.shape[:2], dtype=np.float64)
     kernel = chunk_kernel(form, tiles_for(by_token), "choose_blocks")
@@ -147,19 +141,13 @@ def _choose(
     return kept
 
 
-def _weigh(
-    form: CacheForm,
-    parts: tuple[np.ndarray, ...],
-    layer: int,
-    spans: tuple[int, int, int],
-    q: Tensor,
-    k: Tensor,
-    places: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What every block of the past and of k [G, T, D] weighs for queries q [n, H, D]: their largest scores and the sums
-    of all weights beside those, float32 [G, at least n * h, blocks]. places: int64 [n * h], each row's place in k."""
+def _weigh(held: Held, q: Tensor, k: Tensor, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What every block of what is held and of k [G, T, D] weighs for queries q [n, H, D]: the largest scores and the
+    sums of all weights beside those, float32 [G, at least n * h, blocks]. places: int64 [n * h], where in k each row
+    is."""
     from .bf16 import BLOCK
 
+    form, parts, layer, spans = held
     past, end = spans[0], spans[0] + k.shape[1]
     kind, threads = tiles_for(q), team(torch.get_num_threads())
     queries, rows = _queries(form, q, kind)
@@ -168,8 +156,8 @@ def _weigh(
     top, total = (np.empty((k.shape[0], rows, -(-end // BLOCK)), dtype=np.float32) for _ in range(2))
     laid = torch.empty(threads.size, BLOCK * (queries.shape[1] // rows), dtype=torch.int32).numpy()
     threads.run(
-        chunk_kernel(form, kind, "weigh_stretch"), np.zeros(1, dtype=np.int64), layer, 0, end, past, np.array(spans),
-        parts, array(k), every, array(q), array(queries), laid, top, total,
+        chunk_kernel(form, kind, "weigh_blocks"), np.zeros(1, dtype=np.int64), layer, end, past, np.array(spans), parts,
+        array(k), every, array(q), array(queries), laid, top, total,
     )  # fmt: skip
     return top, total
 

@@ -317,32 +317,31 @@ def fold_stretch(
         give_results(rank, team, total, acc, out)
 
 
-def weigh_stretch(
-    rank, team, counter, work, layer, begin, end, past, spans, cache, own_keys,
-    places, q, queries, keys, top, total,
+def weigh_blocks(
+    rank, team, counter, work, layer, end, past, spans, cache, own_keys, places, q, queries, keys, top, total
 ):  # fmt: skip
-    """How much every block of a stretch weighs for sampled queries.
+    """How much every block of tokens 0 .. end - 1 weighs for some queries.
 
     places   int64 [rows]: which new token each row is of;  rows whole tiles
-    q        [sampled tokens, H, D]
-    top, total  float32 [G, rows, blocks of the whole]: `weigh_tile`'s, 2 ** -inf where a block is not seen
+    q        [their tokens, H, D]
+    keys     int32 [team, a block * WORDS], to work in
+    top, total  float32 [G, rows, blocks]: `weigh_tile`'s, 2 ** -inf where a block is not seen
     The rest as in `fold_stretch`.
     """
     heads, rows = top.shape[:2]
-    blocks = (end - begin + BLOCK - 1) // BLOCK
+    blocks = (end + BLOCK - 1) // BLOCK
     gathered = np.empty((BLOCK, SIZE), dtype=own_keys.dtype)
     limits = np.empty(TILE_ROWS, dtype=np.int32)
     scale = np.float32(1.4426950408889634 / np.sqrt(SIZE))
-    if begin == 0:
-        lay_queries(rank, team, q, queries)
-        meet(counter, team)
+    lay_queries(rank, team, q, queries)
+    meet(counter, team)
     begin_tiles()
     while True:
         index = arrive(work)
         if index >= heads * blocks:
             break
         head, block = index // blocks, index % blocks
-        at, column = begin + block * BLOCK, begin // BLOCK + block
+        at = block * BLOCK
         lay_block(
             layer * heads + head, head, at, past, end, spans, cache[0], cache[1], cache[4], cache[6], own_keys,
             gathered, 0, keys[rank],
@@ -352,11 +351,11 @@ def weigh_stretch(
             for r in range(1, TILE_ROWS):
                 least = min(least, past + places[row + r])
             if least >= at + BLOCK - 1:
-                weigh_tile(SIZE, 0, scale, queries[head], row, keys[rank], 0, limits, top[head], total[head], column)
+                weigh_tile(SIZE, 0, scale, queries[head], row, keys[rank], 0, limits, top[head], total[head], block)
             else:
                 for r in range(TILE_ROWS):
                     limits[r] = past + places[row + r] + 1 - at
-                weigh_tile(SIZE, 1, scale, queries[head], row, keys[rank], 0, limits, top[head], total[head], column)
+                weigh_tile(SIZE, 1, scale, queries[head], row, keys[rank], 0, limits, top[head], total[head], block)
     end_tiles()
 
 
