@@ -96,6 +96,7 @@ class Source:
     store     a token store (`longverse data corpus`): text, trained on every token
     made      `copy` or `facts`: examples made on the way, new ones for ever (longverse.train.made): for small models
     texts     made facts only: the files that the facts are put into
+    facts     made facts only: as many of them in a text at most; more of them teach more with the same tokens
     build     the configuration (`longverse data sft` or `corpus`) that makes `messages` or `store` when it is absent
     weight    its share of the examples, relative to the stage's other sources
     first     messages only: the weight of a conversation's first learned answer, beside 1 of every later one: it stands
@@ -107,6 +108,7 @@ class Source:
     store: str | None = None
     made: str | None = None
     texts: tuple[str, ...] = ()
+    facts: int = 6
     build: str | None = None
     weight: float = 1.0
     first: float = 1.0
@@ -121,6 +123,10 @@ class Source:
             raise UserError(f"The weight of a data source is {self.weight:g} and must be above 0.")
         if not self.first > 0:
             raise UserError(f"The weight of a data source's first answers is {self.first:g} and must be above 0.")
+        if self.facts < 1:
+            raise UserError(f"A data source has {self.facts} facts in a text and must have 1 or more.")
+        if self.facts != 6 and self.made != "facts":
+            raise UserError("Only made facts are counted: leave 'facts' out of another data source.")
         if self.first != 1 and self.messages is None:
             raise UserError("Only conversations have a first answer: leave 'first' out where the source is a text.")
 

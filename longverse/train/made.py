@@ -59,7 +59,8 @@ WORDS = {"en": re.compile(r"\b[a-z]{4,9}\b"), "zh": re.compile(r"[\u4e00-\u9fff]
 
 
 class Made:
-    """A source without end. texts: files that facts are put into."""
+    """A source without end. texts: files that facts are put into; facts: how many at most, six of them one in 48 tokens
+    at most, more of them one in 128."""
 
     def __init__(
         self,
@@ -70,8 +71,9 @@ class Made:
         max_tokens: int,
         seed: int,
         texts: tuple[str, ...] = (),
+        facts: int = 6,
     ) -> None:
-        self.label, self.kind, self.seed = kind, kind, seed
+        self.label, self.kind, self.seed, self.facts = kind, kind, seed, facts
         self.lengths = np.zeros(0, dtype=np.int64)
         self.tokenizer, self.chat = tokenizer, chat
         self.low, self.high = min_tokens, max_tokens
@@ -90,7 +92,7 @@ class Made:
                     raise UserError(f"{path} holds no words to put facts together from: give a text in prose.")
                 self._texts.append((language, text, words))
         told = "".join(text for _, text, _ in self._texts)
-        self.identity = hashlib.sha256(f"{VERSION} {kind} {seed} {told}".encode()).hexdigest()[:16]
+        self.identity = hashlib.sha256(f"{VERSION} {kind} {seed} {facts} {told}".encode()).hexdigest()[:16]
         self._ordinary = [n for n in range(tokenizer.vocab_size) if n not in tokenizer.special_ids]
         self._weights = list(itertools.accumulate(1 / (n + EVEN) for n in range(len(self._ordinary))))
 
@@ -121,7 +123,8 @@ class Made:
         start = rng.randrange(max(1, len(text) - 6 * target))
         maker = FactMaker(language, "train", rng, text[start : start + 6 * target])
         facts: list[Told] = []
-        for _ in range(rng.randint(1, max(1, min(6, target // 48)))):
+        most = min(self.facts, max(target // 128, min(6, target // 48)))
+        for _ in range(rng.randint(1, max(1, most))):
             known = plain_facts(maker, 1) if rng.random() < 0.5 else []
             facts += [(fact.sentences[0], fact.question, fact.answers[0]) for fact in known] or [
                 _open_fact(rng, language, words)

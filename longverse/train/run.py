@@ -431,6 +431,7 @@ def open_mixture(recipe: Recipe, stage: Stage, loaded: Loaded, out: Path, watch:
                 stage.max_tokens,
                 recipe.seed,
                 source.texts,
+                source.facts,
             )
         sources.append(opened)
     # Each stage draws its own order: two stages over one file do not see it alike.

@@ -10,7 +10,7 @@ from longverse.data.config import build
 from longverse.errors import UserError
 from longverse.models.checkpoint import load, open_model
 from longverse.models.tokenizer import Tokenizer
-from longverse.train.config import Recipe
+from longverse.train.config import Recipe, Source
 from longverse.train.made import Made
 from longverse.train.new import NewModel, make_model, train_tokenizer
 from longverse.train.run import run_recipe
@@ -98,8 +98,18 @@ def test_facts(model: Path, texts: tuple[str, str]) -> None:
         for first, end, _ in example.spans:
             answer = tokenizer.decode(example.ids[first : end - 1].tolist())
             assert answer.lower() in tokenizer.decode(example.ids[:first].tolist()).lower()
+    counts = {}
+    for most in (6, 12):
+        many = Made("facts", tokenizer, opened.chat(), 1500, 1600, seed=1, texts=texts, facts=most)
+        counts[most] = {len(many.get(index).spans) for index in range(24)}
+        assert max(len(many.get(index)) for index in range(24)) <= 1600
+    assert max(counts[6]) == 6
+    assert 9 <= max(counts[12]) <= 12
     with pytest.raises(UserError, match="texts"):
         Made("facts", tokenizer, opened.chat(), 200, 400, seed=1)
+    for source in ({"made": "facts", "texts": texts, "facts": 0}, {"made": "copy", "facts": 12}):
+        with pytest.raises(UserError, match="facts"):
+            Source(**source)
 
 
 def test_a_recipe_from_nothing(texts: tuple[str, str], tmp_path: Path) -> None:
