@@ -71,7 +71,7 @@ def test_the_dial_trades_blocks_for_mass(format: str, path: str, monkeypatch: py
     if path == "torch":
         monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
     monkeypatch.setattr(sparse, "STRETCH", 256)
-    monkeypatch.setattr("longverse.models.kernels.chunk.BUFFER", 1 << 17)
+    monkeypatch.setattr("longverse.models.kernels.chunk.SPARSE_BUFFER", 1 << 17)
     results = {}
     for mass in (0.5, 0.8, 0.95):
         cache = KVCache(1, 2, SIZE, TOTAL, dtype, format=format)

@@ -42,6 +42,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ti
         pytest.skip(f"this processor has no {kind.name} products")
     monkeypatch.setattr(chunk, "tiles_for", lambda q: kind.name)
     monkeypatch.setattr(chunk, "BUFFER", 1 << 16)  # so that the past takes several stretches
+    monkeypatch.setattr(chunk, "SPARSE_BUFFER", 1 << 16)
     return kind
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..cache import KVCache
 
 BUFFER = 1 << 20  # bytes of a key/value head's stretch, laid out for the kernel, which should stay in a second cache
+SPARSE_BUFFER = 1 << 22  # of which few blocks are attended to, while every stretch costs a pass over all rows' sums
 
 
 class Held(NamedTuple):
@@ -102,7 +103,8 @@ def _attend(held: Held, q: Tensor, k: Tensor, v: Tensor, sparse: Sparse | None =
     k, v = k.contiguous(), v.contiguous()
     past, end = spans[0], spans[0] + tokens
     words = size * q.element_size() // 4  # of a key or value as the kernel has it
-    stretch = max(BLOCK, min(BUFFER // (8 * words), end + BLOCK - 1) // BLOCK * BLOCK)
+    buffer = BUFFER if sparse is None else SPARSE_BUFFER
+    stretch = max(BLOCK, min(buffer // (8 * words), end + BLOCK - 1) // BLOCK * BLOCK)
     by_token = q[0].transpose(0, 1).contiguous()  # [T, H, D]
     kept = np.empty((0, 0, 0), dtype=np.uint8)
     if sparse is not None:

@@ -86,12 +86,12 @@ class Kept:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
-        types = tuple(self.function.typeof_pyval(value) for value in args)
-        if types not in self._known:
+        kinds = tuple(_kind(value) for value in args)
+        if kinds not in self._known:
             with self._lock:
-                if types not in self._known:
-                    self._fetch(types)
-                    self._known.add(types)
+                if kinds not in self._known:
+                    self._fetch(tuple(self.function.typeof_pyval(value) for value in args))
+                    self._known.add(kinds)
         return self.function(*args)
 
     def _fetch(self, types: tuple[Any, ...]) -> None:
@@ -100,6 +100,15 @@ class Kept:
         if compiles_here or self.function._cache.load_overload(types, self.function.targetctx) is not None:
             return
         _compiler.compile(self.maker, types, self.folder)
+
+
+def _kind(value: Any) -> Any:
+    """What numba's type of an argument follows from, in a hundredth of the time that numba takes to say the type."""
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.ndim, value.flags.num
+    if isinstance(value, tuple):
+        return type(value), *(_kind(part) for part in value)
+    return type(value)
 
 
 def _digest(bound: dict[str, Any]) -> str:
