@@ -99,10 +99,8 @@ class Reading:
         """Yield the model's text as it is written. Afterwards `self.answer` is the checked answer, whose text differs
         where the documents do not bear the model's out: then they were looked at once more, or do not say it.
         Arguments as in `ask`; `cancelled` stops it early."""
-        sampling = sampling or Sampling(max_new_tokens=max_new_tokens)
         way = asking.way_for(self.model.engine, cite)
-        if way == "attention" and cite == "auto" and not sampling.stop:  # small models do not know when to end
-            sampling = replace(sampling, stop=("\n\n",))
+        sampling = asking.with_stop(sampling or Sampling(max_new_tokens=max_new_tokens), way, cite)
         prompts = self._prepare(question, sampling.max_new_tokens, way)
         return self._run(prompts, sampling, way, on_progress, cancelled)
 

@@ -200,12 +200,7 @@ def rope(
 
     name, config = config_of(model)
     if change is not None:
-        from dataclasses import replace
-
-        from .models.rope import RopePlan
-
-        plan = RopePlan.parse(change, config.rope, config.window)
-        config = replace(config, rope=plan, window=plan.window_after(config.window))
+        config = config.with_rope(change)
     if as_json:
         console.json_line(record(name, config))
     else:

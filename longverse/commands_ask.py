@@ -9,7 +9,6 @@ bring it along already read.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,11 +76,10 @@ def ask(
     documents = read_documents(files, quiet=quiet)
     settings = drawing.sampling()
     engine = loading.engine(quiet)
-    from .documents.ask import prepare, way_for
+    from .documents.ask import prepare, way_for, with_stop
 
     way = way_for(engine, cite)
-    if way == "attention" and cite == "auto" and not drawing.stop:  # small models do not know when to end
-        settings = replace(settings, stop=("\n\n",))
+    settings = with_stop(settings, way, cite)
     if select:
         from .documents.select import prepare_selected
 
@@ -178,10 +176,10 @@ def split_arguments(file: str, more: list[str]) -> tuple[list[str], list[str]]:
     UserError for what looks like a file and is none."""
     files = [file]
     for place, argument in enumerate(more):
-        named = " " not in argument and bool(argument)
-        if argument == "-" or (named and os.path.exists(os.path.expanduser(argument))):
+        if argument == "-" or (argument and os.path.exists(os.path.expanduser(argument))):
             files.append(argument)
             continue
+        named = " " not in argument and bool(argument)
         if named and Path(argument).suffix[1:].isalnum() and not argument.endswith(("?", "？", "。")):
             raise UserError(f"There is no file {argument}: check the name, or end it with a question mark to ask it.")
         return files, more[place:]
@@ -193,7 +191,14 @@ def read_documents(files: list[str], *, quiet: bool) -> list[Document]:
     from .documents.reader import read_many
 
     skipped: list[str] = []
-    documents = read_many(files, skipped=lambda name, reason: skipped.append(name))
+
+    def pass_over(name: str, reason: str) -> None:
+        if Path(name).suffix.lower() in (".pdf", ".docx", ".epub"):  # a document that cannot be read, and why
+            console.note(f"Passed over: {reason}", quiet=quiet)
+        else:
+            skipped.append(name)
+
+    documents = read_many(files, skipped=pass_over)
     if skipped:
         few = ", ".join(skipped[:5]) + (" …" if len(skipped) > 5 else "")
         console.note(f"{len(skipped)} files are no documents and were passed over: {few}.", quiet=quiet)

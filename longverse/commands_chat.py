@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import commands_cite, console
+from .commands_ask import read_documents
 from .commands_store import PAST_THE_WINDOW, choose_attention
-from .documents.reader import Document, read, read_many
+from .documents.reader import Document
 from .errors import UserError, expand
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Chat:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.waiting, self.read, self.last = [], [], None
         self.saved = set()
+        self.session = None  # another conversation may want another attention and room
 
     # ---- the loop ---------------------------------------------------------------------------------------
 
@@ -181,7 +183,7 @@ class Chat:
         if name == "/help":
             self.say(HELP)
         elif name == "/read":
-            self.attach(read_many([rest]) if expand(rest).is_dir() else [read(rest)])
+            self.attach(read_documents([rest], quiet=self.quiet))
         elif name == "/cite":
             self.cite(rest)
         elif name == "/tool":

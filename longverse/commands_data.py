@@ -32,7 +32,7 @@ def corpus(config: Config, quiet: Quiet = False) -> None:
 
     settings = load_corpus_config(config)
     with console.Task("Tokenising", quiet=quiet, at_once=True) as task:
-        store = build_corpus(settings, config.parent, on_progress=lambda tokens, _: task(tokens, 0))
+        store = build_corpus(settings, config.parent, on_progress=lambda tokens, _: task(tokens, None))
     console.line((store.folder / "report.md").read_text(encoding="utf-8"))
     console.note(f"The store is in {store.folder}.", quiet=quiet)
 

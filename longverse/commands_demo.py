@@ -3,7 +3,6 @@ report they stand; and a question that the report does not answer."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -101,7 +100,7 @@ def run(
             made["not_in_the_report"] = {
                 "question": absent[0], "answer": refused.answer, "found": refused.found
             }  # fmt: skip
-        console.line(json.dumps(made, ensure_ascii=False))
+        console.json_line(made)
         return
     if refused is not None:
         show_refused(absent[0], refused, language)

@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that `longverse --help` sta
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +42,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     for part in text.split(","):
         part = part.strip().lower()
         digits = part.removesuffix("k")
-        if not digits.isdigit():
+        if not (digits.isascii() and digits.isdigit()):
             raise UserError(f"{option} {text!r} is no list of numbers: write it like 1000,2000,4K.")
         values.append(int(digits) * (1000 if part.endswith("k") else 1))
     return tuple(values)
@@ -60,7 +61,7 @@ def _saved(paths: list[Path]) -> None:
 def _out(out: Path | None, kind: str, model: str) -> Path:
     from longverse.errors import expand
 
-    return expand(out) if out is not None else Path("results") / f"{kind}-{Path(model).stem}"
+    return expand(out) if out is not None else Path("results") / f"{kind}-{Path(model).name.removesuffix('.gguf')}"
 
 
 @contextmanager
@@ -186,8 +187,12 @@ def longbench(
     if v2:
         if score is not None or tasks:
             raise UserError("--score and --tasks belong to LongBench v1: leave them out with --v2.")
+        if truncation != "middle":
+            raise UserError("LongBench v2 cuts long texts in the middle, by its protocol: leave --truncation out.")
         _longbench_v2(data, config, limit, max_length, reasoning, out, as_json, who)
         return
+    if reasoning:
+        raise UserError("--reasoning belongs to LongBench v2: add --v2, or leave it out.")
     wanted = choose_tasks(list(_names(tasks)), e=e)
     if score is not None:
         _score_longbench(expand(score), data, wanted if tasks else None, e, out, as_json)
@@ -246,7 +251,7 @@ def _longbench_v2(
     as_json: bool, who: Who,
 ) -> None:  # fmt: skip
     from longverse.errors import UserError, expand
-    from longverse.evaluation.longbench.v2 import read_items, read_prompts, run_v2
+    from longverse.evaluation.longbench.v2 import items_file, read_items, read_prompts, run_v2
 
     if data is None:
         raise UserError("LongBench v2's items are not part of longverse: give its data.json with --data.")
@@ -254,14 +259,16 @@ def _longbench_v2(
     if not path.exists():
         raise UserError(f"{data} does not exist: give LongBench v2's data.json or its folder with --data.")
     items = read_items(path, limit)
+    digest = hashlib.sha256(items_file(path).read_bytes()).hexdigest()[:16]
     folder = config if config is not None else (path if path.is_dir() else path.parent) / "prompts"
     prompts = read_prompts(folder, reasoning=reasoning)
     with who.ask() as backend:
         place = _out(out, "longbench-v2", backend.name)
         with _progress("LongBench v2", "answers", place) as task:
             result = run_v2(
-                backend, items, prompts, place, max_length=max_length, reasoning=reasoning, on_progress=task
-            )
+                backend, items, prompts, place, max_length=max_length, reasoning=reasoning, data=digest,
+                on_progress=task,
+            )  # fmt: skip
     _show(result, place, as_json)
 
 

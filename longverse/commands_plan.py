@@ -94,7 +94,12 @@ def shape_of(model: str) -> Shape:
     if os.path.isfile(path) and path.suffix.lower() == ".json":
         name, config = path.resolve().parent.name, _read_config(path)
         if (known := recognise(config, name)) is not None:
-            config = known.config() | {key: value for key, value in config.items() if value is not None}
+            stated = {key: value for key, value in config.items() if value is not None}
+            rope = ("rope_parameters", "rope_scaling", "rope_theta", "context_window")
+            of_release = known.config()
+            if any(key in stated for key in rope):  # a plan of its own
+                of_release = {key: value for key, value in of_release.items() if key not in rope}
+            config = of_release | stated
         return Shape.from_config(config, name)
     if release is not None and not os.path.exists(path):
         return Shape.from_config(release.config(), release.name)

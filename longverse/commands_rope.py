@@ -43,7 +43,7 @@ def _completed_config(model: str) -> tuple[str, dict[str, Any]]:
         if place.is_dir() and is_adapter(place):
             adapter, config = place, _completed_config(base_of(place))[1]
         else:
-            adapter = embedded.adapter(name) if name == model else None
+            adapter = embedded.adapter(name) if name == model and place.is_file() else None
             config = read_gguf(place).config if place.is_file() else read_config(place)
     config = releases.complete(config, name)[0]
     return name, config if adapter is None else adapted_config(config, adapter)

@@ -172,7 +172,7 @@ def library(context: typer.Context, as_json: AsJson = False) -> None:
     heads = ("id", "document", "model", "tokens", "size", "cache", "last used")
     console.out().print(console.table(heads, rows, right=(3, 4)))
     total = sum(one.bytes for one in kept)
-    console.line(f"\n{total / 1e9:,.2f} GB of {store.limit / 1e9:,.0f} GB, in {store.folder}")
+    console.line(f"\n{_gb(total)} of {_gb(store.limit)}, in {store.folder}")
 
 
 @library_app.command()
@@ -347,6 +347,8 @@ def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exac
     if attention == "pages":  # has a cache of its own
         needs = {"full": needs["full"]}
     if cache != "auto" and cache not in needs:
+        if attention == "pages":
+            raise UserError(f"Pages keep their cache in full precision: leave out --cache {cache}.")
         raise UserError(f"There is no cache format {cache!r}: choose one of auto, {', '.join(needs)}.")
     form = next((form for form, need in needs.items() if need <= free), None) if cache == "auto" else cache
     if form is None or needs[form] > free:

@@ -54,7 +54,7 @@ def extend(
     from .train.config import Recipe
 
     # An embedded model is extended as it comes, without the adapter that longverse has for it already.
-    plan = Recipe.load(expand(recipe), plain(model))
+    plan = Recipe.load(expand(recipe), model if expand(model).exists() else plain(model))
     _run(plan, out, device=device, stages=stages, dry=dry, write_merged=merge, stages_from=stages_from)
 
 

@@ -71,7 +71,8 @@ def write(piece: str) -> None:
 
 
 class Task:
-    """Progress of one piece of work. Call it as `on_progress(done, total)`; use it in a `with`.
+    """Progress of one piece of work. Call it as `on_progress(done, total)`, with None where the total is not known; use
+    it in a `with`.
 
     unit     "tokens" (rate in tokens/s) or "bytes" (MB and MB/s)
     at_once  show it from the beginning, before the first call: for work that reports late, such as imports
@@ -102,7 +103,7 @@ class Task:
             self.bar.stop()
             self.bar = None
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int | None) -> None:
         if self.quiet:
             return
         now = time.monotonic()
@@ -110,17 +111,19 @@ class Task:
             self.first, self.started, self.said = done, now, now
         if self.console.is_terminal:
             self._draw(done, total, now)
-        elif done < total and now - self.said >= (LINE_EVERY if self.said > self.started else PATIENCE):
+        elif total is not None and done >= total:
+            return
+        elif now - self.said >= (LINE_EVERY if self.said > self.started else PATIENCE):
             self.said = now
             self.console.print(f"{self.title}: {self._figures(done, total, now)}")
 
-    def _draw(self, done: int, total: int, now: float) -> None:
-        if done >= total:
+    def _draw(self, done: int, total: int | None, now: float) -> None:
+        if total is not None and done >= total:
             self.close()
             return
         assert self.first is not None
         # A long text shows its bar before the first chunk is read; short work shows none.
-        long = self.unit == "tokens" and total - self.first > 1024
+        long = self.unit == "tokens" and total is not None and total - self.first > 1024
         if self.bar is None and (long or now - self.started > PATIENCE):
             self._open(total)
         if self.bar is not None and self.row is not None:
@@ -139,11 +142,14 @@ class Task:
         self.row = self.bar.add_task(self.title, total=total, figures="")
         self.bar.start()
 
-    def _figures(self, done: int, total: int, now: float) -> str:
-        """`2,048 of 8,192 tokens · 1,340 tok/s · 5 s left`, without the words where the terminal is narrow."""
+    def _figures(self, done: int, total: int | None, now: float) -> str:
+        """`2,048 of 8,192 tokens · 1,340 tok/s · 5 s left`, without the words where the terminal is narrow, and without
+        what follows from the total where there is none."""
         assert self.first is not None
         speed = (done - self.first) / (now - self.started) if now > self.started and done > self.first else 0.0
-        if self.unit == "bytes":
+        if total is None:
+            parts = [f"{done / 1e6:,.0f} MB" if self.unit == "bytes" else f"{done:,} {self.unit}"]
+        elif self.unit == "bytes":
             parts = [f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"]
         elif self.console.is_terminal and self.console.width < 70:
             parts = [f"{done:,}/{total:,}"]
@@ -152,7 +158,8 @@ class Task:
         if speed:
             if self.unit == "tokens":
                 parts.append(f"{speed:,.0f} tok/s")
-            parts.append(f"{duration((total - done) / speed)} left")
+            if total is not None:
+                parts.append(f"{duration((total - done) / speed)} left")
         return " · ".join(parts)
 
 

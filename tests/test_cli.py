@@ -641,3 +641,13 @@ def test_a_long_document_is_refused_by_smol_before_it_is_read(tmp_path: Path) ->
     assert done.returncode == 2
     assert "smol reads 32,768" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_file_with_a_space_in_its_name_is_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longverse.commands_ask import split_arguments
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Annex B.txt").write_text("text")
+    found = split_arguments("a.txt", ["Annex B.txt", "What is the total?"])
+    assert found == (["a.txt", "Annex B.txt"], ["What is the total?"])
+    assert split_arguments("a.txt", ["q" * 300]) == (["a.txt"], ["q" * 300])

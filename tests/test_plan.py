@@ -211,7 +211,7 @@ def test_times_are_operations_and_bytes_over_rates() -> None:
 
 @pytest.mark.parametrize(
     ("text", "name"), [("H100", "H100"), ("nvidia rtx 4090", "4090"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
-                       ("NVIDIA L40S", "L40S"), ("l4", "L4"), ("NVIDIA H200", "H200")],
+                       ("NVIDIA L40S", "L40S"), ("l4", "L4"), ("L40", "L40"), ("NVIDIA H200", "H200")],
 )  # fmt: skip
 def test_cards_by_name(text: str, name: str) -> None:
     card, remark = find_card(text)

@@ -276,7 +276,7 @@ def _parquet_rows(path: Path, name: str, config: SourceConfig) -> Rows:
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"{path} cannot be read as Parquet ({_first_line(error)}).") from None
     names = table.schema_arrow.names
     if config.text_field not in names:
         raise UserError(
@@ -284,7 +284,16 @@ def _parquet_rows(path: Path, name: str, config: SourceConfig) -> Rows:
         )
     columns = [c for c in (config.text_field, config.id_field, config.title_field) if c in names]
     number = 0
-    for batch in table.iter_batches(batch_size=64, columns=columns):
+    batches = table.iter_batches(batch_size=64, columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(
+                f"{path} is damaged after {number:,} rows ({_first_line(error)}): get the file anew."
+            ) from None
+        if batch is None:
+            return
         for row in batch.to_pylist():
             yield f"{name}:{number}", row
             number += 1
@@ -298,7 +307,23 @@ def _hub_rows(config: SourceConfig) -> Rows:
     try:
         rows = datasets.load_dataset(config.hub, config.subset or None, split=config.hub_split, streaming=True)
     except Exception as error:  # the hub's client raises many kinds; each is the user's name or network
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"source {config.name!r}: the data set {config.hub!r} did not open ({reason}).") from None
-    for number, row in enumerate(rows):
+        raise UserError(
+            f"source {config.name!r}: the data set {config.hub!r} did not open ({_first_line(error)})."
+        ) from None
+    number, rows = 0, iter(rows)
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # as above
+            raise UserError(
+                f"source {config.name!r}: the data set {config.hub!r} broke off after {number:,} rows"
+                f" ({_first_line(error)}): run the same command again."
+            ) from None
+        if row is None:
+            return
         yield f"{config.hub}:{number}", row
+        number += 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -162,6 +162,8 @@ class Teacher:
                 problem = "its answer is no chat completion"
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {error_text(error)}"
+                if error.code in (400, 413, 422) and self._replies:  # others were taken: it is this passage
+                    raise Unusable("endpoint refused the passage") from None
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     raise UserError(
                         f"the endpoint {url} refused the request ({problem}); correct url, model or key."

@@ -5,11 +5,12 @@ Each question is a conversation of its own: no answer depends on an earlier one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import UserError
 from ..inference.engine import Engine, Session
+from ..inference.sampling import Sampling
 from ..wording import language_of, messages
 from .citations import NOT_FOUND, Attended, Cited, cite
 from .document import Document
@@ -70,6 +71,13 @@ def way_for(engine: Engine, way: str) -> str:
     return "numbers" if weights >= FOLLOWS else "attention"
 
 
+def with_stop(sampling: Sampling, way: str, cite: str) -> Sampling:
+    """`sampling` with an end at the first blank line where nothing was asked for: small models, of which `auto` makes
+    the way "attention", do not know when to end."""
+    ends = way == "attention" and cite == "auto" and not sampling.stop
+    return replace(sampling, stop=("\n\n",)) if ends else sampling
+
+
 def prepare(
     engine: Engine, documents: Document | Sequence[Document], questions: Sequence[str], max_new_tokens: int, *,
     system: str | None = None, numbered: bool = False, limited: bool = True,
@@ -119,7 +127,7 @@ def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Seq
     """Tie the answer that `session` just gave to the question of that number to the documents, and check it. `ids` are
     the answer's tokens."""
     attended = attended_by(session, prompts, number, ids)
-    return cite(prompts.questions[number], answer.strip(), prompts.index, attended)
+    return cite(prompts.questions[number], answer.strip(), prompts.index, attended, numbered=prompts.numbered)
 
 
 def attended_by(session: Session, prompts: Prompts, number: int, ids: Sequence[int]) -> Attended | None:

@@ -111,10 +111,12 @@ class Attended:
         return total
 
 
-def cite(question: str, answer: str, index: Index, attended: Attended | None = None) -> Cited:
-    """Tie an answer to the index's documents. Paragraphs that the answer refers to by number are counted over all of
-    them, as in `Index.places`, from 1."""
-    answer, references = without_references(answer)
+def cite(
+    question: str, answer: str, index: Index, attended: Attended | None = None, *, numbered: bool = False
+) -> Cited:
+    """Tie an answer to the index's documents. numbered: the model saw numbers before the paragraphs, counted over all
+    documents as in `Index.places`, from 1, and `[n]` in its answer refers to them; else that is a mark in the text."""
+    answer, references = without_references(answer) if numbered else (answer, [])
     refused = is_refusal(answer)
     asked = frozenset(terms(question))
     found: list[Citation] = []

@@ -48,6 +48,8 @@ def html_text(data: bytes, name: str) -> tuple[str, str]:
     declared = _CHARSET.search(data[:4096])
     if declared and not data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         charset = (declared[1] or declared[2]).decode("ascii").lower()
+        if charset.startswith(("utf-16", "utf-32", "ucs-2", "ucs-4")):
+            charset = "utf-8"  # or these letters could not have been read as they stand
         charset = "gb18030" if charset in ("gb2312", "gbk", "gb_2312-80") else charset
         charset = "cp1252" if charset in ("iso-8859-1", "latin-1", "latin1", "us-ascii", "ascii") else charset
         try:
@@ -159,13 +161,15 @@ class Blocks(HTMLParser):
         if tag == "tr" and self.cells:
             self._end_cell()
             row = self.cells.pop()
+            while row and not row[-1]:
+                row.pop()  # what follows no value takes no column from one
             text = " | ".join(row)
             if self.cells:  # a table inside a cell
                 self.parts.append(f" {text} ")
             elif any(row):
                 self.blocks.append(Block(text, self.begun_on))
         elif tag in ("td", "th") and self.cells:
-            self._end_cell()
+            self._end_cell(empty=True)
         elif tag in _BLOCKS:
             if tag == "pre":
                 self.flush()
@@ -200,10 +204,11 @@ class Blocks(HTMLParser):
             self.prefix = ""
         self.level = 0
 
-    def _end_cell(self) -> None:
+    def _end_cell(self, empty: bool = False) -> None:
+        """End the open cell, or none. empty: it was open, so that without text it keeps its column all the same."""
         text = " ".join("".join(self.parts).split())
         self.parts.clear()
-        if text:
+        if text or empty:
             self.cells[-1].append(text)
 
     def _page_mark(self, values: dict[str, str]) -> None:

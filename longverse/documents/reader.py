@@ -73,10 +73,11 @@ def read_many(sources: Sequence[str | Path], *, skipped: Callable[[str, str], No
     seen: set[Path] = set()
     for source in sources:
         path = expand(source)
-        if str(source) == "-" or not path.is_dir():
-            if path.exists() and (real := path.resolve()) in seen:
+        if str(source) == "-" or not os.path.isdir(path):  # pathlib's own raise where a name is too long
+            there = os.path.exists(path)
+            if there and (real := path.resolve()) in seen:
                 continue
-            if path.exists():
+            if there:
                 seen.add(real)
             found.append(read(source))
             continue

@@ -459,8 +459,8 @@ class Session:
                     yield pending[:ready]
                     pending = pending[ready:]
             rest = characters.flush()
-            # Cut at the length limit, an answer may end inside a character: its first bytes are not shown as one.
-            pending += rest.rstrip("\ufffd") if self.stats.finish_reason == "length" else rest
+            # Cut short, an answer may end inside a character: its first bytes are not shown as one.
+            pending += rest.rstrip("\ufffd") if self.stats.finish_reason in ("length", "cancelled") else rest
             if pending:
                 yield pending
         finally:

@@ -224,7 +224,9 @@ class Store:
             return unkept(f"Another process ({busy.holder}) is reading the same document; this reading is not kept.")
         except OSError as error:
             return unkept(self._refusal(error))
-        self.prune(self.limit, spare=folder.name)
+        for old in self.prune(self.limit, spare=folder.name):
+            size, limit = gigabytes(old.bytes), gigabytes(self.limit)
+            self._note(f"{old.name} ({size}) is kept no longer, to stay within {limit}.")
         return session
 
     def knows(self, engine: Engine, ids: list[int], planned: int, *, cache: str, attention: str = "exact") -> bool:

@@ -242,7 +242,8 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 def adapted_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A model's config with the RoPE plan and the window that the adapter in `folder` was trained for."""
     settings = adapter_settings(folder)
-    old = ("rope_theta", "rope_scaling") if "rope_parameters" in settings else ()
+    old = ["rope_theta", "rope_scaling"] if "rope_parameters" in settings else []
+    old += ["context_window"] if "max_position_embeddings" in settings else []
     return {key: value for key, value in config.items() if key not in old} | settings
 
 

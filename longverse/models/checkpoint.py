@@ -25,7 +25,6 @@ from .converted import MemoryTensors, cache_folder, convert_once
 from .network import CausalLM, NetworkConfig, skeleton
 from .quant_linear import SAVED_NAMES, QuantFormat, hollow, pack, read_form
 from .releases import Release
-from .rope import RopePlan
 from .shards import Progress, TensorFolder, TensorInfo, read_json
 from .tokenizer import Tokenizer
 
@@ -104,10 +103,9 @@ def load(
     notes, tensors = opened.notes, opened.tensors
     shape = NetworkConfig.from_dict(opened.config)
     if rope is not None:
-        plan = RopePlan.parse(rope, shape.rope, shape.window)
-        window = plan.window_after(shape.rope.trained_window or shape.window)
+        shape = shape.with_rope(rope)
+        plan, window = shape.rope, shape.window
         notes.append(f"RoPE changed by hand ({rope}): {plan.kind}, base {plan.base(window):,.0f} at {window:,} tokens.")
-        shape = replace(shape, rope=plan, window=window)
     stored = stored_dtype(tensors.infos)
     number, note = choose_dtype(dtype, place, stored)
     if note:
@@ -143,7 +141,7 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
     name, path = locate(model, on_progress)
     if path.is_dir() and is_adapter(path):
         return _adapted(open_model(base_of(path), on_progress), path, name)
-    shipped = embedded.adapter(name) if name == model else None
+    shipped = embedded.adapter(name) if name == model and path.is_file() else None  # not a folder called smol
     tensors: Tensors
     if path.is_file():
         converted = convert_once(path, name, on_progress, adapter=shipped)

@@ -11,7 +11,7 @@ Attention over the past belongs to whoever holds the past: the forward takes `at
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,14 @@ class NetworkConfig:
             intermediate_size=config["intermediate_size"],
             num_layers=config["num_hidden_layers"],
         )
+
+    def with_rope(self, change: str) -> "NetworkConfig":
+        """The same with its RoPE plan changed by hand (RopePlan.parse), and the window that this plan is meant for;
+        where it stretches positions as before, the window stays."""
+        plan, old = RopePlan.parse(change, self.rope, self.window), self.rope
+        as_before = (plan.kind, plan.factor, plan.original_window) == (old.kind, old.factor, old.original_window)
+        window = self.window if as_before else plan.window_after(old.trained_window or self.window)
+        return replace(self, rope=plan, window=window)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor a checkpoint must hold; a tied `lm_head.weight` is left out."""

@@ -184,10 +184,12 @@ class Forced:
 
 
 class AfterTag:
-    """A Constraint: free text, and after `tag` a text of the grammar, as often as the answer likes."""
+    """A Constraint: free text, and after `tag` a text of the grammar; as often as the answer likes, or with `once` one
+    time, and then the end token."""
 
-    def __init__(self, costs: Costs, tag: bytes, max_new_tokens: int) -> None:
+    def __init__(self, costs: Costs, tag: bytes, max_new_tokens: int, once: bool = False) -> None:
         self.costs, self.tag, self.max_new_tokens, self.left = costs, tag, max_new_tokens, max_new_tokens
+        self.once = once
         self.tail = b""
         self.forced: Forced | None = None
 
@@ -198,7 +200,7 @@ class AfterTag:
         self.left -= 1
         if self.forced is not None:
             self.forced.accept(token)
-            if self.forced.complete:
+            if self.forced.complete and not self.once:
                 self.forced, self.tail = None, b""
             return
         text = self.tail + self.costs.vocabulary.bytes_of(token)

@@ -93,7 +93,7 @@ def router(service: Service) -> APIRouter:
     async def read_file(file_id: str, request: Request) -> Any:
         """Read a document into the model now, so that questions need not wait: a stream of prompt_progress."""
         known = library.get(file_id)
-        beginning = await asyncio.to_thread(service.prompts.beginning, (file_id,))
+        beginning = await asyncio.to_thread(service.prompts.usual_beginning, (file_id,))
         if len(beginning) >= service.window:
             raise too_long(len(beginning), 0, service.window, service.model, False)
         keeping = service.settings.keeping

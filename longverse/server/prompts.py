@@ -126,6 +126,10 @@ class Prompts:
         """The ids that every question about these documents begins with."""
         return self._beginning(self.shelf(names), numbered).ids
 
+    def usual_beginning(self, names: tuple[str, ...]) -> list[int]:
+        """`beginning` of questions that do not say how they want their answers cited."""
+        return self.beginning(names, ask.way_for(self.engine, "auto") == "numbers")
+
     def _beginning(self, shelf: Shelf, numbered: bool) -> Beginning:
         if numbered not in shelf.beginnings:
             text = ask.text_of(shelf.documents, numbered=numbered).strip("\n")
@@ -143,10 +147,12 @@ class Prompts:
         return shelf.beginnings[numbered]
 
     def kept(self, names: tuple[str, ...]) -> list[int] | None:
-        """`beginning`, if it was made lately."""
+        """`usual_beginning`, if it was made lately."""
+        numbered = ask.way_for(self.engine, "auto") == "numbers"
         with self._lock:
             shelf = self._kept.get(names)
-            return next((one.ids for one in shelf.beginnings.values()), None) if shelf is not None else None
+            found = shelf.beginnings.get(numbered) if shelf is not None else None
+            return found.ids if found is not None else None
 
     def forget(self, document: str) -> None:
         """Its ids are kept no longer."""
@@ -162,6 +168,11 @@ class Prompts:
         if not question.strip():
             raise ApiError(400, "The message with the document holds no question: add a text part.", param="messages")
         system = "\n\n".join(turn["content"] for turn in turns[:place] if turn["role"] == "system") or None
+        if any(turn["role"] != "system" for turn in turns[:place]):
+            raise ApiError(
+                400, "With documents the first message after the system's must be the user's: leave out what the"
+                " assistant says before it.", param="messages",
+            )  # fmt: skip
         return [*ask.messages(text, question, system=system, numbered=numbered), *turns[place + 1 :]]
 
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -5,13 +5,14 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 
+from ..documents.ask import with_stop
 from ..errors import UserError
 from ..inference.engine import Engine
 from ..inference.sampling import Sampling
@@ -104,8 +105,7 @@ class Service:
         tokens = len(prompt.ids) + sampling.max_new_tokens
         if prompt.documents:
             tokens = max(tokens, self.planned(prompt.boundary))
-        if prompt.way == "attention" and not sampling.stop:  # small models do not know when to end
-            sampling = replace(sampling, stop=("\n\n",))
+        sampling = with_stop(sampling, prompt.way, request.cite or "auto")
         return Generation(
             prompt.ids,
             sampling,
@@ -154,7 +154,8 @@ class Service:
         elif functions and choice != "none":
             if choice == "auto":
                 costs = self._costs(tools.grammar(functions, opened=True))
-                return partial(AfterTag, costs, tools.OPEN.encode(), max_new_tokens)
+                once = request.parallel_tool_calls is False
+                return partial(AfterTag, costs, tools.OPEN.encode(), max_new_tokens, once)
             names = functions if isinstance(choice, str) else [choice.function.name]
             costs = self._costs(tools.grammar(names, opened=False))
         else:

@@ -129,6 +129,8 @@ class Sessions:
         if shared - max(free[0], 0) > WORTH:
             raise Busy(memory=False)
         best = free[1]
+        if self.engine.network.device.type != "cpu":
+            tokens = planned  # a card gives a cache all of its memory at once, a CPU what is written
         high = max(tokens, best.high) if best is not None else tokens
         self._make_room(high - (best.high if best is not None else 0), best)
         entry = best or Entry(self.open(planned), ids)

@@ -22,8 +22,8 @@ log = logging.getLogger("longverse.server")
 class QueueFull(Exception):
     """No more work is taken now. `retry_after`: seconds after which it is worth trying again."""
 
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests are waiting, the most this server keeps: try again in {retry_after} s.")
+    def __init__(self, waiting: int, retry_after: int, whose: str) -> None:
+        super().__init__(f"{waiting} requests{whose}, the most this server keeps: try again in {retry_after} s.")
         self.retry_after = retry_after
 
 
@@ -158,7 +158,10 @@ class Worker:
             room = self.queue_limit + max(0, self.slots - len(self.active))
             if waiting + len(tasks) > room or crowded:
                 ahead = (waiting + len(self.active)) / self.slots
-                raise QueueFull(waiting, min(60, max(1, math.ceil(self.seconds * ahead))))
+                seconds = min(60, max(1, math.ceil(self.seconds * ahead)))
+                if crowded:
+                    raise QueueFull(mine, seconds, " of one client are waiting while others wait too")
+                raise QueueFull(waiting, seconds, " are waiting")
             for task in tasks:
                 self.waiting.push(task.client, task)
             self._changed.notify_all()

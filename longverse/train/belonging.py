@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,7 @@ def check_run(recipe: Recipe, out: Path, loaded: Loaded, write: bool) -> None:
         remedy = f"give another --out, or delete {out} to begin anew"
         theirs = read_json(path)
         _check_model(mine, theirs, out, remedy)
-        if theirs.get("fingerprint") != mine["fingerprint"]:
-            change = first_change(theirs.get("recipe", {}), json.loads(json.dumps(mine["recipe"])))
+        if theirs.get("fingerprint") != mine["fingerprint"] and (change := _difference(theirs, recipe)):
             raise UserError(
                 f"{out} holds a run of another recipe ({change}): {remedy}; another --out with --stages-from {out}"
                 " takes over the stages before the first change."
@@ -57,6 +57,18 @@ def check_run(recipe: Recipe, out: Path, loaded: Loaded, write: bool) -> None:
         mine |= {"taken": theirs["taken"]} if "taken" in theirs else {}
     if write:
         write_json(path, mine)
+
+
+def _difference(theirs: dict[str, Any], recipe: Recipe) -> str:
+    """Where the recipe of a run.json trains otherwise than `recipe`; empty where only keys are new since, and are as
+    they were before."""
+    new = json.loads(json.dumps(recipe.what_counts()))
+    old = {key: value for key, value in theirs.get("recipe", {}).items() if key in new}
+    with suppress(UserError):
+        old = json.loads(json.dumps(build(Recipe, theirs.get("recipe", {}), "run.json").what_counts()))
+        if old == new:
+            return ""
+    return first_change(old, new)
 
 
 def _check_model(mine: dict[str, Any], theirs: dict[str, Any], place: Path, remedy: str) -> None:

@@ -141,8 +141,8 @@ class Stage:
     """One stretch of training.
 
     rope             change of the RoPE plan before the stage begins (`abf:500000`, `dynamic:2`), see RopePlan.parse
-    window           window in tokens that the checkpoint states afterwards; when left out, the longest trained
-                     example, or the model's own where that is longer
+    window           window in tokens that the checkpoint states afterwards; when left out, max_tokens, or the
+                     model's own where that is longer
     min_tokens, max_tokens  examples outside are left out (and counted); text is cut into pieces of max_tokens
     steps, batch     optimizer steps, and examples (or text sequences) a step over all ranks
     micro_tokens     examples are packed into rows of at most so many tokens; a longer one has a row of its own

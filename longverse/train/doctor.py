@@ -81,13 +81,14 @@ def _isolation(model: LossModel, examples: list[Example], ranks: Ranks) -> Findi
 
 
 def _labels(examples: list[Example], eos_ids: frozenset[int]) -> Finding:
-    """Something is learned in every example, and every answer of a conversation ends with an end token."""
+    """Something is learned in every example, and a conversation's last answer ends with an end token (in plain text
+    those before it do not: nothing stands there when the model is asked either)."""
     empty = [example.name for example in examples if not example.spans]
     conversations = [example for example in examples if " line " in example.name]
     open_ended = [
         example.name
         for example in conversations
-        if eos_ids and any(int(example.ids[end - 1]) not in eos_ids for _, end, _ in example.spans)
+        if eos_ids and example.spans and int(example.ids[example.spans[-1][1] - 1]) not in eos_ids
     ]
     learned = sum(end - first for example in examples for first, end, _ in example.spans)
     total = sum(map(len, examples))

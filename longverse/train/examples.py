@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,7 +233,7 @@ def _load_arrays(path: Path | None) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as file:
             return {name: file[name] for name in ("ids", "starts", "spans", "numbers")}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None  # damaged: it is made again
 
 

@@ -3,8 +3,8 @@
 Shapes: r rank, x [.., in].   y = x W^T + scaling * (x A^T) B^T     A [r, in]   B [out, r], zero at first
 
 W stays as it was loaded (bf16 or float32) and gets no gradient; A and B are float32. Outside of training the layer
-computes with the merged weight itself, `adapters.low_rank`, so that what is evaluated is bit for bit what is shipped
-after the merge.
+computes with the merged weight itself, `adapters.low_rank`, so that what is evaluated is what is shipped after the
+merge, but for the adapter's rounding to bfloat16.
 
 QLoRA (Dettmers et al. 2023, arXiv 2305.14314): W is held in int4 (models/quant_linear.py: groups of 64 with zero
 points, not the paper's NF4 with doubly quantised scales) and made anew in each forward and once more in each backward
@@ -194,9 +194,21 @@ def merged(network: nn.Module) -> Iterator[None]:
 
 
 def merge(network: CausalLM) -> None:
-    """Put plain linear layers with the merged weights where LoRA was, in place."""
-    for name, layer in lora_layers(network).items():
-        weight, base = layer.merged_weight(network.dtype), layer.base
+    """Put plain linear layers with the merged weights where LoRA was, and where weights were held in few bits, in
+    place."""
+    number = network.dtype
+    layers: dict[str, Any] = dict(lora_layers(network))
+    inside = tuple(f"{name}." for name in layers)
+    layers |= {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, QuantLinear) and not name.startswith(inside)
+    }
+    for name, layer in layers.items():
+        if isinstance(layer, QuantLinear):
+            weight, base = layer.dequantized(number), layer
+        else:
+            weight, base = layer.merged_weight(number), layer.base
         with torch.device("meta"):
             plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
         plain.weight = nn.Parameter(weight, requires_grad=False)

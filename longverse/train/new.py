@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ class NewModel:
     def __post_init__(self) -> None:
         if not self.texts:
             raise UserError("A new model needs at least one text file for its tokenizer.")
+        for name in ("hidden", "layers", "heads", "mlp", "window"):
+            if getattr(self, name) < 1:
+                raise UserError(f"A new model has {getattr(self, name)} as its {name} and must have 1 or more.")
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise UserError(f"{self.heads} heads do not divide a width of {self.hidden} into even sizes.")
         if self.deviation <= 0:
@@ -71,7 +75,7 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield str(json.loads(line)["text"])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a text file.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no text file or JSON lines with a text each ({error}).") from None
 
 

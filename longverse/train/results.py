@@ -19,11 +19,15 @@ from longverse.train.parallel import Ranks
 from longverse.train.probe import Figures
 
 
-def rope_entries(plan: RopePlan, window: int) -> dict[str, Any]:
-    """The entries of a config.json that a RoPE plan and a window need."""
+def rope_entries(plan: RopePlan, window: int, config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json that a RoPE plan and a window need, in place of those of `config`."""
     entries: dict[str, Any] = {"rope_parameters": plan.to_rope_parameters(), "max_position_embeddings": window}
+    if plan.kind in ("dynamic", "yarn"):  # which else state the window that they reach
+        entries["context_window"] = window
     if plan.kind == "dynamic":
-        entries |= {"max_position_embeddings": plan.original_window, "context_window": window}
+        entries["max_position_embeddings"] = plan.original_window
+    if (config.get("sliding_window") or window) < window:
+        entries["sliding_window"] = None  # it was trained with full attention
     return entries
 
 
@@ -58,7 +62,7 @@ def write_results(
     }
     if recipe.method == "lora":
         adapter = place / "adapter"
-        settings = rope_entries(shape.rope, shape.window) if shape != original else None
+        settings = rope_entries(shape.rope, shape.window, loaded.config) if shape != original else None
         base = str(Path(recipe.model).resolve()) if Path(recipe.model).exists() else recipe.model
         save_adapter(network, recipe.lora, adapter, base=base, settings=settings, dtype=torch.bfloat16)
         write_card(adapter, **card)
@@ -103,10 +107,11 @@ def _write_model(recipe: Recipe, network: Any, target: Path) -> None:
     shape = network.config
     shapes = shape.parameter_shapes()
     tensors = {name: tensor for name, tensor in network.state_dict().items() if name in shapes}
+    assert tensors.keys() == shapes.keys(), shapes.keys() - tensors.keys()
     infos = {name: TensorInfo(tuple(tensor.shape), number) for name, tensor in tensors.items()}
     config, extras = settled_config(opened)
     past = ("rope_theta", "rope_scaling", "quantization_config", "torch_dtype", "context_window")
     config = {key: value for key, value in config.items() if key not in past}
-    config |= {**rope_entries(shape.rope, shape.window), "dtype": str(number).removeprefix("torch.")}
+    config |= {**rope_entries(shape.rope, shape.window, config), "dtype": str(number).removeprefix("torch.")}
     made = iter(tensors.items())
     write_folder(opened, target, config, shape, infos, made, [], SHARD_BYTES, None, None, extras)

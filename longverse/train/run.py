@@ -207,12 +207,12 @@ class _Run:
             if not self._probe_after(number, stage, step, trained_here=number >= at_stage):
                 return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
             here = out / "stages" / f"{number:02d}-{stage.name}"
-            if recipe.keep_stages and number >= at_stage and not checkpoints(here):
+            if recipe.keep_stages and not dry and number >= at_stage and not checkpoints(here):
                 self._write(here, write_merged=False)
                 ended = {"step": step, "fingerprint": recipe.fingerprint(), "early": early}
                 save_state(here, (number, stage.name), network, None, ended, rank=ranks.rank)
         outcome = Outcome(last == len(recipe.stages), recipe.stages[last - 1].name, step, probes=self.probes)
-        if outcome.finished:
+        if outcome.finished and not dry:
             outcome.adapter, outcome.model = self._write(out, self.write_merged)
         return self._end(outcome)
 

@@ -185,14 +185,14 @@ def test_a_citation_is_whole_sentences_with_their_place(document: Document, inde
 
 def test_references_decide_where_the_model_gives_them(document: Document, index: Index) -> None:
     place = next(n for n, (_, p) in enumerate(index.places) if "engine" in p.text)
-    cited = cite("What did the engine cost?", f"It cost 3.5 million crowns [{place + 1}].", index)
+    cited = cite("What did the engine cost?", f"It cost 3.5 million crowns [{place + 1}].", index, numbered=True)
     check(cited, [document])
     assert cited.answer == "It cost 3.5 million crowns."
     assert (cited.citations[0].paragraph, cited.citations[0].status) == (place + 1, "verified")
     # Where they lead nowhere, the words do.
-    wrong = cite("What did the engine cost?", "It cost 3.5 million crowns [2].", index)
+    wrong = cite("What did the engine cost?", "It cost 3.5 million crowns [2].", index, numbered=True)
     assert (wrong.citations[0].paragraph, wrong.citations[0].status) == (place + 1, "verified")
-    beyond = cite("What did the engine cost?", "It cost 3.5 million crowns [999].", index)
+    beyond = cite("What did the engine cost?", "It cost 3.5 million crowns [999].", index, numbered=True)
     assert beyond.citations[0].paragraph == place + 1
 
 
@@ -362,3 +362,9 @@ def test_questions_without_an_answer_are_those(language: str) -> None:
     assert len(set(absent)) == 12
     assert not set(absent) & {fact.question for fact in report.facts}
     assert unanswerable(report, 12, 5) == absent != unanswerable(report, 12, 6)
+
+
+def test_a_mark_in_the_text_is_no_reference(index: Index, document: Document) -> None:
+    place = next(n for n, (_, p) in enumerate(index.places) if "engine" in p.text)
+    cited = cite("What did the engine cost?", "It cost 3.5 million crowns. [2]", index)
+    assert (cited.citations[0].paragraph, cited.citations[0].status) == (place + 1, "verified")

@@ -259,6 +259,19 @@ def test_html_shows_what_a_reader_sees() -> None:
     assert document.paragraphs[-1].heading == ("标题", "深")
 
 
+def test_an_empty_cell_keeps_its_column() -> None:
+    page = "<table><tr><th>Name<th>2022<th>2023<tr><td>Costs<td></td><td>5</td><td></td></tr><tr><td> <td> </table>"
+    assert [paragraph.text for paragraph in decode(page.encode(), "a.html").paragraphs] == [
+        "Name | 2022 | 2023",
+        "Costs |  | 5",
+    ]
+
+
+def test_a_page_that_says_utf_16_in_ascii_is_not() -> None:
+    page = '<?xml version="1.0" encoding="utf-16"?><html><body><p>Plain words.</p></body></html>'
+    assert [paragraph.text for paragraph in decode(page.encode(), "a.html").paragraphs] == ["Plain words."]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.sampled_from("<>/=\"' &;!-[]?abph123\n") | st.characters(exclude_categories=["Cs"]), max_size=400))
 def test_html_of_any_shape_is_read_or_refused(value: str) -> None:

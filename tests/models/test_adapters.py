@@ -78,6 +78,21 @@ def test_an_adapter_folder_is_a_model(base: Path, tmp_path: Path) -> None:
     assert not torch.allclose(loaded.network(ids), load(str(base), dtype="float32").network(ids), atol=1e-2)
 
 
+def test_an_adapters_window_is_not_the_bases(base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"context_window": 300}))
+    assert load(str(base)).network.config.window == 300
+    assert load(str(adapter_folder(tmp_path / "tuned", str(base)))).network.config.window == 512
+
+
+def test_a_folder_with_an_embedded_models_name_is_that_folder(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base.rename(tmp_path / "smol")
+    monkeypatch.chdir(tmp_path)
+    assert load("smol").network.config.hidden_size == 64
+
+
 def test_an_adapter_folder_is_converted_and_tuned_further(base: Path, tmp_path: Path) -> None:
     first = adapter_folder(tmp_path / "first", str(base))
     second = adapter_folder(tmp_path / "second", str(first), seed=1)

@@ -89,6 +89,14 @@ def test_windows() -> None:
     assert NetworkConfig.from_dict(stated).window == 1024
 
 
+def test_a_plan_changed_by_hand_keeps_a_window_that_it_does_not_touch() -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    long = NetworkConfig.from_dict(tiny_config(rope_theta=None, rope_parameters=dynamic, context_window=1024))
+    assert long.with_rope("abf:500000").window == 1024
+    assert long.with_rope("linear:4").window == 512  # of the window before dynamic NTK stretched it
+    assert NetworkConfig.from_dict(tiny_config()).with_rope("dynamic:2").window == 256
+
+
 def test_parameter_shapes_are_the_checkpoints() -> None:
     shapes = NetworkConfig.from_dict(tiny_config(tie_word_embeddings=True, num_key_value_heads=2)).parameter_shapes()
     assert "lm_head.weight" not in shapes

@@ -212,3 +212,15 @@ def test_a_model_that_cannot_spell_json_is_told_so(tmp_path: Path) -> None:
     tokenizer.eos_ids = frozenset()
     with pytest.raises(UserError, match="end token"):
         Vocabulary(tokenizer, 151)
+
+
+def test_a_client_that_wants_one_call_gets_one(engine: Engine, vocabulary: Vocabulary) -> None:
+    costs = Costs(tools.grammar(["get"], opened=True), vocabulary)
+    constraint = AfterTag(costs, tools.OPEN.encode(), 150, once=True)
+    for token in engine.tokenizer.encode("<tool_call>"):
+        constraint.accept(token)
+    assert constraint.forced is not None
+    while not constraint.forced.complete:
+        allowed = constraint.allowed(vocabulary.size)
+        constraint.accept(int(allowed.nonzero()[0]))
+    assert set(constraint.allowed(vocabulary.size).nonzero().flatten().tolist()) == set(vocabulary.end_ids)

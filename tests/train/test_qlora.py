@@ -69,6 +69,16 @@ def test_nothing_but_the_quantised_weight_waits_for_the_backward_pass() -> None:
     assert held < 0.2 * 4 * 128 * 192  # 4 bits and the scales, against float32
 
 
+def test_merging_a_few_targets_leaves_nothing_in_few_bits() -> None:
+    network = random_network(tiny_config(**SIZES))
+    add_lora(network, Lora(rank=4, bits=4, targets=("q_proj", "v_proj")), seed=3)
+    logits = moved(network).eval()(IDS)
+    merge(network)
+    assert not any(isinstance(module, QuantLinear) for module in network.modules())
+    assert set(network.config.parameter_shapes()) <= set(network.state_dict())
+    torch.testing.assert_close(network(IDS), logits, rtol=1e-3, atol=1e-4)
+
+
 def test_merge_is_exact() -> None:
     network, plain = pair()
     logits = network.eval()(IDS)

@@ -15,9 +15,13 @@ from safetensors.torch import load_file, save_file
 from longverse.errors import UserError
 from longverse.models.adapters import merge_adapter
 from longverse.models.checkpoint import load
+from longverse.models.network import NetworkConfig
+from longverse.models.rope import RopePlan
 from longverse.train.config import Recipe
+from longverse.train.results import rope_entries
 from longverse.train.run import Outcome, Watch, run_recipe
 from longverse.train.trainer import read_log
+from tests.helpers import tiny_config
 from tests.train.common import recipe, tiny_folder, write_messages
 
 IDS = torch.randint(0, 90, (1, 60), generator=torch.Generator().manual_seed(0))
@@ -282,3 +286,33 @@ def test_bf16_follows_fp32(base: Path, tmp_path: Path, changes: dict[str, Any]) 
         runs.append([line["loss"] for line in read_log(tmp_path / precision / "log.jsonl")])
     assert runs[0] != runs[1]
     assert runs[1] == pytest.approx(runs[0], rel=0.05)
+
+
+def test_what_a_result_states_is_what_is_read_back() -> None:
+    """YaRN's window is not its factor's, and sliding attention does not narrow what full attention was trained on."""
+    config = tiny_config("mistral", sliding_window=64)
+    shape = NetworkConfig.from_dict(config)
+    for change, window in (("yarn:4:64", 100), ("abf:50000", 300), ("dynamic:2:64", 90)):
+        plan = RopePlan.parse(change, shape.rope, shape.window)
+        past = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+        read = NetworkConfig.from_dict(past | rope_entries(plan, window, config))
+        assert (read.rope, read.window) == (plan, window)
+
+
+def test_a_run_goes_on_where_only_a_key_is_new(base: Path, tmp_path: Path) -> None:
+    run_recipe(two_stages(base), tmp_path, stages=1)
+    path = tmp_path / "run.json"
+    before = json.loads(path.read_text())
+    for stage in before["recipe"]["stages"]:
+        for source in stage["data"]:
+            del source["facts"]
+    path.write_text(json.dumps(before | {"fingerprint": "of an earlier version"}))
+    assert run_recipe(two_stages(base), tmp_path).finished
+
+
+def test_dry_over_a_finished_run_writes_nothing(base: Path, tmp_path: Path) -> None:
+    run_recipe(two_stages(base), tmp_path)
+    card = tmp_path / "adapter" / "README.md"
+    card.write_text("mine")
+    run_recipe(two_stages(base), tmp_path, dry=True)
+    assert card.read_text() == "mine"

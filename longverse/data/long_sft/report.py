@@ -35,9 +35,9 @@ def sft_report(
         "tokenizer": tokenizer,
         "seed": config.seed,
         "teacher": config.teacher.model if config.teacher else "offline",
-        "closed_book_check": "by the endpoint"
-        if config.teacher and config.teacher.closed_book
-        else "not made: no endpoint",
+        "closed_book_check": "not made: no endpoint"
+        if config.teacher is None
+        else ("by the endpoint" if config.teacher.closed_book else "not made: closed_book is false"),
         "items": len(summaries),
         "wanted": config.items,
         "tokens": sum(s["tokens"] for s in summaries),

@@ -39,13 +39,22 @@ DIRECT_TOKENS, REASONING_TOKENS = 128, 1024
 GROUPS = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long")}
 
 
+def items_file(path: Path) -> Path:
+    """The file of items in a folder, or the file itself."""
+    if not path.is_dir():
+        return path
+    there = [p for p in (path / "data.json", path / "data.jsonl") if p.is_file()]
+    if not there:
+        raise UserError(f"{path} holds neither data.json nor data.jsonl: give LongBench v2's own file with --data.")
+    return there[0]
+
+
 def read_items(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Items of data.json (a list) or of a JSON-lines file; UserError for what is missing, naming the item."""
-    if path.is_dir():
-        there = [p for p in (path / "data.json", path / "data.jsonl") if p.is_file()]
-        if not there:
-            raise UserError(f"{path} holds neither data.json nor data.jsonl: give LongBench v2's own file with --data.")
-        path = there[0]
+    """Items of data.json (a list) or of a JSON-lines file, the first `limit`; UserError for what is missing, naming the
+    item."""
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit} leaves no item: give 1 or more.")
+    path = items_file(path)
     items = [row for _, row in read_rows(path)] if path.suffix == ".jsonl" else read_json(path)
     if not isinstance(items, list) or not items:
         raise UserError(f"{path} is not a list of items: give LongBench v2's own file.")
@@ -167,10 +176,14 @@ def run_v2(
     *,
     max_length: int,
     reasoning: bool = False,
+    data: str = "",
     on_progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> V2Result:
-    """Answers every item once; `out/journal/longbench-v2*.jsonl` keeps finished ones for a later run."""
+    """Answers every item once; `out/journal/longbench-v2*.jsonl` keeps finished ones for a later run over the same
+    `data`, a digest of the items' file."""
+    if max_length < 2:
+        raise UserError(f"--max-length {max_length} leaves nothing of a prompt: give 2 or more.")
     first_tokens = REASONING_TOKENS if reasoning else DIRECT_TOKENS
     if backend.window is not None:
         most = backend.window - first_tokens - template_tokens(backend)
@@ -183,6 +196,7 @@ def run_v2(
         "reasoning": reasoning,
         "max_length": max_length,
         "prompts": hashlib.sha256(repr(sorted(prompts.items())).encode()).hexdigest()[:16],
+        "data": data,
     }
     header = {**settings, "model": backend.describe()}
     answers = Journal(out / "journal" / ("longbench-v2-cot.jsonl" if reasoning else "longbench-v2.jsonl"), header)

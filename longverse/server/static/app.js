@@ -189,8 +189,13 @@ function messages(question, documents) {
     const parts = documents.map((id) => ({ type: "file", file: { file_id: id } }));
     return [{ role: "user", content: [...parts, { type: "text", text: question }] }];
   }
-  const talk = state.turns.filter((turn) => turn.text && !turn.about?.length && !turn.error);
-  return talk.map((turn) => ({ role: turn.role, content: turn.text }));
+  const talk = [];
+  for (const turn of state.turns) {
+    if (turn.about?.length) continue;
+    if (turn.role === "assistant" && (turn.error || !turn.text)) talk.pop(); // with the question that it failed
+    else if (turn.text) talk.push({ role: turn.role, content: turn.text });
+  }
+  return talk;
 }
 
 async function ask(question) {
