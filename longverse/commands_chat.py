@@ -238,13 +238,15 @@ class Chat:
             raise UserError("There is no answer to cite yet: ask something first.")
         if not self.read:
             raise UserError("No document stands in this conversation: /read FILE puts one there.")
+        from .documents.ask import stripped
         from .documents.citations import NOT_FOUND, cite
         from .documents.evidence import attend_to
         from .documents.words import Index
 
         prompt, answer, question, text = self.last
         index = Index(self.read)
-        cited = cite(question, text, index, attend_to(self.session, prompt, answer, index))
+        attended = attend_to(self.session, prompt, answer, index)
+        cited = cite(question, text, index, stripped(self.session, attended, answer))
         if not cited.found:
             self.say(NOT_FOUND["zh" if any("\u4e00" <= character <= "\u9fff" for character in question) else "en"])
         commands_cite.show(cited, several=len(self.read) > 1)

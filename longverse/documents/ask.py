@@ -133,6 +133,11 @@ def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Seq
 def attended_by(session: Session, prompts: Prompts, number: int, ids: Sequence[int]) -> Attended | None:
     """Where the tokens of that answer looked, with offsets into the answer as it is shown: stripped."""
     attended = attend_to(session, prompts.ids[number], ids, prompts.index, prompts.places[number])
+    return stripped(session, attended, ids)
+
+
+def stripped(session: Session, attended: Attended | None, ids: Sequence[int]) -> Attended | None:
+    """`attended` by the tokens `ids` of an answer, with offsets into the answer without space around it."""
     written = session.engine.tokenizer.decode(list(ids))
     lead = len(written) - len(written.lstrip())  # what stripping took from the beginning
     return attended.moved(-lead) if attended is not None and lead else attended

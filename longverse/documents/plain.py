@@ -2,12 +2,14 @@
 stretches of it.
 
 Plain text and code part at blank lines and form feeds (which begin a page), Markdown also around headings, CSV
-between records. Headings: Markdown's, chapter lines of books, and the definitions that code stands in.
+between records. Plain text that goes on for long without a blank line has a paragraph a line, or is hard-wrapped: it
+parts where a line is indented, is a chapter's, or follows one that ends a sentence, and at LONGEST characters.
+Headings: Markdown's, chapter lines of books, and the definitions that code stands in.
 """
 
 import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from .document import HAN, HEADING, Document, Paragraph, finished
 
@@ -21,6 +23,9 @@ CODE = frozenset(_CODE_SUFFIXES.split())
 _CODE_NAMES = frozenset(("makefile", "dockerfile", "cmakelists.txt", "jenkinsfile", "rakefile", "gemfile"))
 _GAP = re.compile(r"\n(?:[^\S\n\f]*\n)+|\n?\f")
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_ENDED = re.compile(r"[.!?。！？…][\"'”’」』）)]*\s*\Z")  # a line's end that ends a sentence
+_INDENTED = re.compile(r"\u3000|\t|  ")
+LONGEST = 2_000  # characters of a paragraph that has no blank lines
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _CHAPTERS = (
     re.compile(r"(?:part|book|volume)\s+(?:[ivxlcdm]+|\d+|[a-z]{3,9})\b[^\n]{0,80}", re.IGNORECASE),
@@ -60,7 +65,7 @@ def plain_document(text: str, name: str, encoding: str) -> Document:
     elif kind == "csv":
         spans = list(_records(text, "\t" if name.lower().endswith(".tsv") else ""))
     else:
-        spans = list(_blocks(text, _no_heading if kind == "code" else _chapter_level))
+        spans = list(_blocks(text) if kind == "code" else _prose(text))
     paragraphs: list[Paragraph] = []
     opened = {}  # definitions: what code under them belongs to
     page, seen = 1, 0
@@ -89,16 +94,28 @@ def _trimmed(text: str, begin: int, end: int, level: int = 0) -> Iterator[Span]:
         yield start, start + len(inner), level
 
 
-def _blocks(text: str, level: Callable[[str, int, int], int]) -> Iterator[Span]:
+def _blocks(text: str) -> Iterator[Span]:
     begin = 0
     for gap in [*_GAP.finditer(text), None]:
         end = gap.start() if gap else len(text)
-        yield from _trimmed(text, begin, end, level(text, begin, end))
+        yield from _trimmed(text, begin, end)
         begin = gap.end() if gap else end
 
 
-def _no_heading(text: str, begin: int, end: int) -> int:
-    return 0
+def _prose(text: str) -> Iterator[Span]:
+    for begin, end, _ in _blocks(text):
+        if end - begin <= LONGEST:
+            yield begin, end, _chapter_level(text, begin, end)
+            continue
+        start, before, alone = begin, "", False
+        for line in _LINE.finditer(text, begin, end):
+            at, heading = line.start(), _chapter_level(text, line.start(), line.end()) > 0
+            parts = alone or heading or _INDENTED.match(line[0]) or _ENDED.search(before)
+            if at > start and (parts or line.end() - start > LONGEST):
+                yield from _trimmed(text, start, at, _chapter_level(text, start, at))
+                start = at
+            before, alone = line[0], heading
+        yield from _trimmed(text, start, end, _chapter_level(text, start, end))
 
 
 def _chapter_level(text: str, begin: int, end: int) -> int:

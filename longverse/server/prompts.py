@@ -128,7 +128,12 @@ class Prompts:
 
     def usual_beginning(self, names: tuple[str, ...]) -> list[int]:
         """`beginning` of questions that do not say how they want their answers cited."""
-        return self.beginning(names, ask.way_for(self.engine, "auto") == "numbers")
+        return self.beginning(names, self._usual)
+
+    @property
+    def _usual(self) -> bool:
+        """Whether such questions see numbered paragraphs."""
+        return ask.way_for(self.engine, "auto") == "numbers"
 
     def _beginning(self, shelf: Shelf, numbered: bool) -> Beginning:
         if numbered not in shelf.beginnings:
@@ -148,10 +153,9 @@ class Prompts:
 
     def kept(self, names: tuple[str, ...]) -> list[int] | None:
         """`usual_beginning`, if it was made lately."""
-        numbered = ask.way_for(self.engine, "auto") == "numbers"
         with self._lock:
             shelf = self._kept.get(names)
-            found = shelf.beginnings.get(numbered) if shelf is not None else None
+            found = shelf.beginnings.get(self._usual) if shelf is not None else None
             return found.ids if found is not None else None
 
     def forget(self, document: str) -> None:

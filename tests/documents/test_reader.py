@@ -278,3 +278,21 @@ def test_standard_input_from_a_keyboard_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     with pytest.raises(UserError, match="nothing is piped in"):
         read("-")
+
+
+def test_prose_without_blank_lines_has_a_paragraph_a_line() -> None:
+    lines = [f"　　这一年的第{n}天，镇上的人都去河边看船，船上装满了盐和布。" for n in range(120)]
+    text = "\n".join(["第一章 河边", *lines[:60], "第二章 归来", *lines[60:]])
+    document = decode(text.encode(), "novel.txt")
+    assert [paragraph.text for paragraph in document.paragraphs] == [line.strip() for line in text.split("\n")]
+    assert document.paragraphs[-1].heading[-1].startswith("第二章")
+    wrapped = "The river rose again in the spring and\nthe boats could not be found. " * 60
+    parts = [paragraph.text for paragraph in decode(wrapped.encode(), "a.txt").paragraphs]
+    assert max(map(len, parts)) <= 2_000
+    assert "".join("".join(parts).split()) == "".join(wrapped.split())
+    log = "\n".join(f"12:00:{n % 60:02d} unit {n} answered in {n} ms" for n in range(500))
+    parts = [paragraph.text for paragraph in decode(log.encode(), "a.log").paragraphs]
+    assert len(parts) > 5
+    assert "\n".join(parts) == log
+    short = "One line.\nAnd another."
+    assert len(decode(short.encode(), "a.txt").paragraphs) == 1
