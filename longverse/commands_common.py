@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +46,11 @@ class Loading:
     rope: Rope = None
     dtype: Dtype = "auto"
     device: Device = "auto"
+
+    def given(self) -> list[str]:
+        """The options that are not as they are by default, as they are typed."""
+        values = ((f"--{each.name}", getattr(self, each.name), each.default) for each in fields(self))
+        return [word for name, value, usual in values if value != usual for word in (name, value)]
 
     def engine(self, quiet: bool) -> Engine:
         """Load the model under a progress bar; what was filled in and the licence are said."""

@@ -85,9 +85,9 @@ def read(
         engine, documents, ["a"], 256, system=system, numbered=numbered, limited=attention not in PAST_THE_WINDOW
     )
     end = document_end(engine, prompts)
-    attention = choose_attention(engine, prompts.planned_tokens, attention, quiet=quiet)
-    room = max(end + ROOM, prompts.planned_tokens)
-    planned = planned_length(engine, end, room if attention == "pages" else min(room, engine.window), attention)
+    way, attention = attention, choose_attention(engine, prompts.planned_tokens, attention, quiet=quiet)
+    room = max(min(end + ROOM, engine.window), prompts.planned_tokens)
+    planned = planned_length(engine, end, room, attention)
     cache = choose_cache(engine, planned, cache, attention, quiet=quiet)
     store = open_store(store_limit)
     name = ", ".join(document.name for document in documents)
@@ -110,9 +110,11 @@ def read(
     seconds, done = time.perf_counter() - started, len(session.tokens)
     fresh = done - (held[0] if held else done)
     if done < end:
-        console.note(f"Stopped. {done:,} of {end:,} tokens are kept: the same command reads on from there.")
+        kept_now = f"{done:,} of {end:,} tokens are kept: the same command reads on from there"
+        console.note(f"Stopped. {kept_now if held else 'Nothing was read here'}.")
         raise KeyboardInterrupt
-    size = next((kept.bytes for kept in store.entries() if kept.name == name and kept.length == end), 0)
+    own = store.folder_of(engine, ids, planned, cache=cache, attention=attention).name
+    size = next((kept.bytes for kept in store.entries() if kept.id == own), 0)
     if as_json:
         console.json_line(
             {"document": name, "documents": found.record()["documents"], "model": engine.name,
@@ -122,7 +124,9 @@ def read(
         return
     what = f"read {fresh:,} in {console.duration(seconds)}" if fresh else "nothing new to read"
     console.line(f"{name}: {end:,} tokens kept, {size / 1e6:,.0f} MB ({what}).")
-    console.note(f'Next: longverse ask {shlex.join(files)} "…"', quiet=quiet)
+    same = [*loading.given(), *(["--system", system] if system is not None else [])]
+    same += [] if way == "auto" else ["--attention", way]
+    console.note(f'Next: longverse ask {shlex.join(files)} "…" {shlex.join(same)}'.rstrip(), quiet=quiet)
 
 
 def show_overview(found: Overview, engine: Engine, *, quiet: bool) -> None:
@@ -251,13 +255,20 @@ def open_kept(
         return session
     planned = planned_length(engine, end, prompts.planned_tokens, attention)
     store = open_store(library_limit(None))
-    wanted = None if cache == "auto" else cache
     ids = prompts.ids[0]
+    if engine.network.device.type != "cpu":  # what is kept is copied to the card, and has to fit there
+        cache = choose_cache(engine, planned, cache, attention, quiet=quiet)
+    wanted = None if cache == "auto" else cache
     found = store.find(engine, ids, planned, cache=wanted, attention=attention)
-    form = found.cache_format if found is not None else choose_cache(engine, planned, cache, attention, quiet=quiet)
-    if (found is None or len(found.tokens) < end) and store.knows(
-        engine, ids[:end], planned, cache=form, attention=attention
-    ):
+    held = 0 if found is None else len(found.tokens)
+    if found is not None and held >= end:
+        form = found.cache_format
+    else:  # the rest is read in the format of what is kept where that is most of it
+        mostly = found.cache_format if found is not None and 2 * held >= end else cache
+        form = choose_cache(engine, planned, mostly, attention, quiet=quiet)
+        if found is not None and found.cache_format != form:
+            found = store.find(engine, ids, planned, cache=form, attention=attention)
+    if held < end and store.folder_of(engine, ids[:end], planned, cache=form, attention=attention).is_dir():
         found = None  # its files are written to now
         tell(store, quiet=quiet)
         with console.Task(f"Reading {prompts.documents[0].name}", quiet=quiet) as task:

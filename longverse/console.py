@@ -177,7 +177,7 @@ def duration(seconds: float) -> str:
 
 def figures(stats: "Stats") -> str:
     """The line under an answer: tokens read and reused, speeds, memory, and how attention was computed."""
-    fresh = stats.prompt_tokens - stats.reused_tokens
+    fresh = stats.fresh_tokens
     reading = f"read {fresh:,} tokens"
     if stats.reused_tokens:
         reading += f" ({stats.reused_tokens:,} reused)"

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +156,48 @@ def test_a_document_past_the_window_is_kept_as_pages(run: Runner, tiny: str, tmp
     assert stats["attention"] == "pages"
     assert stats["reused_tokens"] == record["tokens"]
     assert "pages" in run("library")[1]
+
+
+@pytest.mark.parametrize("more", [("--attention", "pages"), ("--cache", "int8"), ("--rope", "dynamic:2")])
+def test_ask_finishes_a_stopped_reading_in_its_own_format(
+    run: Runner, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, str]
+) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 4)
+    calls = iter(range(100))
+
+    @contextmanager
+    def stops_soon() -> Iterator[Callable[[], bool]]:
+        yield lambda: next(calls) >= 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longverse.console.interruptible", stops_soon)
+        code, _, err = run("read", str(path), "-m", tiny, *more)
+    assert code == 130
+    assert "tokens are kept: the same command reads on from there" in err
+    [before] = json.loads(run("library", "--json")[1])["documents"]
+    assert before["state"] == "unfinished"
+    asked_with = () if more[0] == "--cache" else more  # the format of what is kept is taken by itself
+    ask(run, str(path), tiny, *asked_with)
+    [after] = json.loads(run("library", "--json")[1])["documents"]
+    assert (after["id"], after["state"]) == (before["id"], "whole")
+
+
+def test_a_short_common_beginning_does_not_choose_the_format(run: Runner, tiny: str, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text(TEXT * 2)
+    other.write_text(TEXT * 2 + "The mill is sold. Nobody knows who bought it.\n\n" * 60)
+    assert run("read", str(one), "-m", tiny, "--cache", "int8")[0] == 0
+    stats = ask(run, str(other), tiny)["stats"]
+    assert isinstance(stats, dict)
+    assert stats["cache"] == "full"
+    assert stats["reused_tokens"] == 0
+
+
+def test_the_next_command_repeats_what_was_given(run: Runner, mill: str, tiny: str) -> None:
+    _, _, err = run("read", mill, "-m", tiny, "--attention", "sparse:0.9", "--system", "Be brief.")
+    [line] = [line for line in err.splitlines() if line.startswith("Next: ")]
+    assert line == f"Next: longverse ask {mill} \"…\" --model {tiny} --system 'Be brief.' --attention sparse:0.9"
 
 
 @pytest.mark.slow

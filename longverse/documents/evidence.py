@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..inference.engine import Engine, Session
+from ..models.tokenizer import token_offsets
 from .citations import Attended
 from .words import Index
 
@@ -93,8 +94,8 @@ def attend_to(
         {shown[column]: value for column, value in zip(c, v, strict=True)}
         for c, v in zip(columns.tolist(), values.tolist(), strict=True)
     ]
-    written = [len((engine.tokenizer.token_bytes(token) or b"").decode("utf-8", "ignore")) for token in answer]
-    return Attended(rows, [0, *accumulate(written)][:-1], float(found.logprobs.mean()))
+    offsets, _ = token_offsets(engine.tokenizer.token_bytes(token) or b"" for token in answer)
+    return Attended(rows, offsets, float(found.logprobs.mean()))
 
 
 @torch.inference_mode()

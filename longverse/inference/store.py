@@ -229,9 +229,10 @@ class Store:
             self._note(f"{old.name} ({size}) is kept no longer, to stay within {limit}.")
         return session
 
-    def knows(self, engine: Engine, ids: list[int], planned: int, *, cache: str, attention: str = "exact") -> bool:
-        """Whether a reading of exactly these tokens was begun; it may be unfinished or damaged. Arguments as `read`."""
-        return self._place(engine, ids, planned, cache, attention)[3].is_dir()
+    def folder_of(self, engine: Engine, ids: list[int], planned: int, *, cache: str, attention: str = "exact") -> Path:
+        """Where a reading of exactly these tokens is kept; what is there may be unfinished or damaged. Arguments as
+        `read`."""
+        return self._place(engine, ids, planned, cache, attention)[3]
 
     def _place(
         self, engine: Engine, ids: list[int], planned: int, cache: str, attention: str

@@ -131,12 +131,13 @@ def planned_length(engine: Engine, document: int, needed: int, attention: str = 
     document  tokens of the prompt up to the document's end
     needed    tokens of the longest prompt with its answer
 
-    Where the RoPE base does not depend on the plan (every kind but dynamic NTK), it is just `needed`. Under dynamic NTK
-    every question must come with the base that the document was read with: the plan is the document with ROOM tokens
-    more, rounded up to a multiple of STEP, so that all questions that end within it share one reading. A longer one
-    is rounded up by itself and reads the document anew. Never past the window, but for pages.
+    Where the RoPE base does not depend on the plan (every kind but dynamic NTK), it is just `needed`; for pages, whose
+    room is kept with them, at least the document with ROOM tokens more, so that a reading and every usual question plan
+    the same. Under dynamic NTK every question must come with the base that the document was read with: the plan is the
+    document with ROOM tokens more, rounded up to a multiple of STEP, so that all questions that end within it share one
+    reading. A longer one is rounded up by itself and reads the document anew. Never past the window, but for pages.
     """
     if engine.network.config.rope.kind != "dynamic":
-        return needed
+        return max(document + ROOM, needed) if attention == "pages" else needed
     rounded = max(-(-(document + ROOM) // STEP), -(-needed // STEP)) * STEP
     return rounded if attention == "pages" else max(min(rounded, engine.window), needed)

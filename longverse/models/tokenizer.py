@@ -424,6 +424,18 @@ class TextStream:
         return self._utf8.decode(b"", final=True)
 
 
+def token_offsets(pieces: Iterable[bytes], begun: int = 0) -> tuple[list[int], int]:
+    """For each token's bytes, in order, how many characters of the text stand before the one in which it begins; and
+    how many have begun in all. `begun` of them came before. A character of several tokens counts once, where it begins.
+    """
+    offsets = []
+    for piece in pieces:
+        goes_on = piece[:1] >= b"\x80" and piece[:1] < b"\xc0"
+        offsets.append(max(0, begun - goes_on))
+        begun += sum(byte & 0xC0 != 0x80 for byte in piece)
+    return offsets, begun
+
+
 def _check_unicode(text: str) -> None:
     """UserError for half a surrogate pair: Python spells a byte that is no UTF-8 so, JSON may hold one."""
     try:

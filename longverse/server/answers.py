@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from ..inference.engine import Stats
-from ..models.tokenizer import Tokenizer
+from ..models.tokenizer import Tokenizer, token_offsets
 from .errors import ApiError, failed
 from .generate import Ended, Finished, Generation, Logged, Piece, Reading
 from .metrics import Metrics
@@ -237,10 +237,7 @@ class Answer:
             ]
             return {"content": rows, "refusal": None}
         names = [self._name(each.token) for each in logged]
-        offsets = []
-        for each in logged:
-            offsets.append(self.offsets[index])
-            self.offsets[index] += len(self._bytes(each.token).decode("utf-8", "replace"))
+        offsets, self.offsets[index] = token_offsets((self._bytes(each.token) for each in logged), self.offsets[index])
         tops = [{self._name(token): value for token, value in each.top} for each in logged]
         return {
             "tokens": names, "token_logprobs": [each.logprob for each in logged], "top_logprobs": tops,
@@ -268,7 +265,7 @@ class Answer:
 
 def timings(stats: Stats) -> dict[str, Any]:
     """llama.cpp's names: what was read and written, and how fast."""
-    fresh = stats.prompt_tokens - stats.reused_tokens
+    fresh = stats.fresh_tokens
     written = max(0, stats.new_tokens - 1)  # the first token comes out of the reading
     read_ms, write_ms = 1000 * stats.prefill_seconds, 1000 * stats.decode_seconds
     return {

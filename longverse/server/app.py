@@ -111,7 +111,8 @@ def _add_own_routes(app: FastAPI, service: Service) -> None:
             "longverse_memory_bytes": resident_bytes(),
             "longverse_uptime_seconds": round(time.time() - service.started, 1),
         }
-        text = await asyncio.to_thread(service.metrics.render, gauges)
+        counters: dict[str, float] = {"longverse_sessions_evicted_total": sessions.evicted}
+        text = await asyncio.to_thread(service.metrics.render, gauges, counters)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)

@@ -10,10 +10,9 @@ from torch import Tensor
 from ..documents import ask
 from ..documents.citations import Cited
 from ..documents.second_look import checked, introduction
-from ..inference.engine import Session, Stats
+from ..inference.engine import Session, Stats, common_prefix
 from ..inference.sampling import Constraint, Sampling
 from .keeping import Keeping
-from .sessions import common_prefix
 from .worker import Failed, Turn
 
 

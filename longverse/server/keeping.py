@@ -6,9 +6,9 @@ What `longverse read` kept is found in any case; what this server reads is kept 
 import logging
 from dataclasses import dataclass
 
-from ..inference.engine import Engine, Session
+from ..inference.engine import Engine, Session, common_prefix
 from ..inference.store import Store
-from .sessions import WORTH, common_prefix
+from .sessions import WORTH
 from .worker import Turn
 
 log = logging.getLogger("longverse.server")

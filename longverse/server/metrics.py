@@ -31,8 +31,8 @@ class Metrics:
             buckets[place] += 1
             total[0] += value
 
-    def render(self, gauges: dict[str, float]) -> str:
-        """Everything as text; `gauges` are the values of this moment."""
+    def render(self, gauges: dict[str, float], counters: dict[str, float] | None = None) -> str:
+        """Everything as text; `gauges` are the values of this moment, `counters` what others count."""
         lines: list[str] = []
 
         def family(name: str, kind: str) -> None:
@@ -43,7 +43,7 @@ class Metrics:
             for name in sorted(self._counters):
                 family(name, "counter")
                 for labels, value in sorted(self._counters[name].items()):
-                    lines.append(f"{name}{_labels(labels)} {value:g}")
+                    lines.append(f"{name}{_labels(labels)} {value:.15g}")
             for name, (bounds, buckets, total) in self._histograms.items():
                 family(name, "histogram")
                 running = 0
@@ -52,9 +52,10 @@ class Metrics:
                     lines.append(f'{name}_bucket{{le="{bound}"}} {running}')
                 lines.append(f"{name}_sum {total[0]:.6f}")
                 lines.append(f"{name}_count {running}")
-        for name, value in sorted(gauges.items()):
-            family(name, "gauge")
-            lines.append(f"{name} {value:g}")
+        for kind, values in (("counter", counters or {}), ("gauge", gauges)):
+            for name, value in sorted(values.items()):
+                family(name, kind)
+                lines.append(f"{name} {value:.15g}")
         return "\n".join(lines) + "\n"
 
 

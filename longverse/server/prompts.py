@@ -10,12 +10,11 @@ from typing import Any
 from ..documents import ask
 from ..documents.reader import Document
 from ..documents.words import Index
-from ..inference.engine import Engine
+from ..inference.engine import Engine, common_prefix
 from . import tools
 from .errors import ApiError
 from .library import Library
 from .schemas import ChatRequest, Message, NamedTool
-from .sessions import common_prefix
 
 KEPT = 8  # documents whose ids are kept
 TAIL = 400  # characters, more than any token spans

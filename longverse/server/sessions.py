@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import UserError
-from ..inference.engine import Engine, Session
+from ..inference.engine import Engine, Session, common_prefix
 from ..inference.store_keys import planned_length as store_plan
 
 SMALLEST_PLAN = 2048  # tokens
@@ -30,20 +30,6 @@ def planned_length(tokens: int, window: int) -> int:
     while size < tokens:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return min(size, window)
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning, by comparing slices, which is a hundred times faster than item by item."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while low + 1 < high:  # a[:low] agrees, a[:high] does not
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 class Busy(Exception):

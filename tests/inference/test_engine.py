@@ -117,6 +117,7 @@ def test_cancelled_between_chunks_and_taken_up_again(tokenizer: Tokenizer, small
     session, calls = engine.session(100), iter([False, False, True])
     stopped = session.complete(prompt(50), Sampling(max_new_tokens=8), cancelled=lambda: next(calls))
     assert stopped.stats.finish_reason == "cancelled"
+    assert stopped.stats.fresh_tokens == len(session.tokens)
     assert stopped.tokens == []
     assert session.cache.length == len(session.tokens) == 14
     again = session.complete(prompt(50), Sampling(max_new_tokens=8))

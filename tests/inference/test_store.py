@@ -170,7 +170,7 @@ def test_sparse_readings_are_kept_apart_from_exact_ones(
     same = store.find(engine, question, 1000, attention="sparse:0.950")
     assert same is not None
     assert same.mass == 0.95
-    assert store.knows(engine, ids, 1000, cache="full", attention="sparse:0.95")
+    assert store.folder_of(engine, ids, 1000, cache="full", attention="sparse:0.95").is_dir()
     assert same_cache(kept, plain, 900)
     assert answer(kept, question, 900) == (answer(plain, question, 900)[0], 900)
 
@@ -344,7 +344,7 @@ def test_what_was_read_before_a_stop_is_kept(engine: Engine, store: Store, way: 
         assert len(session.tokens) == 70
     [kept] = store.entries()
     assert (kept.state, kept.length, kept.tokens) == ("unfinished", 70, LENGTH)
-    assert store.knows(engine, ids, LENGTH + 50, cache="full")
+    assert store.folder_of(engine, ids, LENGTH + 50, cache="full").is_dir()
     found = store.find(engine, ids, LENGTH + 50)  # an unfinished reading is a beginning like any other
     assert found is not None
     assert len(found.tokens) == 70

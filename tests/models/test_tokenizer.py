@@ -1,5 +1,6 @@
 """The tokenizer wrapper: special strings as text, streams of whole characters, folders that transformers reads back."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from longverse.errors import UserError
-from longverse.models.tokenizer import Tokenizer
+from longverse.models.tokenizer import Tokenizer, token_offsets
 
 HARD = json.loads((Path(__file__).parents[1] / "fixtures" / "hard_strings.json").read_text())
 TEXTS = [
@@ -265,3 +266,14 @@ def test_half_a_surrogate_pair_is_refused_everywhere(text: str, said: str) -> No
     for encode in (tokenizer.encode, tokenizer.encode_with_offsets, lambda t: tokenizer.encode_batch(["fine", t])):
         with pytest.raises(UserError, match=said):
             encode(text)
+
+
+@given(st.text(max_size=30), st.lists(st.integers(0, 120)), st.integers(0, 9))
+def test_tokens_begin_at_characters(text: str, cuts: list[int], before: int) -> None:
+    """However a text's bytes are cut into tokens: as many whole characters stand before one as decoding says."""
+    data = text.encode("utf-8", "replace")
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut <= len(data))})
+    pieces = [data[a:b] for a, b in itertools.pairwise(edges)]
+    offsets, begun = token_offsets(pieces, before)
+    assert offsets == [before + len(data[:edge].decode("utf-8", "ignore")) for edge in edges[:-1]]
+    assert begun == before + len(data.decode())

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longverse import UserError
-from longverse.inference.engine import Engine, Session
+from longverse.inference.engine import Engine, Session, common_prefix
 from longverse.inference.sampling import Sampling
 from longverse.server.generate import Ended, Finished, Generation, Piece
-from longverse.server.sessions import Busy, Sessions, common_prefix, planned_length
+from longverse.server.sessions import Busy, Sessions, planned_length
 from longverse.server.turns import Baton, FairQueue
 from longverse.server.worker import Failed, Progress, QueueFull, Stopping, Task, Turn, Worker
 from tests.server.common import ids_of, load, save_model, wait_for
