@@ -235,8 +235,17 @@ def _replace(network: CausalLM, name: str, tensor: Tensor, folder: Path) -> None
 def adapter_settings(folder: Path) -> dict[str, Any]:
     """The entries of a config.json that hold for the merged model (rope_parameters, max_position_embeddings,
     context_window); empty for an adapter that PEFT wrote."""
+    return dict(_settings(folder).get("config") or {})
+
+
+def adapter_chat(folder: Path) -> str | None:
+    """The chat format that an adapter taught a base model; None where it taught none."""
+    return _settings(folder).get("chat")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
-    return dict(read_json(path).get("config") or {}) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def adapted_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import UserError, expand
 from . import embedded, hub, releases
-from .adapters import AdaptedTensors, adapted_config, base_of, is_adapter
-from .chat import ChatFormat
+from .adapters import AdaptedTensors, adapted_config, adapter_chat, base_of, is_adapter
+from .chat import XVERSE_TEMPLATE, ChatFormat
 from .converted import MemoryTensors, cache_folder, convert_once
 from .network import CausalLM, NetworkConfig, skeleton
 from .quant_linear import SAVED_NAMES, QuantFormat, hollow, pack, read_form
@@ -128,9 +128,14 @@ class Opened:
     release: Release | None
     notes: list[str]
 
+    @property
+    def continues_text(self) -> bool:
+        """Whether this is a base XVERSE release, which nobody has taught to answer."""
+        return self.release is not None and not self.release.chat and self.tokenizer.chat_template is None
+
     def chat(self) -> ChatFormat:
         """The prompt format: a base XVERSE release continues plain text, everything else as its files say."""
-        if self.release is not None and not self.release.chat and self.tokenizer.chat_template is None:
+        if self.continues_text:
             return ChatFormat("plain", self.tokenizer)
         return ChatFormat.for_model(self.tokenizer, self.config, self.name)
 
@@ -171,8 +176,8 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
             " belong to different models."
         )
     if release is not None:
-        if not release.chat:
-            notes.append(f"{release.name} is a base model: it continues text; for answers take its Chat release.")
+        if not release.chat and tokenizer.chat_template is None:
+            notes.append(_continues(release))
         for key, value in (("bos_token_id", tokenizer.bos_id), ("pad_token_id", tokenizer.pad_id)):
             if config.get(key) is None and value is not None:
                 config[key] = value
@@ -187,7 +192,14 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
 def _adapted(base: Opened, adapter: Path, name: str) -> Opened:
     """A model with an adapter merged into its tensors, and the RoPE plan and window the adapter was trained for."""
     tensors = AdaptedTensors(base.tensors, adapter)
+    if adapter_chat(adapter) == "xverse" and base.tokenizer.chat_template is None:
+        base.tokenizer.chat_template = XVERSE_TEMPLATE
+        base.notes[:] = [note for note in base.notes if base.release is None or note != _continues(base.release)]
     return replace(base, name=name, config=adapted_config(base.config, adapter), tensors=tensors)
+
+
+def _continues(release: Release) -> str:
+    return f"{release.name} is a base model: it continues text; for answers take its Chat release."
 
 
 def build(

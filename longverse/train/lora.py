@@ -182,15 +182,23 @@ def lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
 @contextmanager
 def merged(network: nn.Module) -> Iterator[None]:
     """Compute the merged weights once and hold them: for generating with an adapted network. Over a quantised base they
-    are made at each use instead, since held they would be the whole model that was to be kept small."""
+    are made at each use instead, since held they would be the whole model that was to be kept small. Weights trained in
+    float32 beside a base of fewer digits are rounded to its type meanwhile, as they are when they are written."""
     layers = [layer for layer in lora_layers(network).values() if not isinstance(layer.base, QuantLinear)]
     for layer in layers:
         layer._held = layer.merged_weight(layer.lora_A.dtype)
+    weights = [weight for name, weight in network.named_parameters() if ".lora_" not in name]
+    short = next((weight.dtype for weight in weights if weight.dtype in (torch.bfloat16, torch.float16)), None)
+    rounded = [(weight, weight.data) for weight in weights if short is not None and weight.dtype == torch.float32]
+    for weight, data in rounded:
+        weight.data = data.to(short)
     try:
         yield
     finally:
         for layer in layers:
             layer._held = None
+        for weight, data in rounded:
+            weight.data = data
 
 
 def merge(network: CausalLM) -> None:
@@ -224,9 +232,11 @@ def save_adapter(
     *,
     base: str,
     settings: dict[str, Any] | None = None,
+    chat: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write an adapter as PEFT does, and `settings` (config entries such as rope_parameters) beside it.
+    """Write an adapter as PEFT does, and beside it `settings` (config entries such as rope_parameters) and the chat
+    format that a base model was taught.
 
     base: what the base model is called. Each file is complete or absent.
     """
@@ -262,6 +272,7 @@ def save_adapter(
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         writer.close()
-    if settings:
-        write_json(folder / SETTINGS, {"base": base, "config": settings})
+    if settings or chat:
+        taught = {"chat": chat} if chat else {}
+        write_json(folder / SETTINGS, {"base": base, **({"config": settings} if settings else {}), **taught})
     write_json(folder / CONFIG, config)  # last: a folder with it is a whole adapter

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from longverse.models.chat import XVERSE_TEMPLATE
 from longverse.models.checkpoint import Loaded, open_model, stored_dtype
 from longverse.models.network import NetworkConfig
 from longverse.models.rope import RopePlan
@@ -60,11 +61,13 @@ def write_results(
         "shape": shape,
         "probes": probes,
     }
+    # What loads the result finds out that a base model of XVERSE answers now.
+    taught = loaded.chat.kind if loaded.chat.kind == "xverse" and open_model(recipe.model).continues_text else None
     if recipe.method == "lora":
         adapter = place / "adapter"
         settings = rope_entries(shape.rope, shape.window, loaded.config) if shape != original else None
         base = str(Path(recipe.model).resolve()) if Path(recipe.model).exists() else recipe.model
-        save_adapter(network, recipe.lora, adapter, base=base, settings=settings, dtype=torch.bfloat16)
+        save_adapter(network, recipe.lora, adapter, base=base, settings=settings, chat=taught, dtype=torch.bfloat16)
         write_card(adapter, **card)
     if recipe.method == "full" or write_merged:
         model = place / "model"
@@ -73,7 +76,7 @@ def write_results(
             if recipe.method == "lora":
                 network = copy.deepcopy(network)
                 merge(network)
-            _write_model(recipe, network, model)
+            _write_model(recipe, network, model, taught)
             write_card(model, **card)
     return adapter, model
 
@@ -96,11 +99,13 @@ def _gathered(loaded: Loaded, recipe: Recipe) -> Any:
     return network
 
 
-def _write_model(recipe: Recipe, network: Any, target: Path) -> None:
+def _write_model(recipe: Recipe, network: Any, target: Path, taught: str | None) -> None:
     from longverse.models.convert import SHARD_BYTES, settled_config, write_folder
     from longverse.models.shards import TensorInfo
 
     opened = open_model(recipe.model)
+    if taught:
+        opened.tokenizer.chat_template = XVERSE_TEMPLATE
     number = stored_dtype(opened.tensors.infos)
     if number == torch.float16:
         number = torch.bfloat16  # trained weights may lie outside of its range

@@ -26,6 +26,7 @@ from torch import nn
 from longverse.data.lock import FolderLock, disk_errors
 from longverse.errors import UserError, expand
 from longverse.models.adapters import read_adapter
+from longverse.models.chat import ChatFormat
 from longverse.models.checkpoint import (
     Loaded,
     build,
@@ -362,7 +363,11 @@ def load_for_training(recipe: Recipe, device: str, on_progress: Callable[[int, i
     notes = list(opened.notes)
     if (stored := stored_dtype(opened.tensors.infos)) != number:
         notes.append(f"The file's {stored} weights are held as {number}.".replace("torch.", ""))
-    return Loaded(opened.name, network, opened.tokenizer, opened.chat(), opened.config, opened.path, notes)
+    chat = opened.chat()
+    if opened.continues_text and any(source.store is None for stage in recipe.stages for source in stage.data):
+        chat = ChatFormat("xverse", opened.tokenizer)
+        notes.append(f"{opened.name} is a base model: it learns conversations in the format of XVERSE's chat models.")
+    return Loaded(opened.name, network, opened.tokenizer, chat, opened.config, opened.path, notes)
 
 
 def prepare(network: nn.Module, recipe: Recipe) -> None:

@@ -151,3 +151,17 @@ def test_the_share_of_the_peak_is_told(base: Path, tmp_path: Path) -> None:
     run_recipe(recipe(base / "model", base / "m.jsonl"), tmp_path, watch=Watch(step=seen.append))
     assert all(0 < report.mfu < 1 for report in seen)
     assert seen[0].mfu / seen[0].gflops == pytest.approx(seen[-1].mfu / seen[-1].gflops)
+
+
+@pytest.mark.parametrize("also", [("embeddings",), ("norms",), ("embeddings", "norms")])
+def test_probes_of_weights_that_are_held_in_two_types(base: Path, tmp_path: Path, also: tuple[str, ...]) -> None:
+    """bfloat16 products with float32 weights beside: the probe's loss is that of the model that is written."""
+    plan = measured(base, lengths=[300], facts=1)
+    plan = dataclasses.replace(plan, precision="bf16", lora=dataclasses.replace(plan.lora, also=also))
+    outcome = run_recipe(plan, tmp_path, write_merged=True)
+    assert outcome.probes["sft"].found["en"]["300"] is not None
+    engine = Engine.load(str(outcome.model), dtype="bfloat16", window=4096)
+    ids = engine.tokenizer.encode((base / "held_out.txt").read_text())[-288:]
+    parts = [token_losses(EngineBackend(engine), ids[n : n + 96]) for n in (0, 96, 192)]
+    expected = sum(sum(part) for part in parts) / sum(len(part) for part in parts)
+    assert outcome.probes["sft"].mean_loss == pytest.approx(expected, rel=0.01)

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from longverse.errors import UserError
 from longverse.models.adapters import merge_adapter
-from longverse.models.checkpoint import load
+from longverse.models.checkpoint import load, open_model
 from longverse.models.network import NetworkConfig
 from longverse.models.rope import RopePlan
 from longverse.train.config import Recipe
@@ -22,6 +23,7 @@ from longverse.train.results import rope_entries
 from longverse.train.run import Outcome, Watch, run_recipe
 from longverse.train.trainer import read_log
 from tests.helpers import tiny_config
+from tests.models.folders import save_folder
 from tests.train.common import recipe, tiny_folder, write_messages
 
 IDS = torch.randint(0, 90, (1, 60), generator=torch.Generator().manual_seed(0))
@@ -316,3 +318,22 @@ def test_dry_over_a_finished_run_writes_nothing(base: Path, tmp_path: Path) -> N
     card.write_text("mine")
     run_recipe(two_stages(base), tmp_path, dry=True)
     assert card.read_text() == "mine"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_base_model_of_xverse_is_taught_its_chat_format(base: Path, tmp_path: Path, method: str) -> None:
+    """Conversations are trained in XVERSE's format, and whatever loads the result speaks it; text changes nothing."""
+    folder = tmp_path / "XVERSE-7B"
+    save_folder(folder, {**tiny_config(max_position_embeddings=512), "model_type": "xverse"})
+    assert open_model(str(folder)).chat().kind == "plain"
+    outcome = run_recipe(
+        recipe(folder, base / "m.jsonl", {"steps": 2}, method=method), tmp_path / "out", write_merged=True
+    )
+    for made in (outcome.adapter, outcome.model):
+        if made is not None:
+            opened = open_model(str(made))
+            assert opened.chat().kind == "xverse"
+            assert not any("base model" in note for note in opened.notes)
+    assert open_model(str(folder)).chat().kind == "plain"
+    cached = np.load(next((tmp_path / "out" / "tokens").glob("*.npz")))
+    assert "Human: " in opened.tokenizer.decode([int(token) for token in cached["ids"][:200]])
