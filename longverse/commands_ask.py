@@ -102,7 +102,7 @@ def ask(
         if as_json:
             record: dict[str, object] = {"question": question, "answer": text, "model": engine.name}
             record |= {"document": _about(documents[0]), "documents": [_about(document) for document in documents]}
-            record |= commands_cite.record(cited) if cited is not None else {}
+            record |= commands_cite.record(cited) if way != "off" else {}
             if cited is not None and (cited.first or not cited.found):
                 record["model_answer"] = cited.first or cited.answer
             record |= {"read": read[number]} if read else {}
@@ -152,6 +152,10 @@ def answer(
     if way != "off" and text.strip():
         cited = checked(session, prompts, number, text, ids, settings)
         text = cited.answer if cited.found else not_found(prompts, number)
+    elif way != "off":  # the model said nothing
+        text = not_found(prompts, number)
+        if shown and not waits:
+            console.write(text)
     if not shown:
         return text.strip(), cited
     if waits:
@@ -193,7 +197,7 @@ def read_documents(files: list[str], *, quiet: bool) -> list[Document]:
     skipped: list[str] = []
 
     def pass_over(name: str, reason: str) -> None:
-        if Path(name).suffix.lower() in (".pdf", ".docx", ".epub"):  # a document that cannot be read, and why
+        if name.endswith(os.sep) or Path(name).suffix.lower() in (".pdf", ".docx", ".epub"):  # these, with the reason
             console.note(f"Passed over: {reason}", quiet=quiet)
         else:
             skipped.append(name)

@@ -44,10 +44,12 @@ def quoted(citation: Citation) -> str:
     return f"“{text}”"
 
 
-def record(cited: Cited) -> dict[str, object]:
-    """The same for `--json`."""
+def record(cited: Cited | None) -> dict[str, object]:
+    """The same for `--json`; None stands for no answer at all."""
+    if cited is None or not cited.found:
+        return {"found": False, "citations": [], "marked_answer": None}
     return {
-        "found": cited.found,
-        "citations": [citation.record() for citation in cited.citations] if cited.found else [],
-        "marked_answer": cited.marked if cited.found else None,
+        "found": True,
+        "citations": [citation.record() for citation in cited.citations],
+        "marked_answer": cited.marked,
     }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,6 +155,8 @@ def write(report: Report, folder: Path, name: str) -> Path:
             beside.write_text(report.text, encoding="utf-8")
             os.replace(beside, target)
         except OSError:
+            with suppress(OSError):
+                beside.unlink()
             continue
         return target
     raise UserError(

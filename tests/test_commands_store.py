@@ -200,6 +200,16 @@ def test_the_next_command_repeats_what_was_given(run: Runner, mill: str, tiny: s
     assert line == f"Next: longverse ask {mill} \"…\" --model {tiny} --system 'Be brief.' --attention sparse:0.9"
 
 
+def test_a_model_that_says_nothing_has_not_found_it(
+    run: Runner, mill: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "stream", lambda *arguments, **options: iter(()))
+    record = json.loads(run("ask", mill, "Where?", "-m", tiny, "--json")[1])
+    assert (record["answer"], record["found"], record["citations"]) == ("Not found in the document.", False, [])
+    assert run("ask", mill, "Where?", "-m", tiny, "-q")[:2] == (0, "Not found in the document.\n")
+    assert json.loads(run("ask", mill, "Where?", "-m", tiny, "--json", "--cite", "off")[1])["answer"] == ""
+
+
 @pytest.mark.slow
 def test_a_reading_that_is_stopped_goes_on(mill: str, tiny: str, tmp_path: Path) -> None:
     """Ctrl-C, in a process of its own with a slow reading: 130, what was read is kept, the next goes on from there."""

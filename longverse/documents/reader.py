@@ -51,6 +51,9 @@ _PRINTABLE_FORMATS = (b"{\\rtf",)
 _SKIPPED_FOLDERS = frozenset(("__pycache__", "node_modules"))
 
 
+Skipped = Callable[[str, str], None]  # told of what is passed over: its name, and why
+
+
 def read(source: str | Path) -> Document:
     """Read a file, or standard input for `-`. Raises UserError for whatever is not readable text."""
     if str(source) == "-":
@@ -63,7 +66,7 @@ def read(source: str | Path) -> Document:
     return decode(read_bytes(path), path.name)
 
 
-def read_many(sources: Sequence[str | Path], *, skipped: Callable[[str, str], None] | None = None) -> list[Document]:
+def read_many(sources: Sequence[str | Path], *, skipped: Skipped | None = None) -> list[Document]:
     """Read files and folders, in order; `-` is standard input. A folder gives its files, also of folders in it, by
     name; hidden ones are passed over, and `skipped(name, reason)` hears of those that are no documents.
 
@@ -82,7 +85,7 @@ def read_many(sources: Sequence[str | Path], *, skipped: Callable[[str, str], No
             found.append(read(source))
             continue
         before = len(found)
-        for file in _files(path):
+        for file in _files(path, skipped):
             if file.resolve() in seen:
                 continue
             seen.add(file.resolve())
@@ -99,11 +102,17 @@ def read_many(sources: Sequence[str | Path], *, skipped: Callable[[str, str], No
     return found
 
 
-def _files(folder: Path) -> list[Path]:
-    """The regular files under a folder, links to folders not followed. UserError past the limits."""
+def _files(folder: Path, skipped: Skipped | None) -> list[Path]:
+    """The regular files under a folder, links to folders not followed; `skipped` hears of folders that cannot be
+    listed. UserError past the limits."""
     files: list[Path] = []
     size = 0
-    for place, folders, names in os.walk(folder):
+
+    def tell(error: OSError) -> None:
+        if skipped is not None:
+            skipped(f"{error.filename}{os.sep}", f"the folder {error.filename} cannot be listed ({error.strerror})")
+
+    for place, folders, names in os.walk(folder, onerror=tell):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS)
         for name in sorted(names):
             file = Path(place, name)

@@ -64,7 +64,7 @@ def second_look(
     index, question = prompts.index, prompts.questions[number]
     if not first.found and asks_a_name_unmarked(question):
         return None
-    nearest = index.nearest(frozenset(terms(question)), NEAREST)
+    nearest = _nearest(prompts, number)[:NEAREST]
     own = [
         place
         for place, (document, paragraph) in enumerate(index.places)
@@ -72,7 +72,7 @@ def second_look(
     ]
     greedy = Sampling(max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
     narrow = (tuple(sorted({*own, *nearest})), tuple(own))
-    for places in dict.fromkeys(narrow) if first.found else [widely(engine, prompts, question)]:
+    for places in dict.fromkeys(narrow) if first.found else [widely(engine, prompts, number)]:
         if not places:
             continue
         ids = engine.chat.encode(messages(text_of_places(prompts, places), question))
@@ -105,11 +105,18 @@ def brings_what_is_asked(question: str, found: Cited) -> bool:
     return is_of_the_kind(question, f"It is {found.answer}") and is_of_the_kind(question, said)
 
 
-def widely(engine: Engine, prompts: Prompts, question: str) -> tuple[int, ...]:
+def _nearest(prompts: Prompts, number: int) -> list[int]:
+    """The paragraphs of a question's own prompt, nearest to it in its words first."""
+    index, shown = prompts.index, prompts.places[number]
+    nearest = index.nearest(frozenset(terms(prompts.questions[number])), len(index.places))
+    return nearest if shown is None else [place for place in nearest if place in set(shown)]
+
+
+def widely(engine: Engine, prompts: Prompts, number: int) -> tuple[int, ...]:
     """The paragraphs nearest to a question in its words, as many as WIDE tokens hold, in the documents' order; the
     nearest alone where it is longer."""
     index = prompts.index
-    nearest = index.nearest(frozenset(terms(question)), len(index.places))
+    nearest = _nearest(prompts, number)
     places: list[int] = []
     room = WIDE
     for place in nearest:

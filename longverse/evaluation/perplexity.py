@@ -246,8 +246,8 @@ def sliding_loss(
 ) -> LossResult:
     """Every token of ids but the first once, read in windows of `context` tokens that move by `stride`: each token has
     at least context - stride tokens before it (fewer only at the text's beginning)."""
-    if not 0 < stride < context:
-        raise UserError("--stride must be at least 1 and less than --length.")
+    if not 0 < stride < context or blocks < 1:
+        raise UserError("--stride must be at least 1 and less than --length, and --blocks at least 1.")
     _check(backend, context, max(2, len(ids)) if len(ids) < context else len(ids))
     losses: list[float] = []  # losses[i] is of ids[i + 1]
     total = len(ids) - 1

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -25,10 +25,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .network import CausalLM
 from .rope import RopePlan
-from .shards import Progress, TensorFolder, TensorInfo, read_json
-
-if TYPE_CHECKING:
-    from .converted import MemoryTensors
+from .shards import Progress, TensorInfo, Tensors, read_json
 
 CONFIG, WEIGHTS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", "longverse.json"
 PREFIX = "base_model.model."
@@ -143,7 +140,7 @@ class AdaptedTensors:
     Raises UserError, naming file and tensor, for an adapter of another model.
     """
 
-    def __init__(self, base: TensorFolder | MemoryTensors | AdaptedTensors, adapter: Path) -> None:
+    def __init__(self, base: Tensors, adapter: Path) -> None:
         self.base, self.adapter = base, adapter
         self.config, tensors = read_adapter(adapter)
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}  # name of the weight: A [r, in], B [out, r]

@@ -21,16 +21,16 @@ from ..errors import UserError, expand
 from . import embedded, hub, releases
 from .adapters import AdaptedTensors, adapted_config, adapter_chat, base_of, is_adapter
 from .chat import XVERSE_TEMPLATE, ChatFormat
-from .converted import MemoryTensors, cache_folder, convert_once
+from .converted import cache_folder, convert_once
+from .dequantised import DequantisedTensors
 from .network import CausalLM, NetworkConfig, skeleton
 from .quant_linear import SAVED_NAMES, QuantFormat, hollow, pack, read_form
 from .releases import Release
-from .shards import Progress, TensorFolder, TensorInfo, read_json
+from .shards import Progress, TensorFolder, TensorInfo, Tensors, read_json
 from .tokenizer import Tokenizer
 
 __all__ = ["Loaded", "ModelEntry", "Opened", "cache_folder", "known_models", "load", "locate", "open_model"]
 
-Tensors = TensorFolder | MemoryTensors | AdaptedTensors
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -190,12 +190,19 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
 
 
 def _adapted(base: Opened, adapter: Path, name: str) -> Opened:
-    """A model with an adapter merged into its tensors, and the RoPE plan and window the adapter was trained for."""
-    tensors = AdaptedTensors(base.tensors, adapter)
+    """A model with an adapter merged into its tensors, and the RoPE plan and window the adapter was trained for.
+    Quantised weights are no longer, since the sum with an adapter is of as many digits as it."""
+    if base.form is not None:
+        number = stored_dtype(base.tensors.infos)
+        base.notes.append(f"{base.name} is held in {number} here, since an adapter is merged in.".replace("torch.", ""))
+        tensors, plain = DequantisedTensors(base.tensors, base.form, number), dict(base.config)
+        del plain["quantization_config"]
+        base = replace(base, tensors=tensors, form=None, config=plain)
+    adapted = AdaptedTensors(base.tensors, adapter)
     if adapter_chat(adapter) == "xverse" and base.tokenizer.chat_template is None:
         base.tokenizer.chat_template = XVERSE_TEMPLATE
         base.notes[:] = [note for note in base.notes if base.release is None or note != _continues(base.release)]
-    return replace(base, name=name, config=adapted_config(base.config, adapter), tensors=tensors)
+    return replace(base, name=name, config=adapted_config(base.config, adapter), tensors=adapted)
 
 
 def _continues(release: Release) -> str:

@@ -23,8 +23,9 @@ from torch import Tensor
 from ..errors import UserError, expand
 from .chat import XVERSE_TEMPLATE
 from .checkpoint import DTYPES, IGNORED, Opened, open_model, stored_dtype, verify
+from .dequantised import DequantisedTensors
 from .network import NetworkConfig
-from .quant_linear import SAVED_NAMES, load_form
+from .quant_linear import SAVED_NAMES
 from .rope import RopePlan
 from .shards import SAFETENSORS_INDEX, Progress, SafetensorsWriter, TensorInfo, numel, read_json, write_json
 
@@ -109,18 +110,11 @@ def arrival(source: Opened, shapes: dict[str, tuple[int, ...]]) -> list[str]:
 
 def dequantised(source: Opened, dtype: torch.dtype) -> Tensors:
     """(name, float tensor) of a checkpoint, whatever form it keeps its weights in."""
-    tensors = source.tensors
-    for name, tensor in tensors.stream():
-        base, _, ending = name.rpartition(".")
-        if source.form is not None and ending in SAVED_NAMES:
-            if ending == "weight_packed":
-                parts = {
-                    part: tensors.get(f"{base}.{part}") for part in SAVED_NAMES if f"{base}.{part}" in tensors.infos
-                }
-                yield f"{base}.weight", load_form(parts, source.form, dtype)
-        elif not name.endswith(IGNORED):
+    plain = source.tensors if source.form is None else DequantisedTensors(source.tensors, source.form, dtype)
+    for name, tensor in plain.stream():
+        if not name.endswith(IGNORED):
             yield name, tensor
-        tensors.forget(tensor)
+        plain.forget(tensor)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

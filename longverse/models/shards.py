@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -214,6 +214,17 @@ class BinFile:
     def get(self, name: str) -> Tensor:
         """The tensor; a view of the mapped file for today's format."""
         return self._tensors[name]
+
+
+class Tensors(Protocol):
+    """A checkpoint's tensors, wherever they come from. A streamed one may be forgotten when it is done with."""
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]: ...
+    def get(self, name: str) -> Tensor: ...
+    def stream(self) -> Iterator[tuple[str, Tensor]]: ...
+    def forget(self, tensor: Tensor) -> None: ...
+    def origin(self, name: str) -> str: ...
 
 
 class TensorFolder:

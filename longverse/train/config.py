@@ -238,6 +238,13 @@ class Probe:
         return bool(self.lengths or self.text)
 
 
+def _starts_from_window(rope: str | None) -> bool:
+    """Whether a RoPE change takes the window stated before it for its own: dynamic and yarn that name none do."""
+    return any(
+        part.strip().startswith(("dynamic:", "yarn:")) and part.count(":") == 1 for part in (rope or "").split(",")
+    )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything `longverse extend` needs. Same recipe, same data, same seed: the same run.
@@ -340,9 +347,11 @@ class Recipe:
             values.pop(key)
         if not self.probe.patience:
             values.pop("probe")
-        for stage in values["stages"]:
-            for key in ("window", "micro_tokens", "recompute_above", "offload"):
+        for number, stage in enumerate(values["stages"]):
+            for key in ("micro_tokens", "recompute_above", "offload"):
                 stage.pop(key)
+            if not any(_starts_from_window(later["rope"]) for later in values["stages"][number + 1 :]):
+                stage.pop("window")
         return values
 
     def fingerprint(self) -> str:

@@ -1,10 +1,12 @@
 """PDF, DOCX, EPUB, HTML, Markdown, CSV and code: texts, pages, headings, offsets; what is hostile or damaged."""
 
 import html
+import os
 import struct
 import zipfile
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -447,6 +449,24 @@ def test_folders_and_several_files(tmp_path: Path) -> None:
         read_many([tmp_path / "b"])
     with pytest.raises(UserError, match="no document"):
         read_many([])
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "one.txt").write_text("one")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    skipped: list[tuple[str, str]] = []
+    found = read_many([tmp_path], skipped=lambda name, reason: skipped.append((name, reason)))
+    assert [document.name for document in found] == ["one.txt"]
+    place = f"{tmp_path / 'locked'}"
+    assert skipped == [(f"{place}/", f"the folder {place} cannot be listed (Permission denied)")]
 
 
 def test_a_folder_past_the_limits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_the_nearest_paragraphs_are_taken_while_they_fit() -> None:
     for text, count in (("\n\n".join([long, *short]), None), (long, 1)):
         document = decode(text.encode(), "a.md")
         prompts = ask.prepare(engine, document, [question], 16)
-        places = second_look.widely(engine, prompts, question)
+        places = second_look.widely(engine, prompts, 0)
         texts = [prompts.index.places[place][1].text for place in places]
         assert places == tuple(sorted(places))
         if count is not None:
@@ -143,6 +143,8 @@ def test_the_nearest_paragraphs_are_taken_while_they_fit() -> None:
         else:  # the long one has no room, those behind it have
             tokens = [len(engine.tokenizer.encode(text)) for text in texts]
             assert second_look.WIDE - second_look.LEAST - max(tokens) < sum(tokens) <= second_look.WIDE
+        chosen = replace(prompts, places=((0, len(prompts.index.places) - 1),))  # nothing but what was selected is read
+        assert set(second_look.widely(engine, chosen, 0)) <= {0, len(prompts.index.places) - 1}
 
 
 def test_where_no_second_look_is_taken() -> None:

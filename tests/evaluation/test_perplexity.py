@@ -109,5 +109,7 @@ def test_bad_lengths_are_refused(backend: EngineBackend, ids: list[int]) -> None
         loss_by_position(backend, ids, length=1)
     with pytest.raises(UserError, match="--stride"):
         sliding_loss(backend, ids, context=100, stride=100)
+    with pytest.raises(UserError, match="--blocks at least 1"):
+        sliding_loss(backend, ids, context=100, stride=50, blocks=0)
     with pytest.raises(UserError, match="longer text"):
         token_losses(backend, [1])

@@ -67,3 +67,14 @@ def test_fingerprint_leaves_out_what_changes_no_weight() -> None:
     recipe = build(Recipe, GOOD)
     assert recipe.fingerprint() == build(Recipe, changed({"micro_tokens": 99}, save_every=3)).fingerprint()
     assert recipe.fingerprint() != build(Recipe, changed({"learning_rate": 1e-5})).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("rope", "counts"), [(None, False), ("abf:50000", False), ("dynamic:2:4096", False), ("abf:50000,dynamic:2", True)]
+)
+def test_a_window_counts_where_a_later_plan_starts_from_it(rope: str | None, counts: bool) -> None:
+    def with_window(window: str) -> Recipe:
+        first = {**GOOD["stages"][0], "window": window}
+        return build(Recipe, {**GOOD, "stages": [first, {**GOOD["stages"][0], "name": "b", "rope": rope}]})
+
+    assert (with_window("8K").fingerprint() != with_window("16K").fingerprint()) == counts

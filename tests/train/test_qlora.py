@@ -9,6 +9,7 @@ import torch
 from longverse.errors import UserError
 from longverse.models.adapters import merge_adapter
 from longverse.models.checkpoint import load
+from longverse.models.convert import convert
 from longverse.models.network import CausalLM
 from longverse.models.quant_linear import QuantLinear
 from longverse.models.quantize import quantize
@@ -127,3 +128,23 @@ def test_a_run_over_four_bits(tmp_path: Path, source: str, precision: str) -> No
     expected = whole.network(IDS % 90)
     near = 0.05 if precision == "fp32" else 0.4  # in bf16 the weights themselves are rounded anew
     assert (network(IDS % 90) - expected).abs().mean() < near * (before - expected).abs().mean()
+
+
+@pytest.mark.parametrize("form", [{"bits": 4, "group": 32}, {"bits": 8}, {"bits": 4, "group": 32, "symmetric": True}])
+def test_an_adapter_over_a_quantised_folder_is_loaded(tmp_path: Path, form: dict[str, int]) -> None:
+    """By its own name: the base's weights as its integers say, and the adapter's sum; converting gives the same."""
+    tiny_folder(tmp_path / "model", **SIZES)
+    quantize(str(tmp_path / "model"), tmp_path / "small", **form)  # type: ignore[arg-type]
+    plan = recipe(tmp_path / "small", write_messages(tmp_path / "m.jsonl"), {"steps": 3})
+    outcome = run_recipe(plan, tmp_path / "out")
+    loaded = load(str(outcome.adapter), dtype="float32")
+    assert not any(isinstance(module, QuantLinear) for module in loaded.network.modules())
+    assert any("merged in" in note for note in loaded.notes)
+    convert(str(tmp_path / "small"), tmp_path / "plain", dtype="float32")
+    expected = load(str(tmp_path / "plain"), dtype="float32").network
+    merge_adapter(expected, outcome.adapter)  # type: ignore[arg-type]
+    torch.testing.assert_close(loaded.network(IDS), expected(IDS), rtol=0, atol=2e-2 * float(expected(IDS).std()))
+    convert(str(outcome.adapter), tmp_path / "merged", dtype="float32")
+    torch.testing.assert_close(
+        load(str(tmp_path / "merged"), dtype="float32").network(IDS), loaded.network(IDS), rtol=1e-4, atol=1e-4
+    )

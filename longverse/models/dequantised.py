@@ -1,0 +1,53 @@
+"""A quantised checkpoint's tensors read as float ones: for whatever works on plain weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .quant_linear import SAVED_NAMES, QuantFormat, load_form
+from .shards import TensorInfo, Tensors
+
+
+class DequantisedTensors:
+    """The tensors of a checkpoint whose linear layers are saved as `form`, each of those as one weight [N, K] of
+    `dtype`. One is made at a time."""
+
+    def __init__(self, base: Tensors, form: QuantFormat, dtype: torch.dtype) -> None:
+        self.base, self.form, self.dtype = base, form, dtype
+        self.infos: dict[str, TensorInfo] = {}  # shape and dtype by name, in the base's order
+        for name, info in base.infos.items():
+            module, _, ending = name.rpartition(".")
+            if ending == "weight_packed":
+                outputs, words = info.shape
+                self.infos[f"{module}.weight"] = TensorInfo((outputs, words * 32 // form.bits), dtype)
+            elif ending not in (*SAVED_NAMES, "weight_shape"):
+                self.infos[name] = info
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, dequantised."""
+        module = name.removesuffix(".weight")
+        if f"{module}.weight_packed" not in self.base.infos:
+            return self.base.get(name)
+        parts = {part: f"{module}.{part}" for part in SAVED_NAMES}
+        saved = {part: self.base.get(held) for part, held in parts.items() if held in self.base.infos}
+        return load_form(saved, self.form, self.dtype)
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, in the base's order. What one is made of is let go of when the next is asked for."""
+        for name, tensor in self.base.stream():
+            module, _, ending = name.rpartition(".")
+            if ending == "weight_packed":
+                yield f"{module}.weight", self.get(f"{module}.weight")
+            elif name in self.infos:
+                yield name, tensor
+            self.base.forget(tensor)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Nothing: a dequantised tensor is of ordinary memory, and what it was made of is let go of in `stream`."""
+
+    def origin(self, name: str) -> str:
+        """What an error message calls the place of a tensor."""
+        return self.base.origin(name if name in self.base.infos else f"{name}_packed")
