@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, machine, write_results
+from torch import Tensor
 
 import longverse
 from longverse.commands_demo import ANSWER_TOKENS, sized_report
@@ -207,14 +208,16 @@ def heads(engine: Engine, tokens: int, seeds: list[int], questions: int) -> list
             done = session.complete(prompts.ids[number], SAMPLING)
             if not fact.is_answered_by(done.text):
                 continue
-            found = trace(session, prompts.ids[number], done.tokens, spans, every)
             truth = document.paragraph_at(fact.position).number - 1
-            mean = found.mass.mean(1)  # [N, P]
             total += 1
-            for row in range(len(every)):
-                hits[row] += int(mean[row].argmax()) == truth
-                mass[row] += float(mean[row, truth])
-                copying[row] += float(found.copying[row])
+
+            def note(row: int, shares: Tensor, copied: float, truth: int = truth) -> None:
+                mean = shares.mean(0)  # [P]
+                hits[row] += int(mean.argmax()) == truth
+                mass[row] += float(mean[truth])
+                copying[row] += copied
+
+            trace(session, prompts.ids[number], done.tokens, spans, every, note)
     made = [
         {"layer": layer, "head": head, "right": round(hits[row] / total, 3), "mass": round(mass[row] / total, 3),
          "copying": round(copying[row] / total, 3)}

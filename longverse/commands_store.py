@@ -17,7 +17,7 @@ import typer
 from . import console
 from .commands_common import AsJson, Loading, Quiet, with_options
 from .errors import UserError
-from .plan import parse_bytes
+from .plan import gigabytes, parse_bytes
 
 if TYPE_CHECKING:
     from .documents.ask import Prompts
@@ -123,7 +123,7 @@ def read(
         )  # fmt: skip
         return
     what = f"read {fresh:,} in {console.duration(seconds)}" if fresh else "nothing new to read"
-    console.line(f"{name}: {end:,} tokens kept, {size / 1e6:,.0f} MB ({what}).")
+    console.line(f"{name}: {end:,} tokens kept, {gigabytes(size)} ({what}).")
     same = [*loading.given(), *(["--system", system] if system is not None else [])]
     same += [] if way == "auto" else ["--attention", way]
     console.note(f'Next: longverse ask {shlex.join(files)} "…" {shlex.join(same)}'.rstrip(), quiet=quiet)
@@ -170,13 +170,12 @@ def library(context: typer.Context, as_json: AsJson = False) -> None:
         console.line(f"Nothing is kept in {store.folder}. `longverse read FILE` keeps a document.")
         return
     rows = [
-        [one.id[:8], one.name, one.model, _length(one), f"{one.bytes / 1e6:,.0f} MB", _way(one), _ago(one.used)]
-        for one in kept
+        [one.id[:8], one.name, one.model, _length(one), gigabytes(one.bytes), _way(one), _ago(one.used)] for one in kept
     ]
     heads = ("id", "document", "model", "tokens", "size", "cache", "last used")
     console.out().print(console.table(heads, rows, right=(3, 4)))
     total = sum(one.bytes for one in kept)
-    console.line(f"\n{_gb(total)} of {_gb(store.limit)}, in {store.folder}")
+    console.line(f"\n{gigabytes(total)} of {gigabytes(store.limit)}, in {store.folder}")
 
 
 @library_app.command()
@@ -205,9 +204,9 @@ def _report(removed: list[Kept], as_json: bool, left: int | None = None) -> None
         console.json_line({"removed": [vars(kept) for kept in removed], "bytes": freed} | more)
         return
     for kept in removed:
-        console.line(f"removed {kept.name} ({kept.id[:8]}), {kept.bytes / 1e6:,.0f} MB")
+        console.line(f"removed {kept.name} ({kept.id[:8]}), {gigabytes(kept.bytes)}")
     if left is not None:
-        console.line(f"{freed / 1e6:,.0f} MB removed; {left / 1e9:,.2f} GB stay.")
+        console.line(f"{gigabytes(freed)} removed; {gigabytes(left)} stay.")
 
 
 def _length(kept: Kept) -> str:
@@ -364,16 +363,17 @@ def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exac
     form = next((form for form, need in needs.items() if need <= free), None) if cache == "auto" else cache
     if form is None or needs[form] > free:
         least = min(needs.items(), key=lambda item: item[1])
-        ways = [] if form is None or needs[least[0]] > free else [f"take --cache {least[0]} ({_gb(least[1])})"]
+        ways = [] if form is None or needs[least[0]] > free else [f"take --cache {least[0]} ({gigabytes(least[1])})"]
         ways += ["give a shorter document", "close other programs"]
         form = form or least[0]
         raise UserError(
-            f"{tokens:,} tokens need {_gb(needs[form])} of memory with {engine.name} (cache: {form}), and {_gb(free)}"
-            f" are free: {', '.join(ways[:-1])} or {ways[-1]}."
+            f"{tokens:,} tokens need {gigabytes(needs[form])} of memory with {engine.name} (cache: {form}), and"
+            f" {gigabytes(free)} are free: {', '.join(ways[:-1])} or {ways[-1]}."
         )
     if cache == "auto" and form != "full":
         console.note(
-            f"A full cache would need {_gb(needs['full'])} and {_gb(free)} are free: the cache is {form}.", quiet=quiet
+            f"A full cache would need {gigabytes(needs['full'])} and {gigabytes(free)} are free: the cache is {form}.",
+            quiet=quiet,
         )
     return form
 
@@ -397,8 +397,8 @@ def choose_beside(engine: Engine, tokens: int, cache: str, attention: str, *, qu
     if size > SLACK * memory_of_machine()[1]:
         return None
     console.note(
-        f"The card has {_gb(free)} free and {tokens:,} tokens need {_gb(wanted[form])} there (cache: {form}): the cache"
-        " is kept in the machine's memory, and every token reads it from there.",
+        f"The card has {gigabytes(free)} free and {tokens:,} tokens need {gigabytes(wanted[form])} there (cache:"
+        f" {form}): the cache is kept in the machine's memory, and every token reads it from there.",
         quiet=quiet,
     )
     return form
@@ -413,13 +413,9 @@ def say_plan(engine: Engine, session: Session, tokens: int, *, quiet: bool) -> N
     held = len(session.tokens)
     size: Any = session.cache.bytes_per_token * tokens
     parts = [f"{tokens:,} tokens" + (f" ({held:,} kept, not read again)" if held else "")]
-    parts.append(f"{session.cache_format} cache {_gb(size)}")
+    parts.append(f"{session.cache_format} cache {gigabytes(size)}")
     seconds = predict(engine, session, tokens)
     if seconds is not None:
         most = "at most" if session.attention == "sparse" else "about"
         parts.append(f"{most} {console.duration(seconds[0])} to read, {1 / seconds[1]:,.0f} tok/s to write")
     console.note("Plan: " + " · ".join(parts))
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

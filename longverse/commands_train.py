@@ -15,6 +15,7 @@ import typer
 
 from . import console
 from .errors import UserError, expand
+from .plan import gigabytes
 
 if TYPE_CHECKING:
     from .train.config import Recipe, Stage
@@ -203,9 +204,9 @@ class _Screen:
         parts = [
             f"{forecast.steps:,} steps, {forecast.tokens:,} tokens, the longest example {forecast.longest:,}",
             f"about {console.duration(forecast.seconds)}",
-            f"{_size(forecast.total_bytes)} ({_size(forecast.weight_bytes)} weights,"
-            f" {_size(forecast.optimizer_bytes)} optimizer, {_size(forecast.activation_bytes)} activations)"
-            f" of {_size(forecast.available_bytes)} free",
+            f"{gigabytes(forecast.total_bytes)} ({gigabytes(forecast.weight_bytes)} weights,"
+            f" {gigabytes(forecast.optimizer_bytes)} optimizer, {gigabytes(forecast.activation_bytes)} activations)"
+            f" of {gigabytes(forecast.available_bytes)} free",
         ]
         self.say(f"Stage {stage.name}: {'; '.join(parts)}.")
 
@@ -223,7 +224,7 @@ class _Screen:
             f"longest {report.longest:,}",
             f"lr {report.learning_rate:.1e}",
             f"norm {report.gradient_norm:.2f}",
-            _size(report.peak_memory_bytes),
+            gigabytes(report.peak_memory_bytes),
             f"{console.duration(report.seconds_left)} left",
         )
         self.say("  ".join(parts))
@@ -243,10 +244,6 @@ class _Screen:
 
     def say(self, text: str) -> None:
         console.err().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def _share(share: float | None) -> str:

@@ -72,6 +72,13 @@ def say_bytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**20:,.1f} MiB"
 
 
+def gigabytes(count: float) -> str:
+    """`6.0 GB`, `77 MB`, `5.2 MB`: as sizes on a disk and limits are given."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:,.1f} MB"
+
+
 def memory_of_machine() -> tuple[int, int]:
     """Bytes of memory that this process may use in all, and that are free now: the machine's, or what a container's
     limit leaves of them."""

@@ -7,12 +7,11 @@ the embedded model was found on generated reports (benchmarks/citations.py --hea
 upper two thirds of the layers count by how much of their attention falls on the token that the answer takes next, which
 is what copying is.
 
-Shapes: T answer tokens, P paragraphs, N heads looked at, S tokens held.   mass [N, T, P]
+Shapes: T answer tokens, P paragraphs, N heads looked at, S tokens held.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -33,14 +32,9 @@ RETRIEVAL_HEADS: dict[str, tuple[Head, ...]] = {
 }
 KEPT = 8  # paragraphs remembered for each token of an answer
 
-
-@dataclass(frozen=True)
-class Trace:
-    """What a second reading of an answer tells."""
-
-    mass: Tensor  # float32 [N, T, P]: share of head n's attention at answer token t that falls on paragraph p
-    copying: Tensor  # float32 [N]: mean share of head n's attention on earlier copies of the token that comes next
-    logprobs: Tensor  # float32 [T]: of the answer's tokens
+# Told of each head looked at: its number, the share of its attention at each answer token that falls on each paragraph
+# (float32 [T, P]), and the mean share of it on earlier copies of the token that comes next.
+Note = Callable[[int, Tensor, float], None]
 
 
 def token_spans(engine: Engine, prompt: Sequence[int], texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -83,27 +77,33 @@ def attend_to(
         shape = engine.network.config
         layers = range(shape.num_layers // 3, shape.num_layers)
         heads = tuple((layer, head) for layer in layers for head in range(shape.num_heads))
-        found = trace(session, prompt, answer, spans, heads)
-        weights = found.copying.square() + 1e-12
-    else:
-        found = trace(session, prompt, answer, spans, heads)
-        weights = torch.ones(len(heads))
-    shares = torch.einsum("n,ntp->tp", weights / weights.sum(), found.mass)  # [T, P]
+    known = engine.name in RETRIEVAL_HEADS
+    shares, total = torch.zeros(len(answer), len(spans)), 0.0  # [T, P]; a large model's heads are never held together
+
+    def note(head: int, mass: Tensor, copying: float) -> None:
+        nonlocal total
+        weight = 1.0 if known else copying**2 + 1e-12
+        shares.add_(mass, alpha=weight)
+        total += weight
+
+    logprobs = trace(session, prompt, answer, spans, heads, note)
+    shares /= total
     values, columns = shares.topk(min(KEPT, shares.shape[1]))
     rows = [
         {shown[column]: value for column, value in zip(c, v, strict=True)}
         for c, v in zip(columns.tolist(), values.tolist(), strict=True)
     ]
     offsets, _ = token_offsets(engine.tokenizer.token_bytes(token) or b"" for token in answer)
-    return Attended(rows, offsets, float(found.logprobs.mean()))
+    return Attended(rows, offsets, float(logprobs.mean()))
 
 
 @torch.inference_mode()
 def trace(
     session: Session, prompt: Sequence[int], answer: Sequence[int], spans: Sequence[tuple[int, int]],
-    heads: Sequence[Head],
-) -> Trace:  # fmt: skip
-    """Read `answer` again after `prompt`, whose tokens the session holds. `spans` are the paragraphs' tokens, in order.
+    heads: Sequence[Head], note: Note,
+) -> Tensor:  # fmt: skip
+    """Read `answer` again after `prompt`, whose tokens the session holds; float32 [T], the log-probabilities of its
+    tokens. `spans` are the paragraphs' tokens, in order; `note` hears of every head.
 
     The session ends up holding prompt and answer without its last token, as after the answer itself.
     """
@@ -117,11 +117,9 @@ def trace(
     feed = [prompt[-1], *answer[:-1]]  # the token at t predicts answer[t]
     cache.truncate(begin)
     del session.tokens[begin:]
-    wanted: dict[int, list[tuple[int, int]]] = {}  # layer -> [(row of mass, head)]
+    wanted: dict[int, list[tuple[int, int]]] = {}  # layer -> [(number, head)]
     for row, (layer, head) in enumerate(heads):
         wanted.setdefault(layer, []).append((row, head))
-    mass = torch.zeros(len(heads), len(feed), len(spans))
-    copying = torch.zeros(len(heads))
     edges = torch.tensor([edge for span in spans for edge in span], device=network.device)  # [2 P]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -131,8 +129,8 @@ def trace(
             keys = cache.keys_of(layer, 0, begin + len(feed))[0]  # [G, S, D]
             for row, weights in _weights(q[0, chosen], keys, wanted[layer], q.shape[1] // keys.shape[0]):
                 summed = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))[:, edges]  # [T, 2 P]
-                mass[row] = (summed[:, 1::2] - summed[:, 0::2]).cpu()
-                copying[row] = float((weights * copies).sum(-1).mean())
+                mass = (summed[:, 1::2] - summed[:, 0::2]).cpu()
+                note(row, mass, float((weights * copies).sum(-1).mean()))
         return out
 
     positions = torch.arange(begin, begin + len(feed), device=network.device)[None]
@@ -142,7 +140,7 @@ def trace(
     session.tokens.extend(feed)
     logits = network.lm_head(hidden[0]).float()  # [T, V]
     logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return Trace(mass, copying, logprobs.cpu())
+    return logprobs.cpu()
 
 
 def _weights(q: Tensor, keys: Tensor, heads: list[tuple[int, int]], group: int) -> Iterator[tuple[int, Tensor]]:

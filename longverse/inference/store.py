@@ -27,6 +27,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..models.converted import cache_folder
+from ..plan import gigabytes
 from .engine import Cancelled, Engine, Progress, Session, parse_attention
 from .store_entry import (
     Appender,
@@ -465,14 +466,3 @@ class Store:
             return
         rest = f"after {good:,} of its {entry.tokens_count:,} tokens" if good else "and cannot be used"
         self._note(f"The kept reading of {entry.name} ({entry.id}) is damaged {rest}; what is lost is read again.")
-
-
-def gigabytes(count: int) -> str:
-    """`6.0 GB`, `77 MB`."""
-    return (
-        f"{count / 1e9:.1f} GB"
-        if count >= 10**9
-        else f"{count / 1e6:.1f} MB"
-        if count < 10**7
-        else f"{count / 1e6:.0f} MB"
-    )

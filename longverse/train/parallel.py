@@ -13,10 +13,12 @@ Started by torchrun; without it, one rank and no communication.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,6 +136,26 @@ def start(shape: NetworkConfig, degree: int, device: torch.device) -> Ranks:
         if first <= rank < first + degree:
             group = made
     return Ranks(rank, world, degree, group, device)
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """UserError on every rank where one of them sees another folder under this name: checkpoints, tokens and results
+    are written by rank 0 and read by all."""
+    if ranks.world == 1:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    [name] = ranks.gather([f".shared-{secrets.token_hex(8)}"] if ranks.rank == 0 else [])
+    if ranks.rank == 0:
+        (folder / name).touch()
+    ranks.sum(0.0)  # it is there now
+    [blind] = ranks.sum(float(not (folder / name).exists()))
+    if ranks.rank == 0:
+        (folder / name).unlink()
+    if blind:
+        raise UserError(
+            f"{blind:.0f} of {ranks.world} ranks do not see the same {folder} as the first: give an --out on a disk"
+            " that all machines share."
+        )
 
 
 # ---- FSDP2 --------------------------------------------------------------------------------------------

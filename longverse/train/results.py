@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longverse.models.chat import XVERSE_TEMPLATE
 from longverse.models.checkpoint import Loaded, open_model, stored_dtype
-from longverse.models.network import NetworkConfig
+from longverse.models.network import CausalLM, NetworkConfig
 from longverse.models.rope import RopePlan
 from longverse.train import parallel
 from longverse.train.card import write_card
@@ -50,9 +51,10 @@ def write_results(
     model: Path | None = None
     shape = network.config
     if ranks.world > 1:
-        network = _gathered(loaded, recipe)
+        state = _gathered(network, ranks)
         if ranks.rank:
             return None, None
+        network = _rebuilt(loaded, recipe, state)
     card: dict[str, Any] = {
         "recipe": recipe,
         "loaded": loaded,
@@ -81,15 +83,22 @@ def write_results(
     return adapter, model
 
 
-def _gathered(loaded: Loaded, recipe: Recipe) -> Any:
-    """A network on the CPU with whole weights, for writing."""
-    from longverse.models.network import CausalLM
+def _gathered(network: CausalLM, ranks: Ranks) -> dict[str, Tensor]:
+    """Whole weights in the machine's memory: on rank 0 alone, since those of every rank would be as many models."""
+    state = {}
+    for name, tensor in network.state_dict().items():
+        full = parallel.whole(tensor)  # every rank takes part
+        if ranks.rank == 0:
+            state[name] = full.cpu()
+    return state
 
+
+def _rebuilt(loaded: Loaded, recipe: Recipe, state: dict[str, Tensor]) -> CausalLM:
+    """A network on the CPU with the whole weights, for writing."""
     with torch.device("meta"):
         network = CausalLM(loaded.network.config)
     if recipe.method == "lora":
         add_lora(network.to_empty(device="cpu"), recipe.lora)
-    state = {name: parallel.whole(tensor).cpu() for name, tensor in loaded.network.state_dict().items()}
     network.load_state_dict(state, assign=True)
     for name, layer in lora_layers(network).items():
         assert layer.lora_A.shape[0] == recipe.lora.rank, name

@@ -129,6 +129,8 @@ def run_recipe(
     ranks = parallel.start(loaded.network.config, recipe.sequence, loaded.network.device)
     for text in loaded.notes:
         watch.note(text)
+    with disk_errors(out):
+        parallel.check_shared(out, ranks)
     run = _Run(recipe, out, loaded, ranks, watch, write_merged, expand(stages_from) if stages_from else None)
     if ranks.rank:
         return run.all_stages(stages, dry)
@@ -358,6 +360,8 @@ def load_for_training(recipe: Recipe, device: str, on_progress: Callable[[int, i
             f"{opened.name} is quantised, and only a model in bf16 or float32 can be trained in full: take that one, or"
             " write method: lora."
         )
+    if opened.form is not None and parallel.world_size() > 1:
+        raise UserError(f"{opened.name} is quantised, which is trained in one process: start it without torchrun.")
     shape = NetworkConfig.from_dict(opened.config)
     network = build(shape, opened.tensors, number, place, opened.form, on_progress)
     notes = list(opened.notes)

@@ -50,7 +50,14 @@ def test_shares_are_the_softmax_of_the_definition(engine: Engine) -> None:
     spans = token_spans(engine, prompts.ids[0], [paragraph.text for paragraph in document.paragraphs])
     heads = [(layer, head) for layer in range(3) for head in range(4)]
     before = list(session.tokens)
-    found = trace(session, prompts.ids[0], done.tokens, spans, heads)
+    mass: dict[int, torch.Tensor] = {}
+    copying: dict[int, float] = {}
+
+    def note(row: int, shares: torch.Tensor, copied: float) -> None:
+        assert row not in mass
+        mass[row], copying[row] = shares, copied
+
+    logprobs = trace(session, prompts.ids[0], done.tokens, spans, heads, note)
     assert session.tokens == [*prompts.ids[0], *done.tokens[:-1]]
     assert before[: len(session.tokens)] == session.tokens
     whole = torch.tensor([[*prompts.ids[0], *done.tokens[:-1]]])
@@ -69,11 +76,11 @@ def test_shares_are_the_softmax_of_the_definition(engine: Engine) -> None:
     for row, (layer, head) in enumerate(heads):
         weights = seen[layer][head, first:]  # [T, S]
         for place, (begin, end) in enumerate(spans):
-            torch.testing.assert_close(found.mass[row, :, place], weights[:, begin:end].sum(-1), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(mass[row][:, place], weights[:, begin:end].sum(-1), atol=1e-4, rtol=1e-3)
         copies = (whole[0][None] == torch.tensor(done.tokens)[:, None]).float()
-        assert float((weights * copies).sum(-1).mean()) == pytest.approx(float(found.copying[row]), abs=1e-4)
+        assert float((weights * copies).sum(-1).mean()) == pytest.approx(copying[row], abs=1e-4)
     expected = logits[first:].log_softmax(-1)[range(len(done.tokens)), done.tokens]
-    torch.testing.assert_close(found.logprobs, expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logprobs, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_second_reading_changes_no_later_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
+from longverse.errors import UserError
 from longverse.train.config import Recipe
+from longverse.train.parallel import Ranks, check_shared
 from longverse.train.run import run_recipe
 from tests.train.common import recipe
 
@@ -30,6 +32,11 @@ def _rank(rank: int, world: int, port: int, jobs: list[Job]) -> None:
     }  # fmt: skip
     for values, out, stages in jobs:
         run_recipe(make(values), out, device="cpu", stages=stages)
+    own = jobs[0][1].parent / f"own-{rank}"  # a folder under one name that is another on each machine
+    try:
+        check_shared(own, Ranks(rank, world))
+    except UserError as error:
+        own.with_suffix(".txt").write_text(str(error))
     torch.distributed.destroy_process_group()
 
 

@@ -75,6 +75,15 @@ def test_goes_on_with_another_number_of_ranks(runs: Path, name: str) -> None:
     assert losses(runs / name) == pytest.approx(losses(runs / "whole"), rel=2e-3)
 
 
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_refused_by_every_rank(runs: Path) -> None:
+    for rank in (0, 1):
+        said = (runs / f"own-{rank}.txt").read_text()
+        assert said.startswith("1 of 2 ranks do not see the same ")
+        assert list((runs / f"own-{rank}").iterdir()) == []
+    assert not list((runs / "lora-1").glob(".shared-*"))
+
+
 def test_degrees() -> None:
     shape = NetworkConfig.from_dict(tiny_config(num_attention_heads=10, num_key_value_heads=10, head_dim=8))
     check_degree(2, shape, 4)
