@@ -121,7 +121,8 @@ class Reading:
             cited = checked(session, prompts, 0, text, ids, sampling, cancelled=cancelled)
         stats = replace(stats)
         if cited is None:
-            self.answer = Answer(text.strip(), bool(text.strip()), text.strip(), (), text.strip(), stats)
+            shown = text.strip() or (asking.without_words(session, prompts, 0) if way != "off" else "")
+            self.answer = Answer(shown, bool(text.strip()), text.strip(), (), shown, stats)
         elif cited.found:
             said = cited.first or cited.answer
             self.answer = Answer(cited.answer, True, said, cited.citations, cited.marked, stats)

@@ -134,7 +134,7 @@ def answer(
     Where the words of the question already make it doubtful that the document answers it, and where the model writes
     references, it waits for the check instead.
     """
-    from .documents.ask import doubtful, not_found
+    from .documents.ask import doubtful, not_found, without_words
     from .documents.citations import is_refusal
     from .documents.second_look import checked, introduction
 
@@ -152,8 +152,8 @@ def answer(
     if way != "off" and text.strip():
         cited = checked(session, prompts, number, text, ids, settings)
         text = cited.answer if cited.found else not_found(prompts, number)
-    elif way != "off":  # the model said nothing
-        text = not_found(prompts, number)
+    elif way != "off":
+        text = without_words(session, prompts, number)
         if shown and not waits:
             console.write(text)
     if not shown:

@@ -255,18 +255,23 @@ def open_kept(
     planned = planned_length(engine, end, prompts.planned_tokens, attention)
     store = open_store(library_limit(None))
     ids = prompts.ids[0]
+    fitting = [form for form, (need, free) in cache_needs(engine, planned, attention).items() if need <= free]
+    wanted: list[str] | None = None if cache == "auto" else [cache]
     if engine.network.device.type != "cpu":  # what is kept is copied to the card, and has to fit there
-        cache = choose_cache(engine, planned, cache, attention, quiet=quiet)
-    wanted = None if cache == "auto" else cache
+        wanted = fitting if cache == "auto" else [choose_cache(engine, planned, cache, attention, quiet=quiet)]
     found = store.find(engine, ids, planned, cache=wanted, attention=attention)
     held = 0 if found is None else len(found.tokens)
-    if found is not None and held >= end:
+    if found is not None and held < end and cache == "auto":
+        # What is kept of another document that begins alike does not choose the format, unless it is most of this one.
+        own = store.folder_of(engine, ids[:end], planned, cache=found.cache_format, attention=attention).is_dir()
+        if found.cache_format not in fitting or not (own or 2 * held >= end):
+            found = None
+    if found is not None:
         form = found.cache_format
-    else:  # the rest is read in the format of what is kept where that is most of it
-        mostly = found.cache_format if found is not None and 2 * held >= end else cache
-        form = choose_cache(engine, planned, mostly, attention, quiet=quiet)
-        if found is not None and found.cache_format != form:
-            found = store.find(engine, ids, planned, cache=form, attention=attention)
+    else:
+        form = choose_cache(engine, planned, cache, attention, quiet=quiet)
+        found = store.find(engine, ids, planned, cache=form, attention=attention)
+        held = 0 if found is None else len(found.tokens)
     if held < end and store.folder_of(engine, ids[:end], planned, cache=form, attention=attention).is_dir():
         found = None  # its files are written to now
         tell(store, quiet=quiet)
@@ -348,14 +353,20 @@ def choose_attention(engine: Engine, tokens: int, attention: str, *, quiet: bool
 # ---- the plan's line -----------------------------------------------------------------------------------------
 
 
-def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exact", *, quiet: bool = False) -> str:
-    """`cache`, or for auto the most precise format that the free memory holds. UserError where none or the given one
-    does not fit: before any work, and in one sentence."""
+def cache_needs(engine: Engine, tokens: int, attention: str) -> dict[str, tuple[int, int]]:
+    """Of every cache format that an attention can have, the most precise first: bytes that are needed, and free."""
     from .commands_plan import requirements
 
     needs, free = requirements(engine, tokens)
-    if attention == "pages":  # has a cache of its own
-        needs = {"full": needs["full"]}
+    forms = ("full",) if attention == "pages" else tuple(needs)  # pages have a cache of their own
+    return {form: (needs[form], free) for form in forms}
+
+
+def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exact", *, quiet: bool = False) -> str:
+    """`cache`, or for auto the most precise format that the free memory holds. UserError where none or the given one
+    does not fit: before any work, and in one sentence."""
+    found = cache_needs(engine, tokens, attention)
+    needs, free = {form: need for form, (need, _) in found.items()}, next(iter(found.values()))[1]
     if cache != "auto" and cache not in needs:
         if attention == "pages":
             raise UserError(f"Pages keep their cache in full precision: leave out --cache {cache}.")

@@ -127,7 +127,10 @@ def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Seq
     """Tie the answer that `session` just gave to the question of that number to the documents, and check it. `ids` are
     the answer's tokens."""
     attended = attended_by(session, prompts, number, ids)
-    return cite(prompts.questions[number], answer.strip(), prompts.index, attended, numbered=prompts.numbered)
+    return cite(
+        prompts.questions[number], answer.strip(), prompts.index, attended, numbered=prompts.numbered,
+        read=prompts.places[number],
+    )  # fmt: skip
 
 
 def attended_by(session: Session, prompts: Prompts, number: int, ids: Sequence[int]) -> Attended | None:
@@ -141,6 +144,12 @@ def stripped(session: Session, attended: Attended | None, ids: Sequence[int]) ->
     written = session.engine.tokenizer.decode(list(ids))
     lead = len(written) - len(written.lstrip())  # what stripping took from the beginning
     return attended.moved(-lead) if attended is not None and lead else attended
+
+
+def without_words(session: Session, prompts: Prompts, number: int) -> str:
+    """What stands in place of an answer without a word: that the documents hold none, where the model ended it; nothing
+    where it was cut off."""
+    return not_found(prompts, number) if session.stats.finish_reason == "stop" else ""
 
 
 def not_found(prompts: Prompts, number: int) -> str:

@@ -15,7 +15,7 @@ answer the question at all is a matter of its words: `Cited.found`.
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from itertools import pairwise
@@ -112,10 +112,15 @@ class Attended:
 
 
 def cite(
-    question: str, answer: str, index: Index, attended: Attended | None = None, *, numbered: bool = False
-) -> Cited:
-    """Tie an answer to the index's documents. numbered: the model saw numbers before the paragraphs, counted over all
-    documents as in `Index.places`, from 1, and `[n]` in its answer refers to them; else that is a mark in the text."""
+    question: str, answer: str, index: Index, attended: Attended | None = None, *, numbered: bool = False,
+    read: Collection[int] | None = None,
+) -> Cited:  # fmt: skip
+    """Tie an answer to the index's documents.
+
+    numbered  the model saw numbers before the paragraphs, counted over all documents as in `Index.places`, from 1, and
+              `[n]` in its answer refers to them; else that is a mark in the text
+    read      places of the paragraphs that the model was given; None: all. An answer rests on no other
+    """
     answer, references = without_references(answer) if numbered else (answer, [])
     refused = is_refusal(answer)
     asked = frozenset(terms(question))
@@ -127,7 +132,7 @@ def cite(
         shares = attended.over(start, end) if attended is not None else {}
         named = [place for offset, places in references if start <= offset <= end for place in places]
         chosen = [place for place in dict.fromkeys(named) if place < len(index.places)]
-        chosen = chosen or _candidates(sentence, asked, index, shares)[:1]
+        chosen = chosen or _candidates(sentence, asked, index, shares, read)[:1]
         numbers = []
         for place in chosen:
             citation, signals = _passage(sentence, question, index, place)
@@ -143,7 +148,7 @@ def cite(
         best["logprob"] = attended.logprob
     if found and asked and (refused or not speaks_of(best)):
         # The answer leads nowhere, and a passage may hold the question's words all the same: then that is shown.
-        for place in index.nearest(asked, 3):
+        for place in index.nearest(asked, 3, among=read):
             citation, signals = _passage(answer, question, index, place)
             if signals["asked"] >= SURE and signals["kind"] and not signals["strangers"]:
                 return Cited(answer, (citation,), ((len(answer), (1,)),), True, best | signals)
@@ -175,10 +180,12 @@ def speaks_of(signals: dict[str, float]) -> bool:
     return bool(copied and signals["asked"] >= 0.4)
 
 
-def _candidates(sentence: str, asked: frozenset[str], index: Index, shares: dict[int, float]) -> list[int]:
+def _candidates(
+    sentence: str, asked: frozenset[str], index: Index, shares: dict[int, float], read: Collection[int] | None
+) -> list[int]:
     """Paragraphs that a sentence of an answer may come from, the likeliest first."""
     own = frozenset(terms(sentence))
-    places = {*sorted(shares, key=lambda place: -shares[place])[:4], *index.nearest(own | asked, 4)}
+    places = {*sorted(shares, key=lambda place: -shares[place])[:4], *index.nearest(own | asked, 4, among=read)}
     places = {place for place in places if not index.places[place][1].level}
     most = max((shares.get(place, 0.0) for place in places), default=0.0) or 1.0
 

@@ -64,7 +64,7 @@ def second_look(
     index, question = prompts.index, prompts.questions[number]
     if not first.found and asks_a_name_unmarked(question):
         return None
-    nearest = _nearest(prompts, number)[:NEAREST]
+    nearest = index.nearest(frozenset(terms(question)), NEAREST, among=prompts.places[number])
     own = [
         place
         for place, (document, paragraph) in enumerate(index.places)
@@ -105,18 +105,12 @@ def brings_what_is_asked(question: str, found: Cited) -> bool:
     return is_of_the_kind(question, f"It is {found.answer}") and is_of_the_kind(question, said)
 
 
-def _nearest(prompts: Prompts, number: int) -> list[int]:
-    """The paragraphs of a question's own prompt, nearest to it in its words first."""
-    index, shown = prompts.index, prompts.places[number]
-    nearest = index.nearest(frozenset(terms(prompts.questions[number])), len(index.places))
-    return nearest if shown is None else [place for place in nearest if place in set(shown)]
-
-
 def widely(engine: Engine, prompts: Prompts, number: int) -> tuple[int, ...]:
     """The paragraphs nearest to a question in its words, as many as WIDE tokens hold, in the documents' order; the
     nearest alone where it is longer."""
     index = prompts.index
-    nearest = _nearest(prompts, number)
+    wanted = frozenset(terms(prompts.questions[number]))
+    nearest = index.nearest(wanted, len(index.places), among=prompts.places[number])
     places: list[int] = []
     room = WIDE
     for place in nearest:

@@ -8,7 +8,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 from .document import HAN, Document, Paragraph
@@ -301,12 +301,13 @@ class Index:
                 words |= self.words[near]
         return frozenset(words)
 
-    def nearest(self, wanted: Iterable[str], count: int) -> list[int]:
-        """The paragraphs (no headings) that cover most of the wanted words."""
+    def nearest(self, wanted: Iterable[str], count: int, *, among: Collection[int] | None = None) -> list[int]:
+        """The paragraphs (no headings) that cover most of the wanted words; `among` these, where given."""
+        allowed = None if among is None else frozenset(among)
         scores: dict[int, float] = {}
         for word in set(wanted):
             weight = self.rarity(word)
             for place in self.postings.get(word, ()):
                 scores[place] = scores.get(place, 0.0) + weight
-        text = (place for place in scores if not self.places[place][1].level)
+        text = (p for p in scores if not self.places[p][1].level and (allowed is None or p in allowed))
         return sorted(text, key=lambda place: (-scores[place], place))[:count]

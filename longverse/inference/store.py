@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +78,13 @@ class Store:
     # ---- finding ----------------------------------------------------------------------------------------
 
     def find(
-        self, engine: Engine, ids: list[int], planned: int, *, cache: str | None = None, attention: str | None = None
-    ) -> Session | None:
+        self, engine: Engine, ids: list[int], planned: int, *, cache: str | Collection[str] | None = None,
+        attention: str | None = None,
+    ) -> Session | None:  # fmt: skip
         """A session that already holds the longest kept beginning of `ids`, or None where nothing useful is kept.
 
         planned           tokens of the longest prompt and its answer (store_keys.planned_length under dynamic NTK)
-        cache, attention  only readings of this format and kind; None: of any
+        cache, attention  only readings of this format, or one of these, and of this kind; None: of any
 
         What is kept is checked whole before it is used; damage is noted and the rest used.
         """
@@ -104,15 +106,18 @@ class Store:
         return None
 
     def _matches(
-        self, engine: Engine, tokens: np.ndarray, planned: int, cache: str | None, attention: str | None
+        self, engine: Engine, tokens: np.ndarray, planned: int, cache: str | Collection[str] | None, attention: str | None
     ) -> list[tuple[int, Entry]]:
         """(usable tokens, entry) of the kept readings that begin like `tokens`, the longest first."""
         found = []
         plan = engine.network.config.rope
         attention = None if attention is None else parse_attention(attention).name
+        formats = (cache,) if isinstance(cache, str) else cache
         for entry in self._readable():
             shaped = entry.fingerprint
-            if cache not in (None, shaped.get("cache")) or attention not in (None, shaped.get("attention")):
+            if formats is not None and shaped.get("cache") not in formats:
+                continue
+            if attention not in (None, shaped.get("attention")):
                 continue
             if entry.capacity < planned or shaped.get("rope_length") != rope_length(plan, planned):
                 continue
@@ -157,6 +162,10 @@ class Store:
                 array[:, :, :, : rows[name]].copy_(stored[:, :, :, : rows[name]])
         entry.fill_ends(session.cache.storage(), length)
         session.cache.restore(length)
+        if (sparse := getattr(session.cache, "sparse", None)) is not None:  # reading goes on counting
+            last = next(record for record in entry.records() if record.tokens >= length)
+            # Where an earlier version did not note it: what was aimed at.
+            sparse.share_sum, sparse.share_count = (sparse.mass, 1) if last.shares is None else last.shares
         session.tokens = list(ids[:length])
         return session
 

@@ -46,16 +46,20 @@ class Damaged(Exception):
     """A kept document whose files are not what was written; says which."""
 
 
+Shares = tuple[float, int]  # their sum and count
+
+
 @dataclass(frozen=True)
 class Record:
     """A stretch that is whole on disk. `rows`: where it ends in each array; `total`: the checksum of its bytes and,
     where there are any, of the ends as they were when `tokens` were read. Reading can go on exactly from its end if it
-    has them, or if the cache keeps none."""
+    has them, or if the cache keeps none. `shares`: what sparse reading measured up to there (sparse.Sparse)."""
 
     tokens: int  # read at its end
     rows: dict[str, int]
     total: int
     ends: bool
+    shares: Shares | None = None  # None: an earlier version did not note them
 
 
 @dataclass(frozen=True)
@@ -333,9 +337,10 @@ class Appender:
         length: int,
         rows: Callable[[int], dict[str, int]],
         ends: dict[str, Tensor] | None = None,
+        shares: Shares = (0.0, 0),
     ) -> None:
         """Write the tokens from `self.length` to `length` and count them. `ends`: what the cache keeps in full, as it
-        is at `length`. Raises OSError when the disk is full; what was counted before stays."""
+        is at `length`; `shares` as in Record. Raises OSError when the disk is full; what was counted before stays."""
         if length <= self.length:
             return
         if not self.files:
@@ -360,7 +365,7 @@ class Appender:
                 data = np.concatenate([tensor_bytes(ends[name]) for name in self.entry.ends])
                 write_durably(self.entry._ends(end), data)
                 total = checksum(data, total)
-            records.append(Record(end, stops, total, with_ends))
+            records.append(Record(end, stops, total, with_ends, shares))
         for file in self.files.values():
             os.fsync(file)
         write_progress(self.entry.folder, records)
@@ -377,7 +382,11 @@ class Appender:
 
 def write_progress(folder: Path, records: list[Record]) -> None:
     """Count these stretches as whole: written aside, made durable, renamed."""
-    listed = [{"tokens": r.tokens, "rows": r.rows, "total": f"{r.total:016x}", "ends": r.ends} for r in records]
+    listed = [
+        {"tokens": r.tokens, "rows": r.rows, "total": f"{r.total:016x}", "ends": r.ends}
+        | ({} if r.shares is None else {"shares": list(r.shares)})
+        for r in records
+    ]
     text = json.dumps({"records": listed, "check": _check(listed)})
     write_durably(folder / PROGRESS, np.frombuffer(text.encode(), np.uint8))
 
@@ -403,7 +412,13 @@ def read_progress(folder: Path) -> list[Record]:
         listed = stated["records"]
         if stated["check"] != _check(listed):
             raise ValueError
-        return [Record(int(r["tokens"]), dict(r["rows"]), int(r["total"], 16), bool(r["ends"])) for r in listed]
+        return [
+            Record(
+                int(r["tokens"]), dict(r["rows"]), int(r["total"], 16), bool(r["ends"]),
+                (float(r["shares"][0]), int(r["shares"][1])) if "shares" in r else None,
+            )
+            for r in listed
+        ]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise Damaged(f"{folder / PROGRESS} is not what was written") from None
 

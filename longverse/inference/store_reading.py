@@ -13,7 +13,7 @@ import torch
 
 from . import engine as engine_module
 from .engine import Engine, Session, parse_attention
-from .store_entry import Appender
+from .store_entry import Appender, Shares
 from .store_keys import fingerprint
 
 FLUSH_SECONDS = 20.0  # what a kill may cost
@@ -87,14 +87,14 @@ class Keeper:
         self._settle(wait=False)
         if self.running is None and time.monotonic() - self.last >= FLUSH_SECONDS:
             self.last = time.monotonic()
-            self.running = self.pool.submit(self._append, self.session.cache.length, self._ends())
+            self.running = self.pool.submit(self._append, *self._now())
 
     def finish(self) -> None:
         """Write the rest. Raises OSError when that fails."""
         try:
             if not self.failed:
                 self._settle(wait=True)
-                self._append(self.session.cache.length, self._ends())
+                self._append(*self._now())
         finally:
             self.pool.shutdown(wait=True)
             self.appender.close()
@@ -108,12 +108,17 @@ class Keeper:
                 self.failed = True
                 raise
 
-    def _ends(self) -> dict[str, torch.Tensor]:
-        return {name: self.session.cache.storage()[name].clone() for name in self.appender.entry.ends}
+    def _now(self) -> tuple[int, dict[str, torch.Tensor], Shares]:
+        """What the session holds at this moment of what it will write over: its length, the ends, what was measured."""
+        cache = self.session.cache
+        sparse = getattr(cache, "sparse", None)  # pages have none
+        ends = {name: cache.storage()[name].clone() for name in self.appender.entry.ends}
+        return cache.length, ends, (0.0, 0) if sparse is None else (sparse.share_sum, sparse.share_count)
 
-    def _append(self, length: int, ends: dict[str, torch.Tensor]) -> None:
+    def _append(self, length: int, ends: dict[str, torch.Tensor], shares: Shares) -> None:
         # What was read is never written again, so it may be copied while the next tokens come in; the ends may not.
-        self.appender.append(self.session.cache.storage(), length, lambda n: row_counts(self.session.cache, n), ends)
+        cache = self.session.cache
+        self.appender.append(cache.storage(), length, lambda n: row_counts(cache, n), ends, shares)
 
 
 def row_counts(cache: Any, length: int) -> dict[str, int]:

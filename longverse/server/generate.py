@@ -128,8 +128,8 @@ class Generation:
                 if waits or cited.first or not cited.found:
                     turn.emit(Piece(self.first + choice, final if waits else f"\n{says}{final}", _drained(logged)))
                 text = final
-            elif self.asked is not None:  # the model said nothing
-                text = ask.not_found(self.asked, 0)
+            elif self.asked is not None:
+                text = ask.without_words(session, self.asked, 0)
                 turn.emit(Piece(self.first + choice, text, _drained(logged)))
             final_text = text if self.asked is not None else None
             turn.emit(Ended(self.first + choice, stats, _drained(logged), turn.queued_seconds, cited, final_text))

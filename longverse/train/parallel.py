@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -143,17 +143,19 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     are written by rank 0 and read by all."""
     if ranks.world == 1:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     [name] = ranks.gather([f".shared-{secrets.token_hex(8)}"] if ranks.rank == 0 else [])
+    mark = folder / name
     if ranks.rank == 0:
-        (folder / name).touch()
+        with suppress(OSError):  # a folder that cannot be written is told by whoever writes into it next
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
     ranks.sum(0.0)  # it is there now
-    [blind] = ranks.sum(float(not (folder / name).exists()))
+    [there, missing] = ranks.sum(float(ranks.rank == 0 and mark.exists()), float(not mark.exists()))
     if ranks.rank == 0:
-        (folder / name).unlink()
-    if blind:
+        mark.unlink(missing_ok=True)
+    if there and missing:
         raise UserError(
-            f"{blind:.0f} of {ranks.world} ranks do not see the same {folder} as the first: give an --out on a disk"
+            f"{missing:.0f} of {ranks.world} ranks do not see the same {folder} as the first: give an --out on a disk"
             " that all machines share."
         )
 

@@ -129,8 +129,7 @@ def run_recipe(
     ranks = parallel.start(loaded.network.config, recipe.sequence, loaded.network.device)
     for text in loaded.notes:
         watch.note(text)
-    with disk_errors(out):
-        parallel.check_shared(out, ranks)
+    parallel.check_shared(out, ranks)
     run = _Run(recipe, out, loaded, ranks, watch, write_merged, expand(stages_from) if stages_from else None)
     if ranks.rank:
         return run.all_stages(stages, dry)

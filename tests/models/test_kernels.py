@@ -233,3 +233,30 @@ def test_the_process_that_compiles_computes_the_same_bits(tmp_path: Path) -> Non
         seen.append(sorted(done.stdout.splitlines()))
     assert seen[0] == seen[1]
     assert list((tmp_path / "kernels").rglob("*.nbc"))
+
+
+@needs_kernels
+@pytest.mark.parametrize("before", [True, False])
+def test_a_ctrl_c_in_the_callers_share_leaves_the_team_whole(before: bool) -> None:
+    """Where it falls before the share began the others wait for it at their first meeting; after it they are done."""
+    from longverse.models.kernels.team import Team, meet
+
+    team, ran, pressed = Team(3), [0, 0, 0], False
+
+    def share(rank: int, size: int, counter: Any) -> None:
+        nonlocal pressed
+        if rank == 0 and before and not pressed:
+            pressed = True
+            raise KeyboardInterrupt
+        meet(counter, size)
+        ran[rank] += 1
+        meet(counter, size)
+        if rank == 0 and not pressed:
+            pressed = True
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        team.run(share)
+    assert ran == [1, 1, 1]
+    team.run(share)
+    assert ran == [2, 2, 2]

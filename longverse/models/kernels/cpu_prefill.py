@@ -7,7 +7,7 @@ of one new token, rows of a key/value head in the order [T, h], padded to whole 
 `fold_stretch` folds a stretch of keys into the running softmax of all rows: it lays the stretch's keys and values out
 for the inner loop (`bf16.py` or `amx.py`), restoring packed ones on the way, and then the threads take items of rows
 one by one. The caller goes through the stretches; so memory beside the cache is one stretch and the running sums,
-whatever the length.
+whatever the length. Choosing blocks takes two floats besides for each sampled row and block of the past.
 """
 
 import numpy as np

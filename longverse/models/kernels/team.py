@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 import types
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,13 +87,17 @@ class Kept:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
+        self.prepare(*args)
+        return self.function(*args)
+
+    def prepare(self, *args: Any) -> None:
+        """See that code for arguments like these is there."""
         kinds = tuple(_kind(value) for value in args)
         if kinds not in self._known:
             with self._lock:
                 if kinds not in self._known:
                     self._fetch(tuple(self.function.typeof_pyval(value) for value in args))
                     self._known.add(kinds)
-        return self.function(*args)
 
     def _fetch(self, types: tuple[Any, ...]) -> None:
         """See that code for these types is on the disk."""
@@ -142,16 +147,34 @@ class Team:
             if self._process != os.getpid():  # the first run, or a child whose parent's threads are not here
                 self._start()
             counter = np.zeros(1, dtype=np.int64)
-            done: SimpleQueue[BaseException | None] = SimpleQueue()
-            for rank, queue in enumerate(self._work, 1):
-                queue.put((function, rank, counter, args, done))
+            if isinstance(function, Kept):  # what takes seconds comes before anybody waits for anybody
+                function.prepare(0, self.size, counter, *args)
+            ended: list[BaseException | None] = []
+            bell: SimpleQueue[None] = SimpleQueue()
+            shares = [(function, rank, counter, args, ended, bell) for rank in range(1, self.size)]
+            handed: list[None] = []
             try:
+                handed.extend(map(SimpleQueue.put, self._work, shares))  # one call: no Ctrl-C falls between two of them
                 function(0, self.size, counter, *args)
-            finally:  # also when Ctrl-C fell into it: the others still write into the caller's arrays
-                errors = [done.get() for _ in self._work]
-            for error in errors:
+                for _ in self._work:
+                    bell.get()
+            except BaseException:
+                self._see_out(function, counter, args, ended, len(handed))
+                raise
+            for error in ended:
                 if error is not None:
                     raise error
+
+    def _see_out(
+        self, function: Callable[..., Any], counter: np.ndarray, args: tuple[Any, ...], ended: list[Any], handed: int
+    ) -> None:
+        """Let the others come to their end although something, a Ctrl-C, fell into the caller's share: they write into
+        its arrays. Where it fell before the share began, all others stand at the first meeting, and it is done now."""
+        while len(ended) < handed:
+            with suppress(KeyboardInterrupt):  # the first one is raised in the end
+                if counter[0] == self.size - 1:
+                    function(0, self.size, counter, *args)
+                time.sleep(1e-3)
 
     def _start(self) -> None:
         self._process = os.getpid()
@@ -161,10 +184,11 @@ class Team:
 
     def _serve(self, queue: SimpleQueue[Any]) -> None:
         while True:
-            function, rank, counter, args, done = queue.get()
+            function, rank, counter, args, ended, bell = queue.get()
             try:
                 function(rank, self.size, counter, *args)
-                done.put(None)
+                ended.append(None)
             except BaseException as error:
-                done.put(error)
-            del function, counter, args, done  # a waiting thread keeps no caches or weights alive
+                ended.append(error)
+            bell.put(None)
+            del function, counter, args, ended, bell  # a waiting thread keeps no caches or weights alive

@@ -112,8 +112,9 @@ def splat(b: ir.IRBuilder, value: Any) -> Any:
 
 
 def exp2(b: ir.IRBuilder, x: Any) -> Any:
-    """2 ** x of a vector with x <= 0, to 2e-7 relative; below 2 ** -126 a number next to nothing."""
-    x = call(b, "llvm.maxnum", x, filled(-126.0))
+    """2 ** x of a vector with x <= 0, to 2e-7 relative; below 2 ** -125 a number next to nothing, and none of those
+    that processors take long for."""
+    x = call(b, "llvm.maxnum", x, filled(-125.0))
     whole = call(b, "llvm.floor", x)
     rest = b.fsub(x, whole, ("fast",))
     value: Any = filled(POWER_OF_TWO[0])
