@@ -95,8 +95,7 @@ class PagesBackend(EngineBackend):
         session.pages = self.settings
         reply = super().answer(request)
         stats = session.stats
-        read = stats.prompt_tokens - stats.reused_tokens
-        self.asked.append({"read": read, "first": stats.prefill_seconds, "rate": stats.decode_rate})
+        self.asked.append({"read": stats.fresh_tokens, "first": stats.prefill_seconds, "rate": stats.decode_rate})
         self.chosen.append(session.chosen)
         return reply
 

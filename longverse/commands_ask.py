@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .inference.engine import Engine, Session
     from .inference.sampling import Sampling
 
+DOCUMENTS = frozenset(
+    ("pdf", "docx", "doc", "epub", "html", "htm", "md", "txt", "csv", "tsv", "json", "xml", "rtf", "odt")
+)
+
 Cite = Annotated[
     str,
     typer.Option(
@@ -183,11 +187,20 @@ def split_arguments(file: str, more: list[str]) -> tuple[list[str], list[str]]:
         if argument == "-" or (argument and os.path.exists(os.path.expanduser(argument))):
             files.append(argument)
             continue
-        named = " " not in argument and bool(argument)
-        if named and Path(argument).suffix[1:].isalnum() and not argument.endswith(("?", "？", "。")):
+        if looks_like_a_file(argument):
             raise UserError(f"There is no file {argument}: check the name, or end it with a question mark to ask it.")
         return files, more[place:]
     return files, []
+
+
+def looks_like_a_file(argument: str) -> bool:
+    """Whether what is no file was probably meant as one: no blank, no question mark, and an ending like that of a file;
+    with Chinese letters in it, which have no blanks, that of a document."""
+    ending = Path(argument).suffix[1:].lower()
+    if not argument or " " in argument or argument.endswith(("?", "？", "。")):
+        return False
+    chinese = any("\u4e00" <= letter <= "\u9fff" for letter in argument)
+    return ending in DOCUMENTS if chinese else ending.isascii() and ending.isalnum() and len(ending) <= 5
 
 
 def read_documents(files: list[str], *, quiet: bool) -> list[Document]:

@@ -11,6 +11,7 @@ import typer
 
 from . import console
 from .commands_common import Loading, Quiet, with_options
+from .commands_store import library_limit
 from .errors import UserError, expand
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def serve(
     from .server.run import address_of, bind
 
     attention = parse_attention(attention).name
+    kept_bytes = library_limit(None)
     sock = bind(host, port)  # before the model loads: a port that is taken is said at once
     engine = loading.engine(quiet)
 
@@ -95,7 +97,7 @@ def serve(
 
     open_session = _opener(engine, attention, cache)
     folder = expand(library) if library is not None else cache_folder() / "documents"
-    documents = Library(folder, lambda text: len(engine.tokenizer.encode(text)))
+    documents = Library(folder, engine.tokenizer.count)
     window = PAGES_WINDOW if attention == "pages" else engine.window
     worker = Worker(
         engine,
@@ -112,7 +114,7 @@ def serve(
         max_upload=upload_limit * 2**20 + 2**16,
         hosts=tuple(allow_host or ()),
         window=window,
-        keeping=Keeping(engine, Store(), keep, attention, cache),
+        keeping=Keeping(engine, Store(limit_bytes=kept_bytes), keep, attention, cache),
     )
     app = create_app(engine, worker, documents, settings)
     url = address_of(sock)

@@ -353,7 +353,7 @@ def choose_attention(engine: Engine, tokens: int, attention: str, *, quiet: bool
 # ---- the plan's line -----------------------------------------------------------------------------------------
 
 
-def cache_needs(engine: Engine, tokens: int, attention: str) -> dict[str, tuple[int, int]]:
+def cache_needs(engine: Engine, tokens: int, attention: str) -> dict[str, tuple[float, float]]:
     """Of every cache format that an attention can have, the most precise first: bytes that are needed, and free."""
     from .commands_plan import requirements
 

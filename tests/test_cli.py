@@ -651,3 +651,16 @@ def test_a_file_with_a_space_in_its_name_is_a_document(tmp_path: Path, monkeypat
     found = split_arguments("a.txt", ["Annex B.txt", "What is the total?"])
     assert found == (["a.txt", "Annex B.txt"], ["What is the total?"])
     assert split_arguments("a.txt", ["q" * 300]) == (["a.txt"], ["q" * 300])
+
+
+@pytest.mark.parametrize(
+    ("argument", "file"),
+    [
+        ("annex.pdf", True), ("Node.js", True), ("合同.pdf", True), ("合同金额超过2.5亿元的公司有哪些", False),
+        ("哪家公司使用Node.js", False), ("Who wrote it.", False), ("annex.pdf?", False), ("", False),
+    ],
+)  # fmt: skip
+def test_what_was_probably_meant_as_a_file(argument: str, file: bool) -> None:
+    from longverse.commands_ask import looks_like_a_file
+
+    assert looks_like_a_file(argument) == file

@@ -168,7 +168,7 @@ def test_ask_finishes_a_stopped_reading_in_its_own_format(
 
     @contextmanager
     def stops_soon() -> Iterator[Callable[[], bool]]:
-        yield lambda: next(calls) >= 2
+        yield lambda: next(calls) >= 1
 
     with monkeypatch.context() as patch:
         patch.setattr("longverse.console.interruptible", stops_soon)
@@ -177,6 +177,7 @@ def test_ask_finishes_a_stopped_reading_in_its_own_format(
     assert "tokens are kept: the same command reads on from there" in err
     [before] = json.loads(run("library", "--json")[1])["documents"]
     assert before["state"] == "unfinished"
+    assert 0 < 2 * before["length"] < before["tokens"]
     asked_with = () if more[0] == "--cache" else more  # the format of what is kept is taken by itself
     ask(run, str(path), tiny, *asked_with)
     [after] = json.loads(run("library", "--json")[1])["documents"]
@@ -203,11 +204,21 @@ def test_the_next_command_repeats_what_was_given(run: Runner, mill: str, tiny: s
 def test_a_model_that_says_nothing_has_not_found_it(
     run: Runner, mill: str, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Session, "stream", lambda *arguments, **options: iter(()))
+    def silent(reason: str) -> Callable[..., Iterator[str]]:
+        def stream(session: Session, *arguments: Any, **options: Any) -> Iterator[str]:
+            session.stats.finish_reason = reason
+            return iter(())
+
+        return stream
+
+    monkeypatch.setattr(Session, "stream", silent("stop"))
     record = json.loads(run("ask", mill, "Where?", "-m", tiny, "--json")[1])
     assert (record["answer"], record["found"], record["citations"]) == ("Not found in the document.", False, [])
     assert run("ask", mill, "Where?", "-m", tiny, "-q")[:2] == (0, "Not found in the document.\n")
     assert json.loads(run("ask", mill, "Where?", "-m", tiny, "--json", "--cite", "off")[1])["answer"] == ""
+    monkeypatch.setattr(Session, "stream", silent("length"))  # cut off before its first word
+    record = json.loads(run("ask", mill, "Where?", "-m", tiny, "--json")[1])
+    assert (record["answer"], record["found"]) == ("", False)
 
 
 @pytest.mark.slow

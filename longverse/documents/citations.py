@@ -29,6 +29,7 @@ SUPPORTED = 0.75  # least share of an answer's own words that its passage must h
 SURE = 0.9  # share of the question's words in a passage that is shown whatever the model answered
 NOT_FOUND = {"en": "Not found in the document.", "zh": "文档中没有找到。"}
 _REFERENCE = re.compile(r"\s*[\[【]\s*(\d{1,6}(?:\s*[,，、;–-]\s*\d{1,6})*)\s*[\]】]")
+_AROUND = ' \n"“”「」『』.。'
 _QUOTE = re.compile(r"[\"“「『]([^\"“”「」『』]{8,})[\"”」』]")
 
 
@@ -131,7 +132,8 @@ def cite(
         sentence = answer[start:end]
         shares = attended.over(start, end) if attended is not None else {}
         named = [place for offset, places in references if start <= offset <= end for place in places]
-        chosen = [place for place in dict.fromkeys(named) if place < len(index.places)]
+        given = range(len(index.places)) if read is None else read
+        chosen = [place for place in dict.fromkeys(named) if place in given]
         chosen = chosen or _candidates(sentence, asked, index, shares, read)[:1]
         numbers = []
         for place in chosen:
@@ -218,12 +220,14 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
     # The subject may stand in the sentence before: the paragraph counts.
     elsewhere = index.told_elsewhere(groups(question), index.words[place]) if share < SURE else []
     supported = min(index.coverage(own, held), index.coverage(own, said) + 0.25)  # the headings add a quarter at most
-    if match is not None and match[2] == "verified":
+    # A few words in quotation marks bear out themselves and not what is said around them.
+    whole = quoted is None or sentence.strip(_AROUND) == quoted[1].strip(_AROUND)
+    if match is not None and match[2] == "verified" and whole:
         status = "verified"
     elif not own or supported < SUPPORTED or names(sentence) - held:
         status = "unverified"
     else:
-        status = "repaired" if match is not None else "verified"
+        status = "repaired" if match is not None and match[2] == "repaired" else "verified"
     citation = Citation(
         document=number, name=document.name, start=paragraph.start + start, end=paragraph.start + end,
         text=paragraph.text[start:end], paragraph=paragraph.number, page=paragraph.page if document.unit else None,
@@ -248,13 +252,15 @@ def without_references(answer: str) -> tuple[str, list[tuple[int, list[int]]]]:
     references = []
     at = length = 0
     for mark in _REFERENCE.finditer(answer):
+        ranges = [[int(n) for n in re.split(r"\s*[–-]\s*", one)] for one in re.split(r"\s*[,，、;]\s*", mark[1])]
+        if any(len(ends) > 2 or ends[-1] < ends[0] for ends in ranges):  # a date, which belongs to the text
+            continue
         parts.append(answer[at : mark.start()])
         length += len(parts[-1])
         places: list[int] = []
-        for one in re.split(r"\s*[,，、;]\s*", mark[1]):
-            first, _, last = (part.strip() for part in re.sub("–", "-", one).partition("-"))
+        for ends in ranges:
             # A range of more than ten paragraphs is no reference.
-            places += range(int(first) - 1, min(int(last or first), int(first) + 9))
+            places += range(ends[0] - 1, min(ends[-1], ends[0] + 9))
         references.append((length, [place for place in places if place >= 0]))
         at = mark.end()
     parts.append(answer[at:])

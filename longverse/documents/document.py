@@ -62,7 +62,7 @@ class Document:
         number = self.paragraph_at(start).number
         if self.unit:
             return f"{self.unit} {self.paragraph_at(start).page}, paragraph {number}"
-        if self.format in ("html",):
+        if self.format in ("html", "docx"):  # whose lines nobody sees
             return f"paragraph {number}"
         first, last = self.lines(start, end)
         return f"line {first}" if first == last else f"lines {first}-{last}"

@@ -73,11 +73,11 @@ def attend_to(
     except UserError:
         return None
     heads = RETRIEVAL_HEADS.get(engine.name)
+    known = heads is not None
     if heads is None:
         shape = engine.network.config
         layers = range(shape.num_layers // 3, shape.num_layers)
         heads = tuple((layer, head) for layer in layers for head in range(shape.num_heads))
-    known = engine.name in RETRIEVAL_HEADS
     shares, total = torch.zeros(len(answer), len(spans)), 0.0  # [T, P]; a large model's heads are never held together
 
     def note(head: int, mass: Tensor, copying: float) -> None:

@@ -65,6 +65,8 @@ def blocks_of(text: str, name: str, page: int = 1) -> "Blocks":
     try:
         parser.feed(text)
         parser.close()
+        while parser.stack:  # a page cut off in the middle
+            parser.handle_endtag(parser.stack[-1][0])
     except _TooDeep:
         raise UserError(
             f"{name} nests more than {DEPTH:,} elements inside one another and was not made to be read: give its text."

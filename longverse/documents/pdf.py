@@ -63,7 +63,8 @@ def _real_title(title: str) -> bool:
 
 
 def _without_running_heads(pages: list[list[Line]]) -> tuple[list[list[Line]], list[str]]:
-    """Drop edge lines that, digits aside, stand on most pages; returns the pages and what was dropped."""
+    """Drop edge lines that, digits aside, stand on most pages and hardly ever inside of them, as rows of tables do;
+    returns the pages and what was dropped."""
 
     def key(line: Line) -> str:
         return re.sub(r"\d+|\b[ivxlc]+\b", "#", " ".join(line.text.lower().split()))
@@ -76,8 +77,13 @@ def _without_running_heads(pages: list[list[Line]]) -> tuple[list[list[Line]], l
     if len(full) < 4:
         return pages, []
     counts = Counter(k for page in full for k in {key(line) for line in edge(page)})
+    inside: Counter[str] = Counter()
+    for page in full:
+        outer = {id(line) for line in edge(page)}
+        inside.update({key(line) for line in page if id(line) not in outer})
     # Left and right pages may differ, so half is enough; a bare page number is no text whatever its count.
-    repeated = {k for k, count in counts.items() if count >= max(3, 0.4 * len(full))}
+    often, seldom = max(3, 0.4 * len(full)), 0.2 * len(full)
+    repeated = {k for k, count in counts.items() if count >= often and inside[k] < seldom}
     examples: dict[str, str] = {}
     kept = []
     for page in pages:

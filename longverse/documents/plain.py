@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from .document import HAN, HEADING, Document, Paragraph, finished
+from .words import sentences
 
 _CODE_SUFFIXES = (
     "py pyi js mjs cjs jsx ts tsx java kt scala c h cc cpp cxx hpp hh m mm cs go rs rb php pl pm lua r jl swift dart hs"
@@ -112,10 +113,21 @@ def _prose(text: str) -> Iterator[Span]:
             at, heading = line.start(), _chapter_level(text, line.start(), line.end()) > 0
             parts = alone or heading or _INDENTED.match(line[0]) or _ENDED.search(before)
             if at > start and (parts or line.end() - start > LONGEST):
-                yield from _trimmed(text, start, at, _chapter_level(text, start, at))
+                yield from _cut(text, start, at)
                 start = at
             before, alone = line[0], heading
-        yield from _trimmed(text, start, end, _chapter_level(text, start, end))
+        yield from _cut(text, start, end)
+
+
+def _cut(text: str, start: int, end: int) -> Iterator[Span]:
+    """A stretch of lines; a single line past LONGEST at the ends of its sentences."""
+    level = _chapter_level(text, start, end)
+    while end - start > LONGEST:
+        ends = [stop for _, stop in sentences(text[start : start + LONGEST])][:-1]  # the last one may go on
+        size = ends[-1] if ends else LONGEST
+        yield from _trimmed(text, start, start + size)
+        start += size
+    yield from _trimmed(text, start, end, level)
 
 
 def _chapter_level(text: str, begin: int, end: int) -> int:

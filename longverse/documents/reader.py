@@ -68,7 +68,8 @@ def read(source: str | Path) -> Document:
 
 def read_many(sources: Sequence[str | Path], *, skipped: Skipped | None = None) -> list[Document]:
     """Read files and folders, in order; `-` is standard input. A folder gives its files, also of folders in it, by
-    name; hidden ones are passed over, and `skipped(name, reason)` hears of those that are no documents.
+    name; hidden ones are passed over, and `skipped(name, reason)` hears of those that are no documents and, by their
+    path and a slash, of folders that cannot be listed.
 
     Raises UserError for a named file that cannot be read, a folder without any document, or one far too large.
     """
@@ -110,16 +111,23 @@ def _files(folder: Path, skipped: Skipped | None) -> list[Path]:
 
     def tell(error: OSError) -> None:
         if skipped is not None:
-            skipped(f"{error.filename}{os.sep}", f"the folder {error.filename} cannot be listed ({error.strerror})")
+            skipped(
+                f"{error.filename}{os.sep}",
+                f"{error.filename} cannot be listed ({error.strerror}): check its permissions.",
+            )
 
     for place, folders, names in os.walk(folder, onerror=tell):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS)
         for name in sorted(names):
             file = Path(place, name)
-            if name.startswith(".") or not file.is_file():
+            try:
+                if name.startswith(".") or not file.is_file():
+                    continue
+                size += file.stat().st_size
+            except OSError as error:  # in a folder that may be listed and not entered
+                tell(error)
                 continue
             files.append(file)
-            size += file.stat().st_size
             if len(files) > FOLDER_FILES or size > FOLDER_BYTES:
                 raise UserError(
                     f"{folder} holds more than {FOLDER_FILES:,} files or {FOLDER_BYTES // 2**20:,} MB, the most that is"

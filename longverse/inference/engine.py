@@ -225,7 +225,7 @@ class Engine:
             from .pages import PagesSession
 
             if home != "device" or cache != "full":
-                raise UserError("Pages keep their cache in full precision and with the model: leave out cache and home.")
+                raise UserError("Pages keep their cache in full precision, with the model: leave out cache and home.")
 
             return PagesSession(self, planned_tokens, cache_format=cache, allocate=allocate)
         if planned_tokens > self.window:

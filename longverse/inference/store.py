@@ -106,8 +106,9 @@ class Store:
         return None
 
     def _matches(
-        self, engine: Engine, tokens: np.ndarray, planned: int, cache: str | Collection[str] | None, attention: str | None
-    ) -> list[tuple[int, Entry]]:
+        self, engine: Engine, tokens: np.ndarray, planned: int, cache: str | Collection[str] | None,
+        attention: str | None,
+    ) -> list[tuple[int, Entry]]:  # fmt: skip
         """(usable tokens, entry) of the kept readings that begin like `tokens`, the longest first."""
         found = []
         plan = engine.network.config.rope

@@ -5,7 +5,8 @@ An adapter folder holds
     adapter_config.json          PEFT's: rank, alpha, targets, and parts that were trained in full (modules_to_save)
     adapter_model.safetensors    `base_model.model.` + the module's name + `.lora_A.weight` [r, in], `.lora_B.weight`
                                  [out, r], or + the name of a whole tensor
-    longverse.json               ours, optional: the RoPE plan and the window that the adapter was trained for
+    longverse.json               ours, optional: the RoPE plan and the window that the adapter was trained for, and the
+                                 chat format that it taught a base model
 
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. The merged weight is W + scaling * B @ A, added in
 float32 and rounded once to the network's dtype. Not read: DoRA, adapters on embeddings, biases.
@@ -158,8 +159,8 @@ class AdaptedTensors:
         for name, shape in shapes.items():
             if name not in self.infos:
                 raise UserError(
-                    f"{adapter / WEIGHTS} changes {name.removesuffix('.weight')}, which the model has not (or holds"
-                    " quantised): an adapter is merged into the unquantised model it was trained on."
+                    f"{adapter / WEIGHTS} changes {name.removesuffix('.weight')}, which the model has not: the"
+                    " adapter belongs to another model."
                 )
             if self.infos[name].shape != shape:
                 raise UserError(

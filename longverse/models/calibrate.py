@@ -24,7 +24,7 @@ from .rope import Rotary
 from .shards import NOT_FINITE, is_finite
 
 if TYPE_CHECKING:
-    from .checkpoint import Tensors
+    from .shards import Tensors
 
 SAMPLE = 512  # tokens of a stretch of the text
 SAMPLES = 32  # stretches at most

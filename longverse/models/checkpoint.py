@@ -193,9 +193,9 @@ def _adapted(base: Opened, adapter: Path, name: str) -> Opened:
     """A model with an adapter merged into its tensors, and the RoPE plan and window the adapter was trained for.
     Quantised weights are no longer, since the sum with an adapter is of as many digits as it."""
     if base.form is not None:
-        number = stored_dtype(base.tensors.infos)
-        base.notes.append(f"{base.name} is held in {number} here, since an adapter is merged in.".replace("torch.", ""))
-        tensors, plain = DequantisedTensors(base.tensors, base.form, number), dict(base.config)
+        verify(base)  # its saved parts, which nobody sees any more afterwards
+        base.notes.append(f"{base.name} is quantised, and with an adapter merged in its weights no longer are.")
+        tensors, plain = DequantisedTensors(base.tensors, base.form, torch.float32), dict(base.config)
         del plain["quantization_config"]
         base = replace(base, tensors=tensors, form=None, config=plain)
     adapted = AdaptedTensors(base.tensors, adapter)

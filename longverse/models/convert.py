@@ -31,7 +31,7 @@ from .shards import SAFETENSORS_INDEX, Progress, SafetensorsWriter, TensorInfo, 
 
 SHARD_BYTES = 5_000_000_000
 Cancelled = Callable[[], bool]
-Tensors = Iterator[tuple[str, Tensor]]
+Stream = Iterator[tuple[str, Tensor]]
 
 
 @dataclass
@@ -108,7 +108,7 @@ def arrival(source: Opened, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     return list(order)
 
 
-def dequantised(source: Opened, dtype: torch.dtype) -> Tensors:
+def dequantised(source: Opened, dtype: torch.dtype) -> Stream:
     """(name, float tensor) of a checkpoint, whatever form it keeps its weights in."""
     plain = source.tensors if source.form is None else DequantisedTensors(source.tensors, source.form, dtype)
     for name, tensor in plain.stream():
@@ -126,7 +126,7 @@ def write_folder(
     config: dict[str, Any],
     meant: NetworkConfig,
     infos: dict[str, TensorInfo],
-    tensors: Tensors,
+    tensors: Stream,
     notes: list[str],
     shard_bytes: int,
     on_progress: Progress | None,
@@ -211,7 +211,7 @@ def _same_angles(ours: RopePlan, theirs: RopePlan, window: int) -> bool:
 def _write_shards(
     folder: Path,
     infos: dict[str, TensorInfo],
-    tensors: Tensors,
+    tensors: Stream,
     shard_bytes: int,
     on_progress: Progress | None,
     cancelled: Cancelled | None,

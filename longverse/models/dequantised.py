@@ -12,8 +12,8 @@ from .shards import TensorInfo, Tensors
 
 
 class DequantisedTensors:
-    """The tensors of a checkpoint whose linear layers are saved as `form`, each of those as one weight [N, K] of
-    `dtype`. One is made at a time."""
+    """The tensors of a checkpoint whose linear layers are saved as `form`, each of those as one weight [N, K] that is
+    made in `dtype`, one at a time. `infos` gives it the type of its scales, which is what it holds digits for."""
 
     def __init__(self, base: Tensors, form: QuantFormat, dtype: torch.dtype) -> None:
         self.base, self.form, self.dtype = base, form, dtype
@@ -22,7 +22,8 @@ class DequantisedTensors:
             module, _, ending = name.rpartition(".")
             if ending == "weight_packed":
                 outputs, words = info.shape
-                self.infos[f"{module}.weight"] = TensorInfo((outputs, words * 32 // form.bits), dtype)
+                shape = (outputs, words * 32 // form.bits)
+                self.infos[f"{module}.weight"] = TensorInfo(shape, base.infos[f"{module}.weight_scale"].dtype)
             elif ending not in (*SAVED_NAMES, "weight_shape"):
                 self.infos[name] = info
 

@@ -34,6 +34,8 @@ from longverse.errors import UserError
 # The named special tokens a tokenizer_config.json may state; templates see them under these names.
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+PIECE = 1 << 17  # characters that `count` encodes at once
+
 
 def gpt2_bytes() -> dict[str, int]:
     """The 256 printable characters with which byte-level BPE spells bytes (GPT-2's table): character to byte."""
@@ -266,6 +268,10 @@ class Tokenizer:
         """
         return self.encode_batch([text], special=special, add_bos=add_bos)[0]
 
+    def count(self, text: str) -> int:
+        """About how many ids a long text has: counted in pieces, so that others need not wait for all of it."""
+        return sum(len(self.encode(text[at : at + PIECE], add_bos=False)) for at in range(0, len(text), PIECE))
+
     def encode_batch(
         self, texts: Sequence[str], *, special: bool = False, add_bos: bool | None = None
     ) -> list[list[int]]:
@@ -426,12 +432,13 @@ class TextStream:
 
 def token_offsets(pieces: Iterable[bytes], begun: int = 0) -> tuple[list[int], int]:
     """For each token's bytes, in order, how many characters of the text stand before the one in which it begins; and
-    how many have begun in all. `begun` of them came before. A character of several tokens counts once, where it begins.
+    how many have begun in all. `begun` of them came before. A character of several tokens counts once, where it begins;
+    of bytes that spell no character, those that could not begin one count as none.
     """
     offsets = []
     for piece in pieces:
-        goes_on = piece[:1] >= b"\x80" and piece[:1] < b"\xc0"
-        offsets.append(max(0, begun - goes_on))
+        goes_on = b"\x80" <= piece[:1] < b"\xc0"
+        offsets.append(max(0, begun - 1) if goes_on else begun)
         begun += sum(byte & 0xC0 != 0x80 for byte in piece)
     return offsets, begun
 

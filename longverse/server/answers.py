@@ -208,11 +208,12 @@ class Answer:
         record: dict[str, Any] = {"answer": event.text, "found": False, "citations": [], "marks": []}
         if found is not None:
             record["found"] = found.found
-            record["citations"] = [
-                citation.record() | {"place": citation.place, "file_id": self.documents[citation.document]}
-                for citation in found.citations
-            ]
-            record["marks"] = [{"offset": offset, "citations": list(numbers)} for offset, numbers in found.marks]
+            if found.found:
+                record["citations"] = [
+                    citation.record() | {"place": citation.place, "file_id": self.documents[citation.document]}
+                    for citation in found.citations
+                ]
+                record["marks"] = [{"offset": offset, "citations": list(numbers)} for offset, numbers in found.marks]
             if found.first or not found.found:
                 record["model_answer"] = found.first or found.answer
         return record

@@ -68,10 +68,13 @@ class Sessions:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of the caches that `open` makes; before the first, the full-precision size."""
-        shape = self.engine.network.config
-        full = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.engine.kept.itemsize
-        return self._per_token or full
+        """Of the caches that `open` makes; of those that do not say, the full-precision size."""
+        if self._per_token is None:
+            shape = self.engine.network.config
+            full = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.engine.kept.itemsize
+            cache = getattr(self.open(min(256, self.window)), "cache", None)
+            self._per_token = getattr(cache, "bytes_per_token", None) or full
+        return self._per_token
 
     @property
     def used_bytes(self) -> int:
@@ -122,8 +125,6 @@ class Sessions:
         entry = best or Entry(self.open(planned), ids)
         if best is None:
             self.entries.append(entry)
-            cache = getattr(entry.session, "cache", None)
-            self._per_token = getattr(cache, "bytes_per_token", None) or self._per_token
         entry.in_use, entry.ids, entry.high, entry.used = True, ids, high, time.monotonic()
         return entry
 
@@ -143,9 +144,10 @@ class Sessions:
     def _make_room(self, more: int, keep: Entry | None) -> None:
         """Drop unused sessions, the oldest first, until `more` tokens fit."""
         idle = sorted((e for e in self.entries if not e.in_use and e is not keep), key=lambda e: e.used)
-        busy = sum(e.high for e in self.entries if e.in_use or e is keep)
-        if (busy + more) * self.bytes_per_token > self.limit_bytes and busy:
-            raise Busy(memory=True)  # even without the idle ones
+        running = sum(e.high for e in self.entries if e.in_use)
+        held = running + (keep.high if keep is not None else 0)
+        if running and (held + more) * self.bytes_per_token > self.limit_bytes:
+            raise Busy(memory=True)  # even without the idle ones; with none running nothing would ever make room
         while idle and (self.used_bytes + more * self.bytes_per_token > self.limit_bytes or len(self.entries) >= MOST):
             self.drop(idle.pop(0))
             self.evicted += 1

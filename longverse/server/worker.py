@@ -255,7 +255,8 @@ class Worker:
                 self._changed.wait()
 
     def _report(self, task: Task, error: Exception) -> None:
-        if isinstance(error, MemoryError | UserError) or "can't allocate memory" in str(error):
+        full = "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"  # torch's, of a card
+        if isinstance(error, MemoryError | UserError) or full:
             message = str(error) or "The machine's memory does not suffice for this request."
             task.emit(Failed("memory", message))
             return

@@ -354,6 +354,11 @@ class Recipe:
                 stage.pop("window")
         return values
 
+    def has_conversations(self, stages: int) -> bool:
+        """Whether the first `stages` stages teach to answer."""
+        data = [source for stage in self.stages[:stages] for source in stage.data]
+        return any(source.messages is not None or source.made == "facts" for source in data)
+
     def fingerprint(self) -> str:
         """16 hex digits; equal for recipes that train alike."""
         text = json.dumps(self.what_counts(), sort_keys=True)

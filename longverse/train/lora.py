@@ -183,7 +183,7 @@ def lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
 def merged(network: nn.Module) -> Iterator[None]:
     """Compute the merged weights once and hold them: for generating with an adapted network. Over a quantised base they
     are made at each use instead, since held they would be the whole model that was to be kept small. Weights trained in
-    float32 beside a base of fewer digits are rounded to its type meanwhile, as they are when they are written."""
+    float32 beside a base of fewer digits are rounded to its type meanwhile, so that all products are of one."""
     layers = [layer for layer in lora_layers(network).values() if not isinstance(layer.base, QuantLinear)]
     for layer in layers:
         layer._held = layer.merged_weight(layer.lora_A.dtype)

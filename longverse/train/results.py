@@ -43,9 +43,12 @@ def write_results(
     probes: dict[str, Figures],
     *,
     write_merged: bool,
+    taught: bool,
 ) -> tuple[Path | None, Path | None]:
     """Write PLACE/adapter or PLACE/model, each with a model card, and return where they are. Sharded weights are
-    gathered by every rank; rank 0 writes. A model that is there already stays as it is."""
+    gathered by every rank; rank 0 writes. A model that is there already stays as it is.
+
+    taught: conversations in XVERSE's format were learned, which the result then states where its base does not."""
     network = loaded.network
     adapter: Path | None = None
     model: Path | None = None
@@ -63,13 +66,12 @@ def write_results(
         "shape": shape,
         "probes": probes,
     }
-    # What loads the result finds out that a base model of XVERSE answers now.
-    taught = loaded.chat.kind if loaded.chat.kind == "xverse" and open_model(recipe.model).continues_text else None
     if recipe.method == "lora":
         adapter = place / "adapter"
         settings = rope_entries(shape.rope, shape.window, loaded.config) if shape != original else None
         base = str(Path(recipe.model).resolve()) if Path(recipe.model).exists() else recipe.model
-        save_adapter(network, recipe.lora, adapter, base=base, settings=settings, chat=taught, dtype=torch.bfloat16)
+        chat = "xverse" if taught else None
+        save_adapter(network, recipe.lora, adapter, base=base, settings=settings, chat=chat, dtype=torch.bfloat16)
         write_card(adapter, **card)
     if recipe.method == "full" or write_merged:
         model = place / "model"
@@ -108,12 +110,12 @@ def _rebuilt(loaded: Loaded, recipe: Recipe, state: dict[str, Tensor]) -> Causal
     return network
 
 
-def _write_model(recipe: Recipe, network: Any, target: Path, taught: str | None) -> None:
+def _write_model(recipe: Recipe, network: Any, target: Path, taught: bool) -> None:
     from longverse.models.convert import SHARD_BYTES, settled_config, write_folder
     from longverse.models.shards import TensorInfo
 
     opened = open_model(recipe.model)
-    if taught:
+    if taught and opened.continues_text:
         opened.tokenizer.chat_template = XVERSE_TEMPLATE
     number = stored_dtype(opened.tensors.infos)
     if number == torch.float16:

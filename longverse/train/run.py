@@ -25,7 +25,7 @@ from torch import nn
 
 from longverse.data.lock import FolderLock, disk_errors
 from longverse.errors import UserError, expand
-from longverse.models.adapters import read_adapter
+from longverse.models.adapters import adapter_chat, read_adapter
 from longverse.models.chat import ChatFormat
 from longverse.models.checkpoint import (
     Loaded,
@@ -210,12 +210,12 @@ class _Run:
                 return self._end(Outcome(False, stage.name, step, interrupted=True, probes=self.probes))
             here = out / "stages" / f"{number:02d}-{stage.name}"
             if recipe.keep_stages and not dry and number >= at_stage and not checkpoints(here):
-                self._write(here, write_merged=False)
+                self._write(here, number + 1, write_merged=False)
                 ended = {"step": step, "fingerprint": recipe.fingerprint(), "early": early}
                 save_state(here, (number, stage.name), network, None, ended, rank=ranks.rank)
         outcome = Outcome(last == len(recipe.stages), recipe.stages[last - 1].name, step, probes=self.probes)
         if outcome.finished and not dry:
-            outcome.adapter, outcome.model = self._write(out, self.write_merged)
+            outcome.adapter, outcome.model = self._write(out, last, self.write_merged)
         return self._end(outcome)
 
     def _train(
@@ -323,7 +323,11 @@ class _Run:
                     " at the data and the recipe's rope."
                 )
 
-    def _write(self, place: Path, write_merged: bool) -> tuple[Path | None, Path | None]:
+    def _write(self, place: Path, stages: int, write_merged: bool) -> tuple[Path | None, Path | None]:
+        """The result of the first `stages` stages."""
+        taught = self.loaded.chat.kind == "xverse" and (
+            self.recipe.has_conversations(stages) or _starts_as_chat(self.recipe)
+        )
         if write_merged and (place / "model").exists():
             self.watch.note(f"{place / 'model'} is there already and stays as it is.")
         return write_results(
@@ -335,6 +339,7 @@ class _Run:
             self.original,
             self.probes,
             write_merged=write_merged,
+            taught=taught,
         )
 
 
@@ -367,10 +372,14 @@ def load_for_training(recipe: Recipe, device: str, on_progress: Callable[[int, i
     if (stored := stored_dtype(opened.tensors.infos)) != number:
         notes.append(f"The file's {stored} weights are held as {number}.".replace("torch.", ""))
     chat = opened.chat()
-    if opened.continues_text and any(source.store is None for stage in recipe.stages for source in stage.data):
+    if opened.continues_text and (recipe.has_conversations(len(recipe.stages)) or _starts_as_chat(recipe)):
         chat = ChatFormat("xverse", opened.tokenizer)
         notes.append(f"{opened.name} is a base model: it learns conversations in the format of XVERSE's chat models.")
     return Loaded(opened.name, network, opened.tokenizer, chat, opened.config, opened.path, notes)
+
+
+def _starts_as_chat(recipe: Recipe) -> bool:
+    return recipe.lora.start is not None and adapter_chat(Path(recipe.lora.start)) == "xverse"
 
 
 def prepare(network: nn.Module, recipe: Recipe) -> None:

@@ -208,6 +208,19 @@ def test_attention_chooses_between_paragraphs_that_read_alike() -> None:
         )
 
 
+def test_an_answer_rests_on_no_paragraph_that_the_model_was_not_given() -> None:
+    text = "A lamp costs 5 crowns.\n\nA lamp costs 5 crowns.\n\nNothing else is sold."
+    index = Index([decode(text.encode(), "a.txt")])
+    question, answer = "What does a lamp cost?", "A lamp costs 5 crowns [1]."
+    for read in ((1,), (1, 2)):
+        for numbered in (True, False):
+            cited = cite(question, answer, index, numbered=numbered, read=read)
+            assert (cited.found, cited.citations[0].paragraph) == (True, 2)
+    assert not cite(question, answer, index, read=(2,)).found
+    assert not cite(question, "The text does not say.", index, read=(2,)).found
+    assert cite(question, "The text does not say.", index).found
+
+
 @pytest.mark.parametrize(
     "answer", ["The text does not say.", "the text does not say", "“文中没有提到。”", "文中没有提到"]
 )
@@ -368,3 +381,26 @@ def test_a_mark_in_the_text_is_no_reference(index: Index, document: Document) ->
     place = next(n for n, (_, p) in enumerate(index.places) if "engine" in p.text)
     cited = cite("What did the engine cost?", "It cost 3.5 million crowns. [2]", index)
     assert (cited.citations[0].paragraph, cited.citations[0].status) == (place + 1, "verified")
+
+
+def test_words_in_quotation_marks_bear_out_themselves_alone() -> None:
+    text = 'The novel "The Silent River" was published in 1987.'
+    index = Index([decode(text.encode(), "a.txt")])
+    question = 'When was "The Silent River" published?'
+    for answer, status in (
+        ('"The Silent River" was published in 1978.', "unverified"),
+        ('"The Silent River" was published in 1987.', "verified"),
+        ('“The novel "The Silent River" was published in 1987.”', "verified"),
+    ):
+        assert cite(question, answer, index).citations[0].status == status, answer
+    chinese = Index([decode("小说《静静的河流》讲的是“河边人家的一年四季”，出版于1987年。".encode(), "a.txt")])
+    wrong = "“河边人家的一年四季”出版于1978年。"
+    assert cite("“河边人家的一年四季”何时出版？", wrong, chinese).citations[0].status == "unverified"
+
+
+@pytest.mark.parametrize("mark", ["[2024-05-17]", "[2024-05]", "[3-2]", "[1, 2024-05-17]"])
+def test_a_date_in_brackets_is_text(mark: str) -> None:
+    assert without_references(f"{mark} server restarted.") == (f"{mark} server restarted.", [])
+    assert without_references(f"Up [1–2]. {mark} down [3].") == (
+        f"Up. {mark} down.", [(2, [0, 1]), (10 + len(mark) - 1, [2])]
+    )  # fmt: skip

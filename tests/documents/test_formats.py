@@ -136,6 +136,18 @@ def test_pdf_running_heads_are_left_out_and_noted() -> None:
     assert [note for note in document.notes if "ACME Annual Report" in note]
 
 
+def test_rows_of_pdf_tables_are_no_running_heads() -> None:
+    """Digits aside they are all alike, on every page, at its edges and inside of it."""
+    pages = [
+        [("Invoices of the mill", 60.0, 820.0, 8.0, False)]
+        + [(f"Invoice {100 * n + row} of 2024 paid 12{row}", 60.0, 780.0 - 20 * row, 10.0, False) for row in range(12)]
+        for n in range(6)
+    ]
+    text = " ".join(decode(pdf_bytes(pages), "a.pdf").text.split())
+    assert all(f"Invoice {100 * n + row} of 2024 paid 12{row}" in text for n in range(6) for row in range(12))
+    assert "Invoices of the mill" not in text
+
+
 def test_pdfs_that_cannot_be_read_are_named() -> None:
     cases = [
         (pdf_bytes([[], []], picture_pages=(1, 2)), "is a scan: its 2 pages are pictures"),
@@ -466,7 +478,7 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pyt
     found = read_many([tmp_path], skipped=lambda name, reason: skipped.append((name, reason)))
     assert [document.name for document in found] == ["one.txt"]
     place = f"{tmp_path / 'locked'}"
-    assert skipped == [(f"{place}/", f"the folder {place} cannot be listed (Permission denied)")]
+    assert skipped == [(f"{place}/", f"{place} cannot be listed (Permission denied): check its permissions.")]
 
 
 def test_a_folder_past_the_limits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,3 +489,40 @@ def test_a_folder_past_the_limits_is_refused(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match="more than 2 files"):
         read_many([tmp_path])
+
+
+def test_a_page_that_ends_inside_a_row_loses_nothing() -> None:
+    document = decode(b"<html><body><table><tr><td>Total<td>1,240", "a.html")
+    assert document.text == "Total | 1,240"
+
+
+def test_one_long_line_is_parted_at_its_sentences() -> None:
+    for sentence in ("The mill grinds the grain of the town. ", "磨坊为全镇磨面，风车日夜转动。"):
+        document = decode((sentence * 400).encode(), "a.txt")
+        assert "".join(document.text.split()) == "".join((sentence * 400).split())
+        assert len(document.paragraphs) > 2
+        for paragraph in document.paragraphs:
+            assert len(paragraph.text) <= 2000
+            assert paragraph.text.endswith(sentence.strip()[-1])
+    assert [len(p.text) for p in decode(b"x" * 4500, "a.txt").paragraphs] == [2000, 2000, 500]
+
+
+def test_word_files_without_pages_are_cited_by_paragraph() -> None:
+    document = decode(docx_bytes(docx_paragraph("One.") + docx_paragraph("Two.")), "a.docx")
+    assert document.place(document.paragraphs[1].start, document.paragraphs[1].end) == "paragraph 2"
+
+
+def test_a_file_that_cannot_be_looked_at_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(name)
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.name == "two.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    skipped: list[str] = []
+    assert [d.name for d in read_many([tmp_path], skipped=lambda name, reason: skipped.append(reason))] == ["one.txt"]
+    assert skipped == [f"{tmp_path / 'two.txt'} cannot be listed (Permission denied): check its permissions."]

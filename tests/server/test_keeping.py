@@ -55,7 +55,7 @@ def test_the_next_server_finds_what_this_one_read(tmp_path: Path, keep: bool, ro
 def test_what_longverse_read_kept_is_found_without_keep(tmp_path: Path, engine: Engine) -> None:
     from longverse.documents import ask
     from longverse.documents.reader import decode
-    from longverse.server.sessions import common_prefix
+    from longverse.inference.engine import common_prefix
 
     document = decode(TEXT.encode(), "mills.txt")
     one, other = ask.prepare(engine, document, ["a", "问"], 8).ids

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,6 +145,19 @@ def test_memory_has_a_limit_and_the_oldest_goes_first(engine: Engine) -> None:
     sessions.release(last)
     with pytest.raises(UserError, match=r"needs 1,501 tokens, which take .* at most .* --cache-memory"):
         sessions.check(1501)
+
+
+def test_on_a_card_a_second_question_waits_for_nobody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan may be half as long again as what was asked for, and past the limit; with nothing running it is taken."""
+    sessions = Sessions(engine, 1100 * Sessions(engine, 2**30).bytes_per_token)
+    monkeypatch.setattr(type(engine.network), "device", SimpleNamespace(type="cuda"))
+    document = ids_of(1000)
+    monkeypatch.setattr(sessions, "open", lambda planned: SimpleNamespace(planned_tokens=planned, tokens=document))
+    first = sessions.claim(document, 1050)
+    sessions.release(first)
+    assert sessions.claim([*document, 7], 1060) is first
+    with pytest.raises(Busy):
+        sessions.claim(ids_of(1000, seed=5), 1050)
 
 
 # ---- the worker -----------------------------------------------------------------------------------------

@@ -322,18 +322,25 @@ def test_dry_over_a_finished_run_writes_nothing(base: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_base_model_of_xverse_is_taught_its_chat_format(base: Path, tmp_path: Path, method: str) -> None:
-    """Conversations are trained in XVERSE's format, and whatever loads the result speaks it; text changes nothing."""
+    """Conversations are trained in XVERSE's format, and what loads the result speaks it; text alone teaches none."""
     folder = tmp_path / "XVERSE-7B"
     save_folder(folder, {**tiny_config(max_position_embeddings=512), "model_type": "xverse"})
-    assert open_model(str(folder)).chat().kind == "plain"
-    outcome = run_recipe(
-        recipe(folder, base / "m.jsonl", {"steps": 2}, method=method), tmp_path / "out", write_merged=True
-    )
-    for made in (outcome.adapter, outcome.model):
+    opened = open_model(str(folder))
+    assert opened.chat().kind == "plain"
+    text = {"name": "cpt", "data": [{"made": "copy"}], "steps": 1, "warmup": 0}
+    sft = {"name": "sft", "data": [{"messages": str(base / "m.jsonl")}], "steps": 2, "warmup": 0}
+    stages = [{**stage, "batch": 2, "max_tokens": 256} for stage in (text, sft)]
+    plan = recipe(folder, base / "m.jsonl", stages=stages, method=method, keep_stages=True)
+    outcome = run_recipe(plan, tmp_path / "out", write_merged=True)
+    first = tmp_path / "out" / "stages" / "00-cpt" / ("adapter" if method == "lora" else "model")
+    for made, kind in ((first, "plain"), (outcome.adapter, "xverse"), (outcome.model, "xverse")):
         if made is not None:
             opened = open_model(str(made))
-            assert opened.chat().kind == "xverse"
-            assert not any("base model" in note for note in opened.notes)
-    assert open_model(str(folder)).chat().kind == "plain"
+            assert opened.chat().kind == kind or made.name == "model"  # a model's name tells no release
+            assert ("Human: " in str(opened.tokenizer.chat_template)) == (kind == "xverse")
+            assert any("base model" in note for note in opened.notes) == (kind == "plain")
     cached = np.load(next((tmp_path / "out" / "tokens").glob("*.npz")))
     assert "Human: " in opened.tokenizer.decode([int(token) for token in cached["ids"][:200]])
+    if method == "lora":  # who goes on from it with text goes on in its format
+        further = recipe(folder, base / "m.jsonl", stages=stages[:1], lora={"rank": 4, "start": str(outcome.adapter)})
+        assert open_model(str(run_recipe(further, tmp_path / "more").adapter)).chat().kind == "xverse"
