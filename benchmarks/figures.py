@@ -263,9 +263,9 @@ def sparse_quality(chinese: bool, name: str = "sparse_quality") -> str:
     return f"{table(['tokens', 'dial', *forms], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
-def pages_lengths(chinese: bool, name: str = "pages_lengths") -> str:
+def pages_lengths(chinese: bool) -> str:
     """Facts found past the window, and what reading costs."""
-    results = load(name)
+    results = load("pages_lengths")
     modes = [mode for mode in ("facts", "several", "hop") if mode in results["lengths"][0]]
     rows = []
     for record in sorted(results["lengths"], key=lambda record: record["length"]):
@@ -384,7 +384,6 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_long_avx2": lambda chinese: cpu_long(chinese, "cpu_long_avx2"),
     "cpu_kernels": cpu_kernels,
     "kv_quality": kv_quality,
-    "pages_lengths_avx2": lambda chinese: pages_lengths(chinese, "pages_lengths_avx2"),
     "sparse_quality": sparse_quality,
     "sparse_quality_32k": lambda chinese: sparse_quality(chinese, "sparse_quality_32k"),
     "sparse_quality_64k": lambda chinese: sparse_quality(chinese, "sparse_quality_64k"),
