@@ -77,7 +77,6 @@ class Stats:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompt, found in the session's cache
-    unread_tokens: int = 0  # of the prompt, where reading was cancelled
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -91,6 +90,7 @@ class Stats:
     kernels: str = ""  # who computed them: "compiled", or "torch" and why; "" on a GPU
     finish_reason: str = ""  # "stop": end token or stop text; "length": max_new_tokens; "cancelled"
     rope_base: float = 0.0  # the effective base, pinned for the session
+    unread_tokens: int = 0  # of the prompt, where reading was cancelled
 
     @property
     def fresh_tokens(self) -> int:

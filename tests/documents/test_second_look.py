@@ -151,7 +151,7 @@ def test_where_no_second_look_is_taken() -> None:
     """Not for numbered paragraphs, later turns, or a passage that is the whole of a long document."""
     engine = Engine.load("smol", device="cpu")
     sentences = " ".join(f"The mill number {n} stands in a town." for n in range(300))
-    document = decode(f"{sentences} The owner of the brewery is Ada Hill.".encode(), "long.txt")
+    document = decode(f"{sentences} The owner of the brewery is Ada Hill.".encode(), "long.md")
     question, wrong = "Who is the owner of the brewery?", "The owner of the brewery is Tom Nobody of Nowhere."
     prompts = ask.prepare(engine, document, [question], 16)
     session = engine.session(prompts.planned_tokens)
