@@ -11,9 +11,12 @@ and --rope where it has none of its own). With --texts 0 there are only those do
 """
 
 import argparse
+import os
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command has it, before torch is imported
 
 import torch
 from common import seconds, table, write_results

@@ -37,6 +37,7 @@ from ..models.shards import write_json
 from .store_keys import VERSION, checksum, name_of, tensor_bytes
 
 STRETCH = 4096  # tokens under one checksum, at most
+READERS = 8  # stretches checked at once: a disk gives more when several are asked for
 MANIFEST, TOKENS, PROGRESS = "manifest.json", "tokens.bin", "progress.json"
 # A private map of more than the memory is fine: only what is touched or written is ever held.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -242,7 +243,7 @@ class Entry:
                     return False
                 return total == records[n].total
 
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(READERS) as pool:
                 results = list(pool.map(whole, needed))
         except OSError:
             return []
