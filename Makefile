@@ -26,7 +26,7 @@ format: $(READY)        ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)         ## the benchmarks behind the README's figures, one after the other
+bench: $(READY)         ## the two quickest of the benchmarks behind the README's figures
 	$(BIN)/python benchmarks/first_light.py
 	$(BIN)/python benchmarks/needle.py
 

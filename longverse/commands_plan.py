@@ -14,7 +14,6 @@ from .commands_common import AsJson
 from .errors import UserError, expand
 from .plan import (
     CACHES,
-    EFFICIENCY,
     PROCESS,
     ROUNDED,
     SLACK,
@@ -176,8 +175,9 @@ def show(made: Plan, remarks: list[str]) -> None:
     if made.measured:
         console.line("Times by this machine's measured rates; --measure measures them again.")
     elif made.options and made.options[0].prefill_seconds is not None:
-        shares = ", ".join(f"{share:.0%} {kind}" for kind, share in EFFICIENCY.items())
-        console.line(f"Times are predictions, never measured here: published peaks times {shares}.")
+        console.line(
+            "Times are predictions, never measured here: this card's published peaks, by what an H200 made of its own."
+        )
     for remark in remarks:
         console.line(f"Note: {remark}.")
 

@@ -68,7 +68,7 @@ def finetune(
     batch: Annotated[int, typer.Option(help="Conversations a step.", min=1)] = 8,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [2e-4; with --full 2e-5]")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 16,
-    max_tokens: Annotated[int | None, typer.Option(help="Longer conversations are left out. [the window]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Leave longer ones out, else those past the window.")] = None,
     rope: Annotated[str | None, typer.Option(help="A RoPE change, such as abf:500000 or dynamic:2.")] = None,
     bits: Annotated[int | None, typer.Option(help="4: hold the frozen weights in 4 bits (QLoRA).")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")] = False,

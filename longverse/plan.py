@@ -230,7 +230,7 @@ def _window(config: Json, size: Any) -> int:
 class Rates:
     """What a device does a second, by format. linear, attention: floating-point operations while a prompt is read;
     weights (also the forms of ROUNDED), cache: bytes while one token is written. Effective ones: all that goes with the
-    operation counts."""
+    operation counts. launches: seconds that a card's kernels take to be started for one token in one layer."""
 
     device: str
     linear: dict[str, float]
@@ -238,6 +238,7 @@ class Rates:
     weights: dict[str, float]
     cache: dict[str, float]
     measured: bool = True
+    launches: float = 0.0
 
     def to_json(self) -> Json:
         return dict(vars(self))
@@ -267,8 +268,13 @@ CARDS = (
     Card("L4", 121e12, 0.3e12, 24 * 10**9),
     Card("A10", 125e12, 0.6e12, 24 * 10**9),
 )
-# Shares of those peaks that are planned with: usual ones of torch's own kernels on these cards.
-EFFICIENCY = {"linear": 0.55, "attention": 0.40, "weights": 0.60, "cache": 0.60}
+# Shares of those peaks that are planned with: in full precision usual ones of torch's own kernels; of quantised formats
+# and of starting kernels what an H200 gave the 13B shape (benchmarks/results/gpu_13b.json and gpu_check.json).
+LINEAR = 0.55
+ATTENTION = {"full": 0.40, "int8": 0.06, "int4": 0.06}
+WEIGHTS_READ = {"float32": 0.60, "bf16": 0.60, "int8": 0.045, "int4": 0.025}
+CACHE_READ = {"full": 0.60, "int8": 0.20, "int4": 0.105}
+LAUNCHES = 1.1e-3  # seconds a layer
 
 
 def find_card(text: str) -> tuple[Card, str]:
@@ -291,15 +297,16 @@ def find_card(text: str) -> tuple[Card, str]:
 
 
 def card_rates(card: Card) -> Rates:
-    """Rates of a card: published peaks times EFFICIENCY. Predictions, never measured here."""
+    """Rates of a card: published peaks times the shares above. Predictions, never measured here."""
     flops, moved = card.flops, card.bandwidth
     return Rates(
         device=card.name,
-        linear={form: flops * EFFICIENCY["linear"] * (0.5 if form == "float32" else 1) for form in WEIGHTS},
-        attention=dict.fromkeys(CACHES, flops * EFFICIENCY["attention"]),
-        weights=dict.fromkeys(WEIGHTS, moved * EFFICIENCY["weights"]),
-        cache=dict.fromkeys(CACHES, moved * EFFICIENCY["cache"]),
+        linear={form: flops * LINEAR * (0.5 if form == "float32" else 1) for form in WEIGHTS},
+        attention={form: flops * share for form, share in ATTENTION.items()},
+        weights={form: moved * share for form, share in WEIGHTS_READ.items()},
+        cache={form: moved * share for form, share in CACHE_READ.items()},
         measured=False,
+        launches=LAUNCHES,
     )
 
 
@@ -365,7 +372,7 @@ def prefill_seconds(
 def token_seconds(shape: Shape, held: int, rates: Rates, weights: str, cache: str, width: int = 2) -> float:
     """Predicted time to write one token after `held` others, with weights in a form of rates.weights; width: bytes of a
     number in full precision."""
-    read = shape.read_bytes(weights) / rates.weights[weights]
+    read = shape.layers * rates.launches + shape.read_bytes(weights) / rates.weights[weights]
     return read + held * shape.cache_bytes_per_token(cache, width) / rates.cache[cache]
 
 

@@ -4,7 +4,7 @@
     python recipes/smol_reports.py build/smol-reports-much.jsonl --scale 5 --questions 48
 
 Half of the questions are put in other words than the report's (REWORDED): people do not know what words it uses. The
-rewordings that benchmarks/citations.py asks with are none of them; two of those stand in the set `world` of other data.
+rewordings that benchmarks/citations.py asks with are none of them; three of those stand among the other data's facts.
 The reports are those of `longverse demo`, from seeds that neither it nor any benchmark uses (5,000 and up): names and
 facts are others, the templates are the same. So reports measure what smol does in a field it knows; kinds of fact that
 it never saw are measured by benchmarks/smol_facts.py.

@@ -163,6 +163,16 @@ def test_the_shape_is_the_networks() -> None:
 # ---- plans -------------------------------------------------------------------------------------------------
 
 
+def test_a_cards_forecast_is_what_the_card_printed() -> None:
+    """A token written by the 13B shape at 256K on an H200 (benchmarks/gpu_13b.py), within a tenth."""
+    rates = card_rates(find_card("H200")[0])
+    printed = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "gpu_13b.json").read_text())
+    for name, row in printed["rows"].items():
+        weights, cache = name.split()[0], name.split()[2]
+        forecast = token_seconds(LONG, printed["context"], rates, weights, cache)
+        assert forecast == pytest.approx(row["token_seconds"], rel=0.1), name
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     context=st.integers(1, 2**20),
