@@ -29,8 +29,9 @@ NEW = 32  # tokens of the answer
 
 def measure(model: str, rope: str | None, tokens: int, cache: str) -> dict[str, Any]:
     """One run in this process: what was planned for it, and what it took."""
-    from longverse.commands_plan import predict, requirements
+    from longverse.commands_plan import predict
     from longverse.inference.engine import Engine, peak_memory
+    from longverse.inference.memory import requirements
     from longverse.inference.sampling import Sampling
     from longverse.plan import PROCESS
 
@@ -53,9 +54,9 @@ def measure(model: str, rope: str | None, tokens: int, cache: str) -> dict[str, 
 
 def measure_rates(model: str, rope: str | None, busy: bool) -> dict[str, Any]:
     """Every figure of a plan, anew."""
-    from longverse.commands_plan import shape_of_network, weights_form, written_with
     from longverse.inference import rates
     from longverse.inference.engine import Engine
+    from longverse.inference.memory import shape_of_network, weights_form, written_with
 
     rates.LIMIT = 60.0
     if busy:

@@ -22,6 +22,7 @@ from .documents.reader import Document, read_many
 from .documents.second_look import checked
 from .errors import UserError
 from .inference.engine import Cancelled, Engine, Progress, Session, Stats
+from .inference.memory import check_fits
 from .inference.sampling import Sampling
 
 ROOM = 2048  # tokens a session keeps free behind the documents, for questions and answers
@@ -60,7 +61,9 @@ class Model:
         return Reading(self, tuple(read_many([str(path) for path in paths])))
 
     def session(self, tokens: int) -> Session:
-        """A bare session of the engine, planned for `tokens`, with this model's attention and cache."""
+        """A bare session of the engine, planned for `tokens`, with this model's attention and cache. UserError where
+        the memory does not suffice."""
+        check_fits(self.engine, tokens, self.cache)
         return self.engine.session(tokens, attention=self.attention, cache=self.cache)
 
 

@@ -128,6 +128,8 @@ def generate(
         prompt = read("-").text
     if not prompt:
         raise UserError("The prompt is empty: give a text to continue.")
+    from .commands_store import choose_cache
+
     settings = drawing.sampling()
     engine = loading.engine(quiet)
     ids = engine.chat.encode([{"role": "user", "content": prompt}]) if as_chat else engine.tokenizer.encode(prompt)
@@ -138,7 +140,7 @@ def generate(
             f" {engine.name} reads {engine.window:,}: shorten it, lower --max-new-tokens or choose a model with a"
             " larger window."
         )
-    session = engine.session(planned)
+    session = engine.session(planned, cache=choose_cache(engine, planned, "auto", quiet=quiet))
     text = ""
     with console.Task("Reading the prompt", quiet=quiet) as task:
         for piece in session.stream(ids, settings, on_progress=task):

@@ -16,7 +16,7 @@ import typer
 
 from . import commands_cite, console
 from .commands_common import AsJson, Drawing, Loading, Quiet, with_options
-from .commands_store import PAST_THE_WINDOW, Attention, CacheFormat, check_attention
+from .commands_store import PAST_THE_WINDOW, Attention, CacheFormat, check_attention, choose_cache
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -189,7 +189,11 @@ def split_arguments(file: str, more: list[str]) -> tuple[list[str], list[str]]:
             continue
         if looks_like_a_file(argument):
             raise UserError(f"There is no file {argument}: check the name, or end it with a question mark to ask it.")
-        return files, more[place:]
+        questions = more[place:]
+        for other in questions[1:]:
+            if os.path.isfile(os.path.expanduser(other)):
+                raise UserError(f"{other} is a file and stands behind a question: give all files before the questions.")
+        return files, questions
     return files, []
 
 
@@ -260,6 +264,8 @@ def summarize(
     from .documents import summarize as module
 
     tasks: list[console.Task] = []
+    most = min(engine.window, len(engine.tokenizer.encode(document.text)) + settings.max_new_tokens + 256)
+    form = choose_cache(engine, most, "auto", quiet=quiet)
 
     def on_part(number: int, count: int, part: module.Part) -> console.Task:
         for task in tasks:
@@ -269,12 +275,14 @@ def summarize(
         tasks.append(console.Task(title, quiet=quiet))
         return tasks[-1]
 
-    for summary in module.summarize(engine, document, settings, by_parts=sections, on_part=on_part):
+    made = 0
+    for summary in module.summarize(engine, document, settings, by_parts=sections, cache=form, on_part=on_part):
         tasks[-1].close()
-        part = summary.part
+        part, made = summary.part, made + (summary.of == "part")
         if as_json:
             record = {"of": summary.of, "title": part.title, "place": part.place, "start_char_index": part.start}
             record |= {"end_char_index": part.end, "summary": summary.text, "tokens": summary.tokens}
+            record["finish_reason"] = summary.finish_reason
             console.json_line(record | {"model": engine.name})
             continue
         if summary.of == "part":
@@ -284,5 +292,11 @@ def summarize(
         elif summary.of == "parts":
             console.out().print(console.Text("All parts, by their summaries", style="bold"))
         console.line(summary.text or "(the model wrote nothing)")
+        if summary.finish_reason == "length":
+            console.note("This summary was cut at --max-new-tokens.", quiet=quiet)
         if summary.of == "part":
             console.line()
+    if made > 1 and summary.of == "part":
+        console.note(
+            "The parts' summaries are too long to be summed up together: they stand for the whole.", quiet=quiet
+        )

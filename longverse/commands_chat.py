@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from . import commands_cite, console
 from .commands_ask import read_documents
-from .commands_store import PAST_THE_WINDOW, choose_attention
+from .commands_store import PAST_THE_WINDOW, choose_attention, choose_cache
 from .documents.reader import Document
 from .errors import UserError, expand
 
@@ -347,7 +347,8 @@ class Chat:
             if attention != "pages":
                 planned = min(self.engine.window, planned)
             self.session = None  # its cache goes before the next one comes
-            self.session = self.engine.session(planned, attention=attention)
+            form = choose_cache(self.engine, planned, "auto", attention, quiet=self.quiet)
+            self.session = self.engine.session(planned, attention=attention, cache=form)
             if again:
                 self.say(f"The conversation outgrew its plan; it is read anew, with room for {planned:,} tokens.")
         return self.session

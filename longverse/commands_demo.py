@@ -58,6 +58,7 @@ def run(
     engine: Engine, seed: int, tokens: int, questions: int, language: str, folder: Path, *, as_json: bool, quiet: bool
 ) -> None:
     """Write the report, ask, and show the table. A report past the model's window is read by pages."""
+    from .commands_store import choose_cache
     from .documents.ask import prepare
     from .documents.second_look import checked
     from .inference.sampling import Sampling
@@ -68,7 +69,8 @@ def run(
     asked = [fact.question for fact in report.facts]
     prompts = prepare(engine, document, [*asked, *absent], ANSWER_TOKENS, limited=False)
     attention = "exact" if prompts.planned_tokens <= engine.window else "pages"
-    session = engine.session(prompts.planned_tokens, attention=attention)
+    form = choose_cache(engine, prompts.planned_tokens, "auto", attention, quiet=quiet)
+    session = engine.session(prompts.planned_tokens, attention=attention, cache=form)
     path = write(report, folder, document.name)
     length = len(engine.tokenizer.encode(report.text))
     screen = console.out()
@@ -185,7 +187,8 @@ def whole(engine: Engine, tokens_per_word: float) -> str | None:
     """A line on what WHOLE_WORDS words like these would take here; None where no rates are known."""
     import torch
 
-    from .commands_plan import predict, requirements
+    from .commands_plan import predict
+    from .inference.memory import requirements
     from .plan import say_bytes
 
     tokens = int(WHOLE_WORDS * tokens_per_word)

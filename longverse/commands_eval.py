@@ -178,7 +178,8 @@ def longbench(
     """
     from longverse.errors import UserError, expand
     from longverse.evaluation.longbench.runner import LongBenchRun
-    from longverse.evaluation.longbench.tasks import choose_tasks, locate, read_config, read_task
+    from longverse.evaluation.longbench.score import check_metrics
+    from longverse.evaluation.longbench.tasks import choose_tasks, config_folder, locate, read_config, read_task
     from longverse.models.checkpoint import cache_folder
 
     if e and v2:
@@ -199,8 +200,9 @@ def longbench(
         return
     if data is None:
         raise UserError("LongBench's rows and prompts are not part of longverse: give its folder with --data.")
+    check_metrics(wanted)
     folder = locate(data, cache_folder())
-    read = read_config(config if config is not None else folder / "config", wanted)
+    read = read_config(config if config is not None else config_folder(data, folder), wanted)
     for task in wanted:
         read_task(folder, task, e=e)  # every row is checked before the model is loaded
     with who.ask() as backend:

@@ -13,11 +13,7 @@ from . import console
 from .commands_common import AsJson
 from .errors import UserError, expand
 from .plan import (
-    CACHES,
     PROCESS,
-    ROUNDED,
-    SLACK,
-    WIDTH,
     Card,
     Json,
     Plan,
@@ -36,7 +32,6 @@ from .plan import (
 
 if TYPE_CHECKING:
     from .inference.engine import Engine, Session
-    from .models.network import NetworkConfig
 
 WORTH_MEASURING = 8192  # tokens to read from which a first calibration of seconds is worth its time
 
@@ -99,10 +94,16 @@ def shape_of(model: str) -> Shape:
             if any(key in stated for key in rope):  # a plan of its own
                 of_release = {key: value for key, value in of_release.items() if key not in rope}
             config = of_release | stated
+        if "model_type" in config:  # refuses what would not be loaded: its sizes mean something else
+            from .inference.memory import shape_of_network
+            from .models.network import NetworkConfig
+
+            return shape_of_network(name, NetworkConfig.from_dict(config))
         return Shape.from_config(config, name)
     if release is not None and not os.path.exists(path):
         return Shape.from_config(release.config(), release.name)
     from .commands_rope import config_of
+    from .inference.memory import shape_of_network
 
     name, network = config_of(model)
     return shape_of_network(name, network)
@@ -118,14 +119,6 @@ def _read_config(path: Path) -> Json:
     if not isinstance(config, dict):
         raise UserError(f"{path} is no JSON object: give a model's config.json.")
     return config
-
-
-def shape_of_network(name: str, config: NetworkConfig) -> Shape:
-    """The sizes of a network as it runs."""
-    return Shape(
-        name, config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads,
-        config.head_dim, config.vocab_size, config.window, config.tied,
-    )  # fmt: skip
 
 
 def plan_for_card(shape: Shape, tokens: int, card: Card, limit: int | None) -> Plan:
@@ -193,43 +186,13 @@ def _count(parameters: int) -> str:
 # ---- what `ask` and `read` plan with -------------------------------------------------------------------------
 
 
-def requirements(engine: Engine, tokens: int) -> tuple[dict[str, float], int]:
-    """Bytes that `tokens` tokens need on top of what a loaded model holds, by cache format, the most precise first;
-    and the bytes that are free. Mapped weights count as needed: the system only lends their pages."""
-    from .inference.engine import free_on_card
-    from .models.cache import FORMATS
-
-    network = engine.network
-    shape, form = shape_of_network(engine.name, network.config), weights_form(engine)
-    width = engine.kept.itemsize
-    on_card = network.device.type == "cuda"
-    weights = 0 if on_card else sum(tensor.nbytes for tensor in network.state_dict().values())
-    if (written := written_with(engine, shape, form)) in ROUNDED:
-        weights += shape.read_bytes(written)
-    needs = {
-        cache: weights + tokens * shape.cache_bytes_per_token(cache, width) + shape.buffer_bytes(form, cache, tokens)
-        for cache in CACHES
-        if cache in FORMATS
-    }
-    free = free_on_card(network.device) if on_card else memory_of_machine()[1]
-    return dict(needs), int(SLACK * free)
-
-
-def weights_form(engine: Engine) -> str:
-    """The weight format a loaded model runs in."""
-    from .models.quant_linear import QuantLinear
-
-    quantised = next((module for module in engine.network.modules() if isinstance(module, QuantLinear)), None)
-    if quantised is not None:
-        return f"int{quantised.form.bits}"
-    return "float32" if engine.network.dtype.itemsize == WIDTH["float32"] else "bf16"
-
-
 def predict(engine: Engine, session: Session, tokens: int) -> tuple[float, float] | None:
     """Seconds to read what `session` does not hold of `tokens`, and to write one token; None where nothing is known.
 
     A CPU is measured when it never was and the text is long enough for that to be worth it.
     """
+    from .inference.memory import shape_of_network, weights_form, written_with
+
     shape, form = shape_of_network(engine.name, engine.network.config), weights_form(engine)
     written, cache = written_with(engine, shape, form), session.cache_format
     if session.home == "machine":  # how fast a link is, is not known
@@ -248,19 +211,6 @@ def predict(engine: Engine, session: Session, tokens: int) -> tuple[float, float
     )
 
 
-def written_with(engine: Engine, shape: Shape, form: str) -> str:
-    """The form of the weights that an engine writes answers with (plan.Shape.written_with)."""
-    from .models import kernels
-
-    on_card = engine.network.device.type != "cpu"
-    if form not in WIDTH or on_card or kernels.unavailable():
-        return form
-    from .models.kernels.decoder import settled
-
-    rounded = settled(engine.network, engine._weights)
-    return form if rounded == "full" else f"rounded {rounded}"
-
-
 def _rates(engine: Engine, shape: Shape, forms: tuple[str, str, str], fresh: int) -> Rates | None:
     import torch
 
@@ -276,4 +226,4 @@ def _rates(engine: Engine, shape: Shape, forms: tuple[str, str, str], fresh: int
     return rates_for(shape, engine.network.dtype, wanted, measure=fresh >= WORTH_MEASURING)
 
 
-__all__ = ["PROCESS", "Json", "plan", "predict", "requirements", "shape_of", "show"]
+__all__ = ["PROCESS", "Json", "plan", "predict", "shape_of", "show"]

@@ -158,7 +158,7 @@ def _opener(engine: Engine, attention: str, cache: str) -> Open:
 def _memory(gib: float | None, engine: Engine) -> int:
     """Bytes for kept sessions, on the device that the model runs on."""
     if gib is not None:
-        return int(gib * 2**30)
+        return int(min(gib, 2**20) * 2**30)
     if engine.network.device.type == "cuda":
         import torch
 

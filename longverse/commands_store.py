@@ -317,8 +317,13 @@ def open_store(limit: int | None) -> Store:
 
 def library_limit(text: str | None) -> int | None:
     """Bytes of --limit or LONGVERSE_LIBRARY_LIMIT; None where neither says."""
-    text = text if text is not None else os.environ.get("LONGVERSE_LIBRARY_LIMIT") or None
-    return parse_bytes(text) if text is not None else None
+    if text is not None:
+        return parse_bytes(text)
+    stated = os.environ.get("LONGVERSE_LIBRARY_LIMIT")
+    try:
+        return parse_bytes(stated) if stated else None
+    except UserError as error:
+        raise UserError(f"LONGVERSE_LIBRARY_LIMIT: {error}") from None
 
 
 def tell(store: Store, *, quiet: bool) -> None:
@@ -355,7 +360,7 @@ def choose_attention(engine: Engine, tokens: int, attention: str, *, quiet: bool
 
 def cache_needs(engine: Engine, tokens: int, attention: str) -> dict[str, tuple[float, float]]:
     """Of every cache format that an attention can have, the most precise first: bytes that are needed, and free."""
-    from .commands_plan import requirements
+    from .inference.memory import requirements
 
     needs, free = requirements(engine, tokens)
     forms = ("full",) if attention == "pages" else tuple(needs)  # pages have a cache of their own
@@ -392,7 +397,7 @@ def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exac
 def choose_beside(engine: Engine, tokens: int, cache: str, attention: str, *, quiet: bool) -> str | None:
     """The format of a cache that lies in the machine's memory because the model's card has room for none (or not for
     the given one); None where the card has, where the machine has not either, and for pages."""
-    from .commands_plan import requirements, shape_of_network
+    from .inference.memory import requirements, shape_of_network
     from .plan import SLACK, memory_of_machine
 
     network = engine.network

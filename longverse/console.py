@@ -6,6 +6,7 @@ alone. On a terminal progress is a bar that goes away; elsewhere it is a plain l
 
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
     from .inference.engine import Stats
 
 LINE_EVERY = 5.0  # seconds between plain progress lines
+PIPE_WIDTH = 400  # columns
 PATIENCE = 0.7  # seconds before progress is shown at all
 
 
 def out() -> Console:
-    """Standard output. Made anew each time: tests and pipes exchange sys.stdout."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Standard output. Made anew each time: tests and pipes exchange sys.stdout. Whoever reads a pipe gets every row of
+    a table on one line."""
+    terminal = sys.stdout.isatty()
+    return Console(file=sys.stdout, highlight=False, soft_wrap=not terminal, width=None if terminal else PIPE_WIDTH)
 
 
 def err() -> Console:
@@ -42,7 +46,11 @@ def error(message: str) -> None:
 
 
 def prepare_output() -> None:
-    """Characters that standard output cannot spell (an ASCII locale, half a surrogate) become ? and stop nothing."""
+    """Characters that standard output cannot spell (an ASCII locale, half a surrogate) become ? and stop nothing; what
+    is written to a stream that was closed goes nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for as long as the process)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 

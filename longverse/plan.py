@@ -14,7 +14,7 @@ Units: bytes, seconds, tokens. A cache in full takes two bytes a number, but for
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,14 @@ _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 def parse_bytes(text: str) -> int:
     """`80GB` (80 * 10**9), `24GiB` (24 * 2**30), `500 MB`, `20G`, or a plain number of bytes. UserError for others."""
-    match = re.fullmatch(r"\s*(\d+(?:[.,]\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
-    if match is None or not float(match[1].replace(",", ".")):
+    match = re.fullmatch(r"\s*(\d{1,3}(?:,\d{3})+|\d+(?:[.,]\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    count = 0
+    if match is not None:  # 20,000 is twenty thousand, 1,5 one and a half
+        number = match[1].replace(",", "" if re.fullmatch(r"\d{1,3}(,\d{3})+", match[1]) else ".")
+        count = int(float(number) * (_UNITS | _BINARY)[(match[2] or "").lower()])
+    if count < 1:
         raise UserError(f"{text!r} is no amount of memory: write it like 80GB, 24GiB or 500MB.")
-    unit = (match[2] or "").lower()
-    return int(float(match[1].replace(",", ".")) * (_UNITS | _BINARY)[unit])
+    return count
 
 
 def parse_tokens(text: str) -> int:
@@ -150,24 +153,24 @@ class Shape:
         norms = (self.norms * self.layers + 1) * self.hidden
         return self.layers * self.layer_weights + self.head_weights * (1 if self.tied else 2) + norms
 
-    def weights_bytes(self, form: str) -> int:
+    def weights_bytes(self, form: str, width: int = 2) -> int:
         """Bytes of all weights. int8 (one bf16 scale a row) and int4 (groups of 64, scale and offset) are the linear
-        layers'; embedding and head stay in bf16."""
+        layers'; embedding and head stay in the type that is computed in, whose numbers have `width` bytes."""
         if form in WIDTH:
             return WIDTH[form] * self.parameters
-        rest = 2 * (self.parameters - self.layers * self.layer_weights)
+        rest = width * (self.parameters - self.layers * self.layer_weights)
         rows = self.head_dim * (self.heads + 2 * self.kv_heads) + 2 * self.hidden + 2 * self.mlp
         if form == "int8":
             return rest + self.layers * (self.layer_weights + 2 * rows)
         return rest + self.layers * (self.layer_weights // 2 + 4 * self.layer_weights // 64)
 
-    def read_bytes(self, form: str) -> int:
+    def read_bytes(self, form: str, width: int = 2) -> int:
         """Bytes of weights that one new token reads: all of them but an embedding of its own. For a form of ROUNDED it
         is also what the copy takes: int8 with a scale, or int4 with scale and offset, for 32 weights; the head int8."""
         if form in ROUNDED:
             layers, head = self.layers * self.layer_weights, self.head_weights
             return int((34 if form == "rounded int8" else 20) / 32 * layers + 34 / 32 * head)
-        return self.weights_bytes(form) - (0 if self.tied else WIDTH.get(form, 2) * self.head_weights)
+        return self.weights_bytes(form, width) - (0 if self.tied else WIDTH.get(form, width) * self.head_weights)
 
     def written_with(self, form: str, gpu: bool = False, rounded: str = "rounded int8") -> str:
         """The form of the weights that answers are written with, where prompts are read in `form`."""
@@ -193,17 +196,17 @@ class Shape:
             pairs = reach * (reach + 1) / 2 + (tokens - reach) * float(reach)
         return 4.0 * self.layers * self.heads * self.head_dim * pairs
 
-    def buffer_bytes(self, weights: str, cache: str, tokens: int) -> int:
+    def buffer_bytes(self, weights: str, cache: str, tokens: int, width: int = 2) -> int:
         """Working memory of a forward of CHUNK tokens, its largest moment: the residual stream and a layer's
         activations, and for quantised formats what is turned into floating point at a time."""
-        width = WIDTH.get(weights, 2)
+        width = WIDTH.get(weights, width)
         chunk = min(CHUNK, tokens)
         q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         widest = max(3 * self.mlp, 4 * q_size + 4 * kv_size)
         total = chunk * width * (4 * self.hidden + widest) + 4 * 2 * self.vocab
         if cache != "full":
             total += min(STRETCH, tokens) * kv_size * (4 + width) * 2 + chunk * q_size * 4 * 4
-        elif weights == "float32":  # bfloat16 that is kept, in floats
+        elif width == WIDTH["float32"]:  # bfloat16 that is kept, in floats
             total += min(STRETCH, tokens) * kv_size * 2 * width
         if weights in ("int8", "int4"):
             total += (1 << 19) * (width + 1)
@@ -280,10 +283,18 @@ LAUNCHES = 1.1e-3  # seconds a layer
 def find_card(text: str) -> tuple[Card, str]:
     """A card by name (`H100`, `rtx 4090`), or the slowest known one with that memory (`80GB`); and a remark, empty
     where it was named. UserError for a name that is not known."""
-    plain = re.sub(r"[^a-z0-9]", "", text.lower())
+    plain = text.lower()
+    if re.match(r"\s*\d+\s*x\s*\S", plain):
+        raise UserError(f"{text!r} names several cards, and a plan is for one: name one card, or one card's memory.")
+    stated = re.search(r"(\d+)\s*gi?b", plain)
+    memory = parse_bytes(stated[0]) if stated is not None else None
     for card in sorted(CARDS, key=lambda card: -len(card.name)):
-        if all(part in plain for part in card.name.lower().split("-")):
-            return card, ""
+        name, _, size = card.name.lower().partition("-")
+        if re.search(rf"(?<!\d){name}(?!\d)" if name.isdigit() else rf"(?<![a-z]){name}(?!\d)", plain) is None:
+            continue
+        if size and memory != card.memory:
+            continue
+        return (card if memory in (None, card.memory) else replace(card, name=text.strip(), memory=memory)), ""
     try:
         memory = parse_bytes(text)
     except UserError:
@@ -387,11 +398,13 @@ def make_plan(
     gpu    whether the device is a card, which carries a context of its own instead of a process
     """
     base = CUDA_CONTEXT if gpu else PROCESS
+    width = WIDTH.get(forms[0], 2)  # of what is not quantised
     options = []
     for weights in forms:
         for cache in CACHES:
             held = context * shape.cache_bytes_per_token(cache)
-            of_weights, buffers = shape.weights_bytes(weights), base + shape.buffer_bytes(weights, cache, context)
+            of_weights = shape.weights_bytes(weights, width)
+            buffers = base + shape.buffer_bytes(weights, cache, context, width)
             written = shape.written_with(weights, gpu)
             copy = shape.read_bytes(written) if written in ROUNDED else 0
             total = of_weights + copy + held + buffers

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longverse import __version__, cli, commands_chat
+from longverse import UserError, __version__, cli, commands_chat
 from longverse.inference.engine import Session, Stats
 from longverse.models import embedded
 from tests.helpers import tiny_config
@@ -650,6 +650,8 @@ def test_a_file_with_a_space_in_its_name_is_a_document(tmp_path: Path, monkeypat
     (tmp_path / "Annex B.txt").write_text("text")
     found = split_arguments("a.txt", ["Annex B.txt", "What is the total?"])
     assert found == (["a.txt", "Annex B.txt"], ["What is the total?"])
+    with pytest.raises(UserError, match=r"Annex B\.txt is a file and stands behind a question"):
+        split_arguments("a.txt", ["What is the total?", "Annex B.txt"])
     assert split_arguments("a.txt", ["q" * 300]) == (["a.txt"], ["q" * 300])
 
 
@@ -664,3 +666,24 @@ def test_what_was_probably_meant_as_a_file(argument: str, file: bool) -> None:
     from longverse.commands_ask import looks_like_a_file
 
     assert looks_like_a_file(argument) == file
+
+
+def test_tables_in_a_pipe_keep_a_row_on_a_line(run: Runner) -> None:
+    out = run("models")[1]
+    assert any("xverse/XVERSE-13B-2-Chat" in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_closed_streams_stop_nothing(closed: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{' '.join(COMMAND)} plan XVERSE-13B --gpu H100 {closed}"], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_no_home_is_one_sentence(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGVERSE_CACHE", "~nobody-of-that-name/x")
+    code, _, err = run("library")
+    assert code == 2
+    assert "set LONGVERSE_CACHE to a folder" in err

@@ -17,11 +17,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longverse import cli, commands_plan, commands_store
+from longverse import UserError, api, cli, commands_store
 from longverse.documents.ask import prepare
 from longverse.documents.reader import decode
+from longverse.inference import memory
 from longverse.inference.engine import Engine, Session
 from longverse.models.chat import ChatFormat
+from longverse.models.quantize import quantize
 from longverse.models.tokenizer import Tokenizer
 from tests.helpers import random_network, tiny_config
 from tests.models.folders import save_folder, save_tokenizer
@@ -334,18 +336,18 @@ def test_too_little_memory_is_said_before_any_work(
         raise AssertionError
 
     monkeypatch.setattr(Session, "_forward", no_work)
-    monkeypatch.setattr(commands_plan, "memory_of_machine", lambda: (2**30, 2**10))
+    monkeypatch.setattr(memory, "memory_of_machine", lambda: (2**30, 2**10))
     code, _, err = run("ask", mill, "Where?", "-m", tiny, "-n", "4")
     assert code == 2
     assert "are free: give a shorter document or close other programs" in err.splitlines()[-1]
 
 
 def test_the_cache_is_the_most_precise_that_the_memory_holds(plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs, _ = commands_plan.requirements(plain, 4000)
+    needs, _ = memory.requirements(plain, 4000)
     assert list(needs) == ["full", "int8", "int4"]
     for form in needs:
         free = needs[form] / 0.97 + 64
-        monkeypatch.setattr(commands_plan, "memory_of_machine", lambda free=free: (2**40, int(free)))
+        monkeypatch.setattr(memory, "memory_of_machine", lambda free=free: (2**40, int(free)))
         expected = next(name for name, need in needs.items() if need <= needs[form])
         assert commands_store.choose_cache(plain, 4000, "auto", quiet=True) == expected
 
@@ -356,7 +358,7 @@ def test_a_card_without_room_for_any_cache_borrows_the_machines_memory(
     card = SimpleNamespace(device=torch.device("cuda"), config=plain.network.config, dtype=torch.bfloat16)
     engine: Any = SimpleNamespace(network=card, name="tiny", kept=torch.bfloat16)
     needs = {"full": 3e9, "int8": 2e9, "int4": 1e9}
-    monkeypatch.setattr(commands_plan, "requirements", lambda engine, tokens: (needs, int(1.5e9)))
+    monkeypatch.setattr(memory, "requirements", lambda engine, tokens: (needs, int(1.5e9)))
     monkeypatch.setattr("longverse.plan.memory_of_machine", lambda: (2**34, 2**33))
 
     def choose(cache: str, attention: str = "exact") -> str | None:
@@ -428,3 +430,51 @@ def test_plan_of_this_machine(run: Runner, tiny: str, monkeypatch: pytest.Monkey
     assert code == 0
     assert "measured rates" in out
     assert "Everything fits in full precision" in out
+
+
+def test_weights_that_are_in_memory_already_are_not_needed_once_more(tmp_path: Path) -> None:
+    """Only weights that are views of a file still have to find room."""
+    save_folder(tmp_path / "m", tiny_config(tie_word_embeddings=True), dtype=torch.bfloat16)
+    stored = sum(path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors"))
+    as_stored = Engine.load(str(tmp_path / "m"), dtype="bfloat16", device="cpu", weights="full").network
+    assert 0.9 * stored < as_stored.mapped_bytes <= stored
+    assert Engine.load(str(tmp_path / "m"), dtype="float32", device="cpu").network.mapped_bytes == 0
+    quantize(str(tmp_path / "m"), tmp_path / "small", bits=8)
+    small = Engine.load(str(tmp_path / "small"), dtype="bfloat16", device="cpu").network
+    assert 0 < small.mapped_bytes < 0.5 * stored  # embedding and norms
+
+
+def test_every_command_looks_at_the_memory_first(
+    run: Runner, mill: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Session, "_forward", no_work)
+    monkeypatch.setattr(memory, "memory_of_machine", lambda: (2**30, 2**10))
+    for line in (
+        ["generate", "The mill"],
+        ["summarize", mill],
+        ["demo", "--tokens", "1000", "--questions", "1", "--folder", str(tmp_path)],
+    ):
+        code, _, err = run(*line, "-m", tiny)
+        assert code == 2, (line, err)
+        assert "are free" in err, line
+    with pytest.raises(UserError, match="are free"):
+        api.load(tiny, device="cpu").read(mill).ask("Where?")
+
+
+def test_a_file_with_a_name_of_another_encoding_is_kept(run: Runner, mill: str, tiny: str, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    odd.write_text(TEXT)
+    assert run("read", str(odd), "-m", tiny, "--quiet")[0] == 0
+    assert "caf" in run("library")[1]
+
+
+def test_a_limit_that_is_none_says_where_it_stands(
+    run: Runner, mill: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGVERSE_LIBRARY_LIMIT", "lots")
+    code, _, err = run("ask", mill, "Where?", "-m", tiny)
+    assert code == 2
+    assert "LONGVERSE_LIBRARY_LIMIT: 'lots'" in err

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longverse import UserError
+from longverse.commands_plan import shape_of
 from longverse.inference import rates as rates_module
 from longverse.models.cache import FORMATS, KVCache
 from longverse.models.network import NetworkConfig
@@ -318,3 +319,45 @@ def test_a_plan_for_a_card_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["choice"]["cache"] == "int4"
+
+
+def test_a_comma_before_three_digits_parts_thousands() -> None:
+    assert parse_bytes("20,000MB") == 20_000 * 10**6
+    assert parse_bytes("1,5GB") == 1_500_000_000
+    for nothing in ("0.0001", "0GB", "1,,000MB"):
+        with pytest.raises(UserError, match="no amount of memory"):
+            parse_bytes(nothing)
+
+
+def test_cards_are_told_by_whole_words() -> None:
+    assert find_card("NVIDIA A100-SXM4-40GB")[0].memory == 40 * 10**9
+    assert find_card("RTX 4090")[0].name == "4090"
+    assert find_card("NVIDIA GeForce RTX 4090")[0].name == "4090"
+    assert find_card("A100 10GB")[0].memory == 10 * 10**9  # a slice of one
+    assert find_card("H100 94GB")[0].memory == 94 * 10**9
+    for several in ("8xH100", "2x 4090"):
+        with pytest.raises(UserError, match="several cards"):
+            find_card(several)
+    with pytest.raises(UserError, match="not known"):
+        find_card("RTX A1000")
+
+
+def test_a_model_that_would_not_be_loaded_is_not_planned(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = {**sizes, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"model_type": "mixtral", "num_local_experts": 8}))
+    with pytest.raises(UserError, match="'mixtral' are not supported"):
+        shape_of(str(path))
+    path.write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 4096}))
+    assert shape_of(str(path)).window == 4096
+
+
+def test_what_is_not_quantised_has_the_width_that_is_computed_in() -> None:
+    tied = replace(LONG, tied=True)
+    wide, narrow = tied.weights_bytes("int8", 4), tied.weights_bytes("int8")
+    assert wide - narrow == 2 * (tied.parameters - tied.layers * tied.layer_weights)
+    plan = make_plan(LONG, 8192, 10**12, None, forms=("float32", "int8", "int4"))
+    assert next(option for option in plan.options if option.weights == "int8").weights_bytes == LONG.weights_bytes(
+        "int8", 4
+    )

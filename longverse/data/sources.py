@@ -110,9 +110,9 @@ def read_source(config: SourceConfig, base: Path, skipped: Skipped) -> Iterator[
             skipped.add("empty text", where)
             continue
         identity = row.get(config.id_field)
-        identity = str(identity) if identity not in (None, "") else where
+        identity = _whole(str(identity) if identity not in (None, "") else where)
         title = row.get(config.title_field)
-        title = str(title) if title not in (None, "") else Path(identity).stem
+        title = _whole(str(title)) if title not in (None, "") else _title(identity)
         language = detect_language(text) if config.language == "auto" else config.language
         yield Document(identity, config.name, language, title, text)
         count += 1
@@ -122,16 +122,26 @@ _COMMENT = re.compile(r"^[ \t]*<!--(?:(?!-->)[^\n])*-->[ \t]*\n", re.MULTILINE)
 
 
 def _clean(text: str) -> str:
-    """One newline convention, no byte-order mark, NUL or form feed, no line that is a comment of HTML or Markdown; lone
-    surrogates (damaged JSON escapes) are replaced."""
+    """One newline convention, no byte-order mark, NUL or form feed, no line that is a comment of HTML or Markdown, and
+    `_whole`."""
     text = (
         text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "").replace("\x0c", "\n")
     )
     if "<!--" in text:
         text = _COMMENT.sub("", text)
-    if not text.isascii():
-        text = text.encode("utf-8", "replace").decode("utf-8")
-    return text
+    return _whole(text)
+
+
+def _whole(text: str) -> str:
+    """The text with lone surrogates (damaged JSON escapes), which no file of UTF-8 holds, replaced."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _title(identity: str) -> str:
+    """The title of a document that has only an identity: that, without the ending of a text file. Nothing else is cut,
+    so that titles tell documents apart ("web.jsonl:7", "2301.00123")."""
+    ending = next((end for end in TEXT_SUFFIXES if identity.lower().endswith(end)), "")
+    return identity[: len(identity) - len(ending)].strip() or identity
 
 
 def stamp(paths: list[Path]) -> str:

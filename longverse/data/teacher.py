@@ -177,7 +177,7 @@ class Teacher:
                 wait = wait if named is None else named
             except TimeoutError:
                 problem = f"no answer within {self.config.timeout_seconds:g} s"
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
+            except (OSError, http.client.HTTPException) as error:  # no connection, or one that broke, of TLS too
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
             with self._lock:
                 self.spent.retries += 1

@@ -11,7 +11,7 @@ Shapes: T answer tokens, P paragraphs, N heads looked at, S tokens held.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -31,6 +31,7 @@ RETRIEVAL_HEADS: dict[str, tuple[Head, ...]] = {
     "smol": ((18, 7), (7, 7), (21, 8), (17, 3), (23, 2), (14, 3), (20, 6), (18, 6)),
 }
 KEPT = 8  # paragraphs remembered for each token of an answer
+ROWS = 32  # answer tokens whose attention over everything is held at once
 
 # Told of each head looked at: its number, the share of its attention at each answer token that falls on each paragraph
 # (float32 [T, P]), and the mean share of it on earlier copies of the token that comes next.
@@ -113,7 +114,6 @@ def trace(
     assert session.tokens[:begin] == list(prompt[:begin])
     held = torch.tensor([*prompt, *answer[:-1]], device=network.device)  # [S]
     targets = torch.tensor(list(answer), device=network.device)  # [T]
-    copies = (held[None] == targets[:, None]).float()  # [T, S]
     feed = [prompt[-1], *answer[:-1]]  # the token at t predicts answer[t]
     cache.truncate(begin)
     del session.tokens[begin:]
@@ -124,13 +124,20 @@ def trace(
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = cache.attend(layer, q, k, v)
-        if layer in wanted:
-            chosen = [head for _, head in wanted[layer]]
-            keys = cache.keys_of(layer, 0, begin + len(feed))[0]  # [G, S, D]
-            for row, weights in _weights(q[0, chosen], keys, wanted[layer], q.shape[1] // keys.shape[0]):
-                summed = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))[:, edges]  # [T, 2 P]
-                mass = (summed[:, 1::2] - summed[:, 0::2]).cpu()
-                note(row, mass, float((weights * copies).sum(-1).mean()))
+        by_group: dict[int, list[tuple[int, int]]] = {}  # key/value head -> [(number, head)]
+        for row, head in wanted.get(layer, ()):
+            by_group.setdefault(head * k.shape[1] // q.shape[1], []).append((row, head))
+        for group, pairs in by_group.items():  # one after another: restored, all of a long past would be gigabytes
+            keys = cache.keys_of(layer, 0, begin + len(feed), slice(group, group + 1))[0, 0].float()  # [S, D]
+            for row, head in pairs:
+                parts, copied = [], 0.0
+                for first in range(0, len(feed), ROWS):
+                    some = slice(first, first + ROWS)
+                    weights = _weights(q[0, head, some], keys, begin + first)  # [ROWS, S]
+                    copied += float(weights[held == targets[some, None]].sum())
+                    summed = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))[:, edges]  # [ROWS, 2 P]
+                    parts.append((summed[:, 1::2] - summed[:, 0::2]).cpu())
+                note(row, torch.cat(parts), copied / len(feed))
         return out
 
     positions = torch.arange(begin, begin + len(feed), device=network.device)[None]
@@ -143,10 +150,8 @@ def trace(
     return logprobs.cpu()
 
 
-def _weights(q: Tensor, keys: Tensor, heads: list[tuple[int, int]], group: int) -> Iterator[tuple[int, Tensor]]:
-    """q [n, T, D] of the chosen heads (row, head), keys [G, S, D]: each row with its head's attention [T, S]."""
-    new, total = q.shape[1], keys.shape[1]
-    future = torch.ones(new, total, dtype=torch.bool, device=q.device).triu(total - new + 1)
-    for place, (row, head) in enumerate(heads):
-        scores = q[place].float() @ keys[head // group].float().T / q.shape[-1] ** 0.5  # [T, S]
-        yield row, scores.masked_fill_(future, float("-inf")).softmax(-1)
+def _weights(q: Tensor, keys: Tensor, first: int) -> Tensor:
+    """The attention of q [T, D], one head's rows from position `first` on, over keys [S, D]: float32 [T, S]."""
+    future = torch.ones(q.shape[0], keys.shape[0], dtype=torch.bool, device=q.device).triu(first + 1)
+    scores = q.float() @ keys.T / q.shape[-1] ** 0.5
+    return scores.masked_fill_(future, float("-inf")).softmax(-1)

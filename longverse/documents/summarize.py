@@ -40,6 +40,7 @@ class Summary:
     part: Part
     text: str
     tokens: int  # of the prompt
+    finish_reason: str = "stop"  # "length": cut at its limit
 
 
 def messages(text: str, language: str, what: str) -> list[dict[str, str]]:
@@ -104,7 +105,7 @@ def _part(document: Document, group: Sequence[Paragraph]) -> Part:
 
 
 def summarize(
-    engine: Engine, document: Document, sampling: Sampling, *, by_parts: bool = False,
+    engine: Engine, document: Document, sampling: Sampling, *, by_parts: bool = False, cache: str = "full",
     on_part: Callable[[int, int, Part], Progress | None] | None = None, cancelled: Cancelled | None = None,
 ) -> Iterator[Summary]:  # fmt: skip
     """Yield the summary of the whole, or of every part and then of these. `on_part(number, count, part)` comes before
@@ -130,11 +131,11 @@ def summarize(
             )
         budget = room - frame - 16
         parts = parts_of(document, budget, lambda text: len(engine.tokenizer.encode(text)), join=not by_parts)
-    return _run(engine, document, sampling, parts, whole, on_part, cancelled)
+    return _run(engine, document, sampling, parts, whole, cache, on_part, cancelled)
 
 
 def _run(
-    engine: Engine, document: Document, sampling: Sampling, parts: list[Part], whole: Part,
+    engine: Engine, document: Document, sampling: Sampling, parts: list[Part], whole: Part, cache: str,
     on_part: Callable[[int, int, Part], Progress | None] | None, cancelled: Cancelled | None,
 ) -> Iterator[Summary]:  # fmt: skip
     made = []
@@ -143,7 +144,7 @@ def _run(
         progress = on_part(number, len(parts), part) if on_part is not None else None
         inside = [p.text for p in document.paragraphs if part.start <= p.start < part.end]
         text = document.text if part is whole else "\n\n".join(inside)
-        made.append(_one(engine, document.language, text, what, part, sampling, progress, cancelled))
+        made.append(_one(engine, document.language, text, what, part, sampling, cache, progress, cancelled))
         yield made[-1]
         if cancelled is not None and cancelled():
             return
@@ -154,14 +155,14 @@ def _run(
     if len(ids) + sampling.max_new_tokens > engine.window:
         return  # so many parts that their summaries are a book again: they stand for themselves
     progress = on_part(len(parts) + 1, len(parts) + 1, whole) if on_part is not None else None
-    yield _one(engine, document.language, together, "parts", whole, sampling, progress, cancelled)
+    yield _one(engine, document.language, together, "parts", whole, sampling, cache, progress, cancelled)
 
 
 def _one(
-    engine: Engine, language: str, text: str, what: str, part: Part, sampling: Sampling, progress: Progress | None,
-    cancelled: Cancelled | None,
+    engine: Engine, language: str, text: str, what: str, part: Part, sampling: Sampling, cache: str,
+    progress: Progress | None, cancelled: Cancelled | None,
 ) -> Summary:  # fmt: skip
     ids = engine.chat.encode(messages(text, language, what))
-    session = engine.session(len(ids) + sampling.max_new_tokens)
+    session = engine.session(len(ids) + sampling.max_new_tokens, cache=cache)
     done = session.complete(ids, sampling, on_progress=progress, cancelled=cancelled)
-    return Summary(what, part, done.text.strip(), len(ids))
+    return Summary(what, part, done.text.strip(), len(ids), str(done.stats.finish_reason))

@@ -7,6 +7,7 @@ no answer that is already begun: a request's lead stands at the end of the quest
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import random
@@ -15,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -67,7 +69,17 @@ class EndpointBackend:
         return (self,) * self.concurrency
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": "endpoint", "model": self.model, "window": self.window}
+        about: dict[str, Any] = {"backend": "endpoint", "model": self.model, "window": self.window}
+        if self.tokenizer is not None:  # by which texts are fitted and cut
+            about |= {"tokenizer": self._vocabulary, "chat": self.chat.kind}
+        return about
+
+    @cached_property
+    def _vocabulary(self) -> str:
+        """16 hex digits that tell tokenizers apart: by the vocabulary in the order of ids, and by the chat template."""
+        entries = self.tokenizer.backend.get_vocab(with_added_tokens=True)
+        text = json.dumps([sorted((i, token) for token, i in entries.items()), self.tokenizer.chat_template])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self) -> None:
         """Asks the endpoint for its models once, so that a wrong address or name fails before any work.
@@ -176,7 +188,7 @@ class EndpointBackend:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 raw = response.read()
         except urllib.error.HTTPError as error:
-            said = error_text(error)
+            said = _whole(error_text(error))
             if error.code in _PASSING:
                 raise _Passing(f"HTTP {error.code}: {said}", named_wait(error.headers.get("Retry-After", ""))) from None
             raise _Refused(error.code, f"HTTP {error.code}: {said}") from None
@@ -216,7 +228,12 @@ class _Refused(Exception):
 def _text_of(choice: dict[str, Any]) -> Any:
     message: Message | None = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
-    return text if isinstance(text, str) else None
+    return _whole(text) if isinstance(text, str) else None
+
+
+def _whole(text: str) -> str:
+    """The text with lone surrogates replaced: a reply cut inside an emoji may hold one, and no file of UTF-8 does."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _lead_in_question(request: Request) -> Request:

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from longverse.errors import UserError
@@ -106,7 +106,6 @@ class EngineBackend:
 
     def describe(self) -> dict[str, Any]:
         network = self.engine.network
-        rope = network.config.rope
         if self._weights is None:
             self._weights = fingerprint(network)
         return {
@@ -117,7 +116,7 @@ class EngineBackend:
             # Where it is not the same: caches in bfloat16 and answers written with rounded weights.
             **({"kept": str(self.engine.kept).removeprefix("torch.")} if self.engine.kept != network.dtype else {}),
             "window": self.engine.window,
-            "rope": {"kind": rope.kind, "theta": rope.theta, "factor": rope.factor},
+            "rope": asdict(network.config.rope),
             "chat": self.engine.chat.kind,
             "attention": self.attention,
             "cache": self.cache,

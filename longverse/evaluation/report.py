@@ -99,8 +99,7 @@ def _run_block(runs: Sequence[Run]) -> _Block:
     rows: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
         m = run.value["model"]
-        rope = m.get("rope") or {}
-        plan = f"{rope['kind']}, base {rope['theta']:,.0f}" if rope else "–"
+        plan = _plan(m["rope"]) if m.get("rope") else "–"
         window = f"{m['window']:,}" if m.get("window") else "–"
         backend, weights, dtype, attention, cache = (
             str(m.get(key) or "–") for key in ("backend", "weights", "dtype", "attention", "cache")
@@ -111,6 +110,16 @@ def _run_block(runs: Sequence[Run]) -> _Block:
             made.append(kind)
     columns = ("model", "back end", "weights", "numbers", "window", "RoPE", "attention", "cache", "measured")
     return _Block("Who was asked", "", columns, tuple((*about, ", ".join(made)) for about, made in rows.items()))
+
+
+def _plan(rope: dict[str, Any]) -> str:
+    """A RoPE plan in words: kind and base, and factor and original window where it has them."""
+    plan = f"{rope['kind']}, base {rope['theta']:,.0f}"
+    if rope.get("factor", 1) != 1:
+        plan += f", factor {rope['factor']:g}"
+    if rope.get("original_window"):
+        plan += f" from {rope['original_window']:,}"
+    return plan
 
 
 def _needle_blocks(runs: Sequence[Run]) -> list[_Block]:

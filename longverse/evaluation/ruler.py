@@ -23,7 +23,7 @@ from longverse.evaluation.fitting import ENGLISH_PAD, fit
 from longverse.evaluation.ruler_tasks import TASKS, Draft, QuestionFile, make_draft
 
 THRESHOLD = 85.6
-TEXTS = 2  # counts up when the same seed gives other texts, so that no run goes on with rows of the old ones
+TEXTS = 3  # counts up when the same seed gives other texts, so that no run goes on with rows of the old ones
 
 
 @dataclass(frozen=True)

@@ -243,16 +243,25 @@ def _english() -> tuple[str, ...]:
     return tuple(word for word in words if not any(word in other and word != other for other in words))
 
 
-def _words(rng: random.Random) -> Iterator[str]:
-    """English words in random order, then coined ones; none twice."""
-    words = list(_english())
-    rng.shuffle(words)
-    seen = set(words)
-    yield from words
-    while True:
-        if (word := _coined(rng)) not in seen:
-            seen.add(word)
-            yield word
+def _words(rng: random.Random, most: int) -> Iterator[str]:
+    """Words in random order, none twice and none a part of another: all English ones and, where these are fewer than
+    `most`, coined ones to make up that number, mixed, so that an early word is as likely English as a late one. Past
+    `most`, coined ones."""
+    english = frozenset(_english())
+
+    def coined() -> Iterator[str]:
+        seen = {word[i : i + 6] for word in english for i in range(len(word) - 5)}
+        while True:
+            word = _coined(rng)
+            if word not in seen and not any(word[i:j] in english for i in range(3) for j in range(i + 4, 7)):
+                seen.add(word)
+                yield word
+
+    more = coined()
+    mixed = [*_english(), *islice(more, max(0, most - len(english)))]
+    rng.shuffle(mixed)
+    yield from mixed
+    yield from more
 
 
 def _common_words(rng: random.Random, length: int, common: int = 10) -> Draft:
@@ -270,7 +279,8 @@ def _common_words(rng: random.Random, length: int, common: int = 10) -> Draft:
         )
 
     def fresh() -> Iterator[str]:
-        return _words(random.Random(seed))
+        # A listed word takes three tokens or more (number, dot, word), so the row holds no more different ones.
+        return _words(random.Random(seed), length // (3 * seldom))
 
     lead = f" Answer: The top {common} words that appear most often in the list are:"
     first = list(islice(fresh(), shown + common))

@@ -394,6 +394,8 @@ class Session:
         stats.rope_base = self.engine.network.config.rope.base(self.planned_tokens)
         # At least the last token of the prompt is read anew: its logits begin the answer.
         held = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
+        if self.cache.packing is not None and 0 < self.boundary < held < len(self.tokens):
+            held = self.boundary  # where the newest tokens are remembered as they were (KVCache.mark)
         self.cache.truncate(held)
         del self.tokens[held:]
         return held
@@ -416,6 +418,8 @@ class Session:
     def _forward(self, ids: list[int]) -> torch.Tensor:
         """Read `ids` after what the cache holds; returns the hidden state [1, C] of the last one."""
         network, begin = self.engine.network, self.cache.length
+        if 0 < begin == self.boundary:
+            self.cache.mark()
         input_ids = torch.tensor([ids], device=network.device)  # [1, T]
         positions = torch.arange(begin, begin + len(ids), device=network.device)[None]  # [1, T]
         hidden = network.model(input_ids, positions, self.cache.rope_length, self.cache.attend)  # [1, T, C]

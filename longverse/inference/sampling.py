@@ -109,7 +109,7 @@ class Sampler:
         if settings.temperature == 0:
             token = int(logits.argmax())
         else:
-            token = self._draw(logits / settings.temperature)
+            token = self._draw((logits - logits.max()) / settings.temperature)  # the likeliest stays finite
         if self.counts is not None:
             self.counts[token] += 1
         if settings.constraint is not None:

@@ -196,9 +196,10 @@ class Store:
                    same, and `notes` say why it is not kept
         """
         layout, tokens, shaped, folder = self._place(engine, ids, planned, cache, attention)
+        shown = name.encode("utf-8", "replace").decode()  # a file's name may be in another encoding
         manifest = {
-            "version": VERSION, "document": {"name": name or folder.name}, "model": engine.name, "created": time.time(),
-            "tokens": len(ids), "capacity": layout.capacity, "piece": layout.piece, "fingerprint": shaped,
+            "version": VERSION, "document": {"name": shown or folder.name}, "model": engine.name,
+            "created": time.time(), "tokens": len(ids), "capacity": layout.capacity, "piece": layout.piece, "fingerprint": shaped,
         }  # fmt: skip
 
         def plain() -> Session:

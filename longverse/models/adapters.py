@@ -187,6 +187,10 @@ class AdaptedTensors:
     def forget(self, tensor: Tensor) -> None:
         """Nothing: a merged tensor is of ordinary memory, and the base's were let go when they were merged."""
 
+    def is_mapped(self, name: str) -> bool:
+        """Whether a tensor is a view of a file, whose memory the system only lends."""
+        return name not in self.pairs and name not in self.whole and self.base.is_mapped(name)
+
     def origin(self, name: str) -> str:
         """What an error message calls the place of a tensor."""
         return self.base.origin(name)

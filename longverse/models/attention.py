@@ -75,7 +75,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
     """The device's fused attention that also returns float32 log-sum-exps [B, H, T]; heads of q and k alike."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
-    if q.device.type == "cuda" and q.dtype != torch.float32:
+    if q.device.type == "cuda" and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
     scores = q.float() @ k.float().transpose(2, 3) / q.shape[-1] ** 0.5  # [B, H, T, S]
     if causal:

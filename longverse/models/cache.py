@@ -77,6 +77,7 @@ class KVCache:
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self.length = 0
         self._recent_begin = 0  # tokens from here on are in the ring
+        self._marked: tuple[int, int, dict[str, Tensor]] | None = None  # length, and the ring as it was then
         self._pass_end: int | None = None  # where the pass under way will end
         self._written: set[int] = set()  # the layers that hold its tokens
         self.sparse: Sparse | None = None  # when set, chunks of a prompt leave out most of the past
@@ -171,8 +172,22 @@ class KVCache:
         """Forget the tokens after the first `length` (another question after the same document)."""
         assert 0 <= length <= self.length
         self._drop_pass()
+        if self._marked is not None and length < self._marked[0]:
+            self._marked = None
+        elif self._marked is not None and length == self._marked[0] < self.length:
+            _, self._recent_begin, ring = self._marked
+            for name, array in ring.items():
+                self._storage[name].copy_(array)
         self.length = length
         self._recent_begin = min(self._recent_begin, length)
+
+    def mark(self) -> None:
+        """Remember what is kept in full of the newest tokens, so that after a `truncate` back to here all goes on as if
+        nothing had come in between: another question's tokens take their places."""
+        if self.packing is not None:
+            names = ("recent_keys", "recent_values", "recent_tokens")
+            ring = {name: self._storage[name].clone() for name in names}
+            self._marked = self.length, self._recent_begin, ring
 
     def restore(self, length: int) -> None:
         """Take the first `length` tokens of the storage, written by a cache of the same shape and format, as held."""
@@ -190,13 +205,13 @@ class KVCache:
 
     # ---- what others read ----------------------------------------------------------------------------------
 
-    def keys_of(self, layer: int, begin: int, end: int) -> Tensor:
-        """The keys of tokens begin .. end - 1 after RoPE, [1, G, end - begin, D]; a view, in `kept`, where it can be,
-        else in `dtype`."""
+    def keys_of(self, layer: int, begin: int, end: int, heads: slice = slice(None)) -> Tensor:
+        """The keys of tokens begin .. end - 1 after RoPE, [1, G, end - begin, D], or of some of the key/value heads; a
+        view, in `kept`, where it can be, else in `dtype`."""
         assert 0 <= begin <= end <= self.capacity
         if self.packing is None:
-            return self._here("keys", layer, begin, end)
-        return self.packing.rotate(self._rotated("key", layer, begin, end))
+            return self._here("keys", layer, begin, end)[:, heads]
+        return self.packing.rotate(self._rotated("key", layer, begin, end, heads))
 
     def values_of(self, layer: int, begin: int, end: int) -> Tensor:
         """The values of tokens begin .. end - 1, as `keys_of`."""
@@ -262,20 +277,20 @@ class KVCache:
 
     # ---- reading -------------------------------------------------------------------------------------------
 
-    def _rotated(self, kind: str, layer: int, begin: int, end: int) -> Tensor:
+    def _rotated(self, kind: str, layer: int, begin: int, end: int, heads: slice = slice(None)) -> Tensor:
         """Keys or values of a stretch as the network computed them, but rotated: [1, G, n, D] in `dtype`, a copy."""
         assert self.packing is not None
-        rows = self._here(f"{kind}s", layer, begin, end)
-        scales = self._here(f"{kind}_scales", layer, begin, end)
+        rows = self._here(f"{kind}s", layer, begin, end)[:, heads]
+        scales = self._here(f"{kind}_scales", layer, begin, end)[:, heads]
         x = self.packing.dequantize(rows, scales, self.dtype)
         if begin < FIRST:
             few = min(end, FIRST) - begin
-            x[:, :, :few] = self._storage[f"first_{kind}s"][layer, :, :, begin : begin + few]
+            x[:, :, :few] = self._storage[f"first_{kind}s"][layer, :, heads, begin : begin + few]
         held = self._pass_end if self._pass_end is not None and layer in self._written else self.length
         recent, last = max(begin, self._recent_begin, held - RECENT), min(end, held)
         if recent < last:
             slots = torch.arange(recent, last, device=self.device) % RECENT
-            x[:, :, recent - begin : last - begin] = self._storage[f"recent_{kind}s"][layer][:, :, slots]
+            x[:, :, recent - begin : last - begin] = self._storage[f"recent_{kind}s"][layer][:, heads][:, :, slots]
         return x
 
     def _attend_in_stretches(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -136,14 +136,19 @@ class ChatFormat:
         self, messages: Messages, add_generation_prompt: bool, tools: list[dict[str, Any]] | None = None
     ) -> str:
         turns = [message | {"role": "tool" if message["role"] == "exec" else message["role"]} for message in messages]
+        # Hybrid models (Qwen3) answer at once: limits are for answers, and citations are looked for in them.
+        more = {"tools": tools, "documents": None, "enable_thinking": False, **self.tokenizer.special_tokens}
+        joined = _joined_system(turns)  # for templates that know no system role: Mistral's first ones
         try:
-            return self._template.render(
-                messages=turns,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens,
-            )
+            try:
+                text = self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **more)
+            except jinja2.exceptions.TemplateError:
+                if joined is None:
+                    raise
+                return self._template.render(messages=joined, add_generation_prompt=add_generation_prompt, **more)
+            if joined is not None and _beginning(turns[0]["content"]) not in text:  # left out without a word
+                return self._template.render(messages=joined, add_generation_prompt=add_generation_prompt, **more)
+            return text
         except RecursionError:
             raise UserError(
                 "The model's chat template calls itself without end: take the files of another source."
@@ -171,6 +176,19 @@ class ChatFormat:
         if add_generation_prompt:
             turns[-1] += "Assistant: "
         return turns
+
+
+def _joined_system(messages: Messages) -> Messages | None:
+    """The conversation with its system message put before the user's first; None where it does not begin so."""
+    if [message["role"] for message in messages[:2]] != ["system", "user"] or not messages[0]["content"].strip():
+        return None
+    first = messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
+
+
+def _beginning(text: str) -> str:
+    """Enough of a text to tell whether it is in a prompt, however its lines and ends are treated there."""
+    return text.split()[0][:40]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -168,13 +168,13 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
         config, release, more = releases.complete(read_config(path), name)
         NetworkConfig.from_dict(config)  # a foreign architecture is said before anything else of the folder is read
         tensors, tokenizer = TensorFolder(path), Tokenizer.from_folder(path)
-    notes += more + tokenizer.notes
-    highest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values(), default=0)
-    if highest >= config["vocab_size"]:
+    if lacking := tokenizer.lacking(config["vocab_size"]):
         raise UserError(
-            f"{path}: the tokenizer has ids up to {highest:,} and the model {config['vocab_size']:,} embeddings: they"
-            " belong to different models."
+            f"{path}: the tokenizer has ids up to {lacking[-1]:,} and the model {config['vocab_size']:,} embeddings:"
+            " they belong to different models."
         )
+    tokenizer = tokenizer.within(config["vocab_size"])
+    notes += more + tokenizer.notes
     if release is not None:
         if not release.chat and tokenizer.chat_template is None:
             notes.append(_continues(release))
@@ -199,10 +199,28 @@ def _adapted(base: Opened, adapter: Path, name: str) -> Opened:
         del plain["quantization_config"]
         base = replace(base, tensors=tensors, form=None, config=plain)
     adapted = AdaptedTensors(base.tensors, adapter)
+    base = _with_tokenizer_of(base, adapter)
     if adapter_chat(adapter) == "xverse" and base.tokenizer.chat_template is None:
         base.tokenizer.chat_template = XVERSE_TEMPLATE
         base.notes[:] = [note for note in base.notes if base.release is None or note != _continues(base.release)]
     return replace(base, name=name, config=adapted_config(base.config, adapter), tensors=adapted)
+
+
+def _with_tokenizer_of(base: Opened, adapter: Path) -> Opened:
+    """The base with the tokenizer that other trainers save beside an adapter: its template and its end tokens are what
+    the adapter learned."""
+    if not (adapter / "tokenizer.json").is_file():
+        return base
+    own = Tokenizer.from_folder(adapter)
+    if own.lacking(base.config["vocab_size"]):
+        base.notes.append(f"The tokenizer in {adapter} has more tokens than {base.name} and is not used.")
+        return base
+    own = own.within(base.config["vocab_size"])
+    own.eos_ids |= base.tokenizer.eos_ids
+    if own.chat_template is None:
+        own.chat_template = base.tokenizer.chat_template
+    base.notes += [*own.notes, f"The tokenizer in {adapter} is used: it was saved with the adapter."]
+    return replace(base, tokenizer=own)
 
 
 def _continues(release: Release) -> str:
@@ -240,6 +258,8 @@ def build(
         quantised = name.rpartition(".")[2] in SAVED_NAMES
         state[name] = moved = tensor.to(device) if quantised else tensor.to(device, dtype)
         done += tensor.nbytes
+        if moved is tensor and not quantised and tensors.is_mapped(name):
+            network.mapped_bytes += tensor.nbytes
         if moved is not tensor:
             tensors.forget(tensor)
             if on_progress:

@@ -3,6 +3,7 @@
 transformers ignores `rope_theta` given to `from_pretrained` or set on a config later; here both are errors.
 """
 
+import warnings
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -18,6 +19,21 @@ IGNORED = (
     "{name} set beside a config loses the RoPE base or is ignored: set config.rope_parameters ="
     " {{'rope_type': 'default', 'rope_theta': BASE}}, with all that belongs to it, before the model is built."
 )
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A config that states no RoPE, with its release's filled in where the longverse package is installed: without it,
+    where this file stands beside exported weights, whose config states everything."""
+    try:
+        from longverse.models.releases import complete, states_rope
+    except ImportError:
+        return config
+    if config.get("model_type") != "xverse" or states_rope(config):
+        return config
+    filled, _, notes = complete(config, str(config.get("_name_or_path", "")))
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return filled
 
 
 @strict
@@ -84,11 +100,12 @@ class XverseConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', which drops an override of the base in silence; here that is an error."""
+        """As transformers', which drops an override of the base in silence; here that is an error. What a release's
+        config.json leaves out, XVERSE-13B-256K its RoPE, is filled in with a warning."""
         for name in OLD_NAMES:
             if name in kwargs:
                 raise UserError(IGNORED.format(name=name))
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(_completed(config_dict), **kwargs)
 
     def to_network(self) -> NetworkConfig:
         """The plain network's config. Reads `rope_parameters` as they stand now."""

@@ -142,7 +142,7 @@ def write_folder(
     approve   looks at the finished folder before it takes its name, and raises where it is wrong
     """
     target = expand(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() or target.is_symlink():  # an empty folder too: it may be a mount, which no renaming replaces
         raise UserError(f"{target} exists already: give another folder, or delete it first.")
     need = sum(info.nbytes for info in infos.values())
     home = target.absolute().parent

@@ -60,6 +60,10 @@ class MemoryTensors:
     def forget(self, tensor: Tensor) -> None:
         """Nothing: the tensors are held here."""
 
+    def is_mapped(self, name: str) -> bool:
+        """Whether a tensor is a view of a file, whose memory the system only lends."""
+        return False
+
     def origin(self, name: str) -> str:
         """What an error message calls the place of a tensor."""
         return "the converted file"
@@ -98,6 +102,7 @@ def convert_once(
     from .gguf import read_gguf
 
     model = read_gguf(path)
+    _ = model.tokenizer  # one that cannot be read is said before gigabytes are converted
     if adapter is not None:
         model.config = adapted_config(model.config, adapter)
     aside = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")

@@ -49,6 +49,10 @@ class DequantisedTensors:
     def forget(self, tensor: Tensor) -> None:
         """Nothing: a dequantised tensor is of ordinary memory, and what it was made of is let go of in `stream`."""
 
+    def is_mapped(self, name: str) -> bool:
+        """Whether a tensor is a view of a file, whose memory the system only lends."""
+        return name in self.base.infos and self.base.is_mapped(name)
+
     def origin(self, name: str) -> str:
         """What an error message calls the place of a tensor."""
         return self.base.origin(name if name in self.base.infos else f"{name}_packed")

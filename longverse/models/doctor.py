@@ -342,12 +342,21 @@ def tokenizer_findings(folder: Path, config: dict[str, Any]) -> Iterator[Finding
         )
     ids = sorted(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     size = config.get("vocab_size")
-    if isinstance(size, int) and ids and ids[-1] >= size:
+    if isinstance(size, int) and (lacking := tokenizer.lacking(size)):
         yield Finding(
             "error",
             "tokenizer",
-            f"The tokenizer has ids up to {ids[-1]:,} and the model has {size:,} embeddings: some text cannot be read.",
+            f"The tokenizer has ids up to {lacking[-1]:,} and the model has {size:,} embeddings: some text cannot be"
+            " read.",
             "Take the tokenizer files of this very model.",
+        )
+    elif isinstance(size, int) and ids and ids[-1] >= size:
+        yield Finding(
+            "warning",
+            "tokenizer",
+            f"Added tokens have ids up to {ids[-1]:,} and the model has {size:,} embeddings: longverse leaves those"
+            " tokens out, and other engines may fail at them.",
+            "Delete them from tokenizer.json and tokenizer_config.json.",
         )
     gaps = ids[-1] + 1 - len(set(ids)) if ids else 0
     if gaps:

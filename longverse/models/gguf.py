@@ -327,9 +327,10 @@ def _config(metadata: dict[str, Any], infos: dict[str, StoredTensor], file: Path
     window = need("context_length")
     # llama.cpp's own default when a file states no base
     theta = get("rope.freq_base")
-    if theta is None:
+    silent = model_type == "xverse" and theta is None and not get("rope.scaling.type")  # its release knows more
+    if theta is None and not silent:
         notes.append("the file states no RoPE base; 10,000 is used, as llama.cpp does")
-        theta = 10000.0
+    theta = 10000.0 if theta is None else theta
     if (sliding := get("attention.sliding_window", 0)) and sliding < window:
         notes.append(f"the file states a sliding window of {sliding:,} tokens, up to which attention is full")
 
@@ -352,7 +353,7 @@ def _config(metadata: dict[str, Any], infos: dict[str, StoredTensor], file: Path
         "rms_norm_eps": _short_float(need("attention.layer_norm_rms_epsilon")),
         "vocab_size": infos["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in infos,
-        "rope_parameters": _rope(get, infos, theta, window, head_dim, file, notes),
+        "rope_parameters": None if silent else _rope(get, infos, theta, window, head_dim, file, notes),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),

@@ -92,6 +92,9 @@ ALIASES = {
 }
 
 
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+
+
 def build_tokenizer(metadata: dict[str, Any], source: str) -> Tokenizer:
     """`metadata`: the file's keys and values; `source` names it in errors."""
     kind = metadata.get("tokenizer.ggml.model")
@@ -137,6 +140,9 @@ def build_tokenizer(metadata: dict[str, Any], source: str) -> Tokenizer:
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", bos_by_habit)) and bos_id is not None
     backend.post_processor = bos_processor(backend, bos_id if add_bos else None)
     ends = {token_id(key) for key in ("eos", "eot", "eom")} - {None}
+    # Early conversions name the text's end alone, while answers end with the turn's.
+    template = metadata.get("tokenizer.chat_template") or ""
+    ends |= {vocab[text] for text in TURN_ENDS if text in vocab and text in template and types[vocab[text]] == CONTROL}
     named = {
         name: tokens[value]
         for name, key in (

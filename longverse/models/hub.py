@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 SMALL = ["*.json", "*.json.update", "tokenizer.model", "*.jinja"]
 SAFETENSORS = ["*.safetensors"]
 BIN = ["pytorch_model*.bin"]
+UNREAD = ["*/*", "consolidated*.safetensors"]  # folders, and the whole model once more in its makers' own form
 
 
 def is_hub_id(model: str) -> bool:
@@ -69,11 +71,13 @@ def download(hub_id: str, on_progress: Progress | None = None) -> Path:
     try:
         # One question first: unlike the downloads it does not retry for half a minute where there is no network.
         listing = HfApi().model_info(hub_id, timeout=20).siblings or []
-        weights = SAFETENSORS if any(file.rfilename.endswith(".safetensors") for file in listing) else BIN
+        names = [file.rfilename for file in listing]
+        _check_before(hub_id, names)
+        weights = SAFETENSORS if any(name.endswith(".safetensors") for name in names) else BIN
         wanted: Any = {"allow_patterns": SMALL + weights, "tqdm_class": _reporter(on_progress)}
         # config.json last: a folder that has it was not broken off.
-        snapshot_download(hub_id, ignore_patterns=["config.json"], **wanted)
-        return Path(snapshot_download(hub_id, **wanted))
+        snapshot_download(hub_id, ignore_patterns=["config.json", *UNREAD], **wanted)
+        return Path(snapshot_download(hub_id, ignore_patterns=UNREAD, **wanted))
     except GatedRepoError:
         raise UserError(
             f"{hub_id} is gated: accept its terms at https://huggingface.co/{hub_id}, then type `hf auth login`."
@@ -108,6 +112,28 @@ def download(hub_id: str, on_progress: Progress | None = None) -> Path:
         if not type(error).__module__.split(".")[0].startswith(("httpx", "httpcore", "requests", "urllib3", "hf_xet")):
             raise
         raise UserError(_unreachable(hub_id, error)) from None
+
+
+def _check_before(hub_id: str, names: list[str]) -> None:
+    """Refuse what cannot be loaded anyway while only its config is here: weights are many gigabytes."""
+    from huggingface_hub import hf_hub_download
+
+    from .network import NetworkConfig
+    from .quant_linear import read_form
+    from .releases import complete
+    from .shards import read_json
+
+    for name in ("config.json", "tokenizer.json"):
+        if name not in names:
+            raise UserError(f"{hub_id} has no {name}, without which it cannot be read here: choose another copy of it.")
+    with tempfile.TemporaryDirectory() as folder:  # not the cache, where a config says that a download was complete
+        config = read_json(Path(hf_hub_download(hub_id, "config.json", local_dir=folder)))
+    try:
+        config = complete(config, hub_id)[0]
+        NetworkConfig.from_dict(config)
+        read_form(config)
+    except UserError as error:
+        raise UserError(f"{hub_id} was not downloaded. {error}") from None
 
 
 def _unreachable(hub_id: str, error: BaseException) -> str:

@@ -136,6 +136,8 @@ def _window(config: dict[str, Any], rope: RopePlan) -> int:
     sliding = config.get("sliding_window")
     if sliding and config.get("use_sliding_window", config["model_type"] == "mistral"):
         window = min(window, sliding)
+    if dual := config.get("dual_chunk_attention_config"):  # Qwen2.5-1M: farther positions need that attention
+        window = min(window, dual.get("original_max_position_embeddings") or 262_144)
     return int(window)
 
 
@@ -242,6 +244,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mapped_bytes = 0  # of the weights, those that are views of a file
         self.tie()
 
     def tie(self) -> None:

@@ -305,7 +305,7 @@ class QuantLinear(nn.Module):
             packed = levels.view(self.out_features, scale.shape[0], -1).transpose(0, 1).contiguous()  # [G, N, g]
             if not self.form.symmetric:  # q - zero = level + (128 - zero)
                 zero = unpack_bits(self.weight_zero_point.t().contiguous(), 8)  # [G, N]
-                shift = ((128 - zero.float()) * scale.float()).to(dtype)
+                shift = (128 - zero.float()) * scale.float()  # rounded, its error would add up over a whole row
             self.kernel = "int8"
         elif self.form.bits == 4 and int4_block() and self.out_features % int4_block() == 0:
             packed = int4_layout(self.weight_packed, int4_block())

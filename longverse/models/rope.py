@@ -180,6 +180,7 @@ class RopePlan:
         original = stated.pop("original_max_position_embeddings", None) or config.get(
             "original_max_position_embeddings"
         )
+        stated.pop("finetuned", None)  # of YaRN's first checkpoints: says how they were made, nothing of angles
         factor = stated.pop("factor", None)
         if factor is None and kind == "yarn" and original and window:
             factor = window / original
@@ -260,7 +261,7 @@ class RopePlan:
             if name in ("linear", "ntk") and len(numbers) == 1:
                 plan = cls(name, plan.theta, plan.head_dim, numbers[0])  # type: ignore[arg-type]
             elif name in ("dynamic", "yarn") and len(numbers) in (1, 2):
-                original = int(numbers[1]) if len(numbers) == 2 else current.original_window or window
+                original = int(numbers[1]) if len(numbers) == 2 else current.trained_window or window
                 # The same kind with another factor keeps the rest of its settings (bucket, betas).
                 rest = plan if plan.kind == name else cls("default", plan.theta, plan.head_dim)
                 plan = replace(rest, kind=name, factor=numbers[0], original_window=original)  # type: ignore[arg-type]

@@ -159,6 +159,12 @@ class SafetensorsFile:
         return self._file.get_tensor(name)
 
 
+def _looks_like_torch(path: Path) -> bool:
+    """Whether a file begins as a zip or as a pickle."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+
+
 class BinFile:
     """One `.bin` shard: a zip of raw storages and a pickle of names, read with `weights_only` and mapped.
 
@@ -175,6 +181,11 @@ class BinFile:
             raise UserError(f"{path} may not be read: mend its permissions.") from None
         except pickle.UnpicklingError as error:
             reason = str(error)
+            if not _looks_like_torch(path):
+                raise UserError(
+                    f"{path} is no PyTorch checkpoint but something else, such as a Git-LFS pointer or a web page:"
+                    " download it again."
+                ) from None
             if "Unsupported" in reason or "GLOBAL" in reason or "weights_only" in reason.lower():
                 raise UserError(
                     f"{path} would run code when loaded, not only give tensors, so it is refused: take a safetensors"
@@ -224,6 +235,7 @@ class Tensors(Protocol):
     def get(self, name: str) -> Tensor: ...
     def stream(self) -> Iterator[tuple[str, Tensor]]: ...
     def forget(self, tensor: Tensor) -> None: ...
+    def is_mapped(self, name: str) -> bool: ...
     def origin(self, name: str) -> str: ...
 
 
@@ -309,6 +321,10 @@ class TensorFolder:
         """Let go of the memory behind a tensor of this folder that is not needed again. The file keeps its data."""
         if self._mapped:
             drop_pages(tensor)
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether a tensor is a view of a file, whose memory the system only lends."""
+        return self._mapped
 
     def origin(self, name: str) -> str:
         """What an error message calls the place of a tensor."""

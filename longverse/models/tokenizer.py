@@ -179,7 +179,7 @@ class Tokenizer:
         files are united.
         """
         # Imported here: the migration builds on this file's helpers.
-        from longverse.models.tokenizer_migration import read_backend
+        from longverse.models.tokenizer_migration import add_stated, read_backend
 
         folder = Path(path)
         backend, settings, notes = read_backend(folder)
@@ -197,6 +197,7 @@ class Tokenizer:
                     text = value.get("content") if isinstance(value, dict) else value
                     if isinstance(text, str):
                         named[name] = text
+        notes += add_stated(backend, settings, read_json(folder / "added_tokens.json"), set(named.values()))
         missing = [text for text in named.values() if backend.token_to_id(text) is None]
         if missing:  # transformers adds these at the end of the vocabulary
             backend.add_special_tokens(list(dict.fromkeys(missing)))
@@ -220,6 +221,39 @@ class Tokenizer:
             add_bos=_habit_of_bos(backend, settings, bos_id),
             special_tokens=named,
             notes=notes,
+        )
+
+    def lacking(self, embeddings: int) -> list[int]:
+        """Ids that a model of so many embeddings cannot read and that are no mere additions: of the vocabulary itself,
+        the begin token and the end tokens."""
+        ids = set(self.backend.get_vocab(with_added_tokens=False).values()) - {*self.backend.get_added_tokens_decoder()}
+        ids |= self.eos_ids | (set() if self.bos_id is None else {self.bos_id})
+        return sorted(n for n in ids if n >= embeddings)
+
+    def within(self, embeddings: int) -> Tokenizer:
+        """The same without the added tokens that a model of so many embeddings has none for (Llama 2's first files have
+        such a pad token); itself where there are none. Their strings are then ordinary text."""
+        surplus = [n for n in self.backend.get_added_tokens_decoder() if n >= embeddings]
+        if not surplus:
+            return self
+        state = json.loads(self.backend.to_str(pretty=False))
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < embeddings]
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+        texts = {self.backend.id_to_token(n) for n in surplus}
+        one = len(surplus) == 1
+        note = (
+            f"The tokenizer's {', '.join(sorted(map(str, texts)))} {'has' if one else 'have'} no embedding in the model"
+            f" and {'is' if one else 'are'} left out."
+        )
+        return Tokenizer(
+            backend,
+            bos_id=self.bos_id,
+            eos_ids=self.eos_ids,
+            pad_id=None if self.pad_id in surplus else self.pad_id,
+            chat_template=self.chat_template,
+            add_bos=self.add_bos,
+            special_tokens={name: text for name, text in self.special_tokens.items() if text not in texts},
+            notes=[*self.notes, note],
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from longverse.errors import UserError
 from longverse.models.shards import replacing
@@ -144,3 +145,31 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
         for key in ("pretokenizers", "decoders"):
             for inner in part.get(key) or ():
                 yield from _steps(inner)
+
+
+def add_stated(
+    backend: tokenizers.Tokenizer, settings: dict[str, Any], older: dict[str, Any], named: set[str]
+) -> list[str]:
+    """Add the tokens that tokenizer_config.json (or the older added_tokens.json) states and tokenizer.json does not, as
+    transformers does, in the order of their ids. Returns notes on ids that come out otherwise than stated."""
+    stated: dict[int, AddedToken] = {}
+    for text, token_id in older.items():
+        if isinstance(token_id, int):
+            stated[token_id] = AddedToken(text, special=text in named, normalized=False)
+    decoder = settings.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        if str(number).isdigit() and isinstance(token, dict) and isinstance(token.get("content"), str):
+            flags = {key: bool(token[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in token}
+            stated[int(number)] = AddedToken(token["content"], special=bool(token.get("special")), **flags)
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    notes = []
+    for token_id, token in sorted(stated.items()):
+        if token.content in known:
+            continue
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if (got := backend.token_to_id(token.content)) != token_id:
+            notes.append(
+                f"The tokenizer's files give {token.content!r} the id {token_id:,} and its vocabulary {got:,}, which is"
+                " used, as transformers does."
+            )
+    return notes

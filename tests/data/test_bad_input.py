@@ -120,6 +120,26 @@ def test_changed_sources_and_torn_claims_are_refused(sources, make, run):
         run(make(sources), sources)
 
 
+@pytest.mark.parametrize("begun", [{"quote": True}, {"facts": ["work"]}, {"rivals": 0.5}])
+def test_a_build_begun_with_a_value_is_not_gone_on_with_the_usual_one(sources, begun):
+    tasks = {"tasks": {"stated_facts": 1}}
+    build_sft(sft(sources, **tasks, **begun), sources)
+    with pytest.raises(UserError, match=rf"begun with another configuration \({next(iter(begun))} differ\)"):
+        build_sft(sft(sources, **tasks), sources)
+
+
+def test_a_claim_older_than_a_key_is_of_its_usual_value(sources):
+    result = build_sft(sft(sources), sources)
+    path = sources / "out" / "config.json"
+    claim = json.loads(path.read_bytes())
+    for key in ("quote", "facts", "rivals", "real", "ask"):
+        claim.pop(key)
+    path.write_text(json.dumps(claim))
+    assert build_sft(sft(sources), sources).path.read_bytes() == result.path.read_bytes()
+    with pytest.raises(UserError, match="quote differ"):
+        build_sft(sft(sources, quote=True), sources)
+
+
 def test_a_finished_build_is_not_touched(sources):
     write_jsonl(sources / "bench.jsonl", [{"text": novel(77, 20)}])
     made = sft(sources, decontaminate=[str(sources / "bench.jsonl")])

@@ -178,6 +178,31 @@ def test_minhash_estimates_similarity():
         assert abs(similarity(signature(one, "en")[1], signature(two, "en")[1]) - true) < 0.15
 
 
+@pytest.mark.parametrize(
+    ("threshold", "similarity", "least"), [(0.3, 0.4, 0.98), (0.4, 0.5, 0.98), (0.5, 0.6, 0.95), (0.8, 0.9, 0.98)]
+)
+def test_near_duplicates_are_found_at_every_threshold(threshold, similarity, least):
+    """Pairs of signatures that agree in so many of their slots: above the threshold all but a few are dropped."""
+    rng = np.random.default_rng(2)
+    dropped = 0
+    for pair in range(400):
+        one, two = rng.integers(1, 2**32, (2, 128), dtype=np.uint32)
+        same = rng.permutation(128)[: round(128 * similarity)]
+        two[same] = one[same]
+        dedup = Deduplicator(threshold)
+        assert dedup.verdict(2 * pair, one) == "new"
+        dropped += dedup.verdict(2 * pair + 1, two) == "near"
+    assert dropped >= least * 400
+
+
+def test_the_usual_bands_are_what_they_were():
+    slots = np.arange(1, 129, dtype=np.uint32)
+    keys = Deduplicator()._band_keys(slots)
+    assert keys.shape == (16,)
+    assert (keys == Deduplicator(None)._band_keys(slots)).all()
+    assert int(np.bitwise_xor.reduce(keys)) == 1535182017660521390  # stores begun earlier go on with the same ones
+
+
 def test_the_near_duplicate_index_is_bounded():
     rng = np.random.default_rng(1)
     dedup = Deduplicator(0.8, memory_mb=1)

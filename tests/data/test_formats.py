@@ -34,6 +34,15 @@ def test_parquet(tmp_path):
         read(tmp_path / "bad.parquet")
 
 
+def test_rows_without_a_title_have_one_of_their_own(tmp_path):
+    rows = [{"text": "a"}, {"text": "b"}, {"id": "2301.00123", "text": "c"}, {"id": "x/war.TXT", "text": "d"}]
+    rows.append({"id": "n", "title": "Half \ud83d", "text": "e"})
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [d.title for d in read(tmp_path / "web.jsonl")[0]] == [
+        "web.jsonl:1", "web.jsonl:2", "2301.00123", "x/war", "Half ?",
+    ]  # fmt: skip
+
+
 def test_zstandard(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)).encode()

@@ -24,7 +24,7 @@ from longverse.data.long_sft.plan import SftConfig, plan_items, quotas
 from longverse.data.long_sft.pool import write_pool
 from longverse.data.long_sft.prompts import fill, variants
 from longverse.data.long_sft.real import real_questions
-from longverse.data.long_sft.stated import SPLITS, FactMaker, draw_facts, rivals
+from longverse.data.long_sft.stated import SETS, SPLITS, WITH_HELD_OUT, FactMaker, _table, draw_facts, rivals
 from longverse.data.sources import SourceConfig
 from longverse.data.text import squash
 from longverse.data.vocabulary import ChatCounter, load_vocabulary
@@ -366,6 +366,29 @@ def test_items_in_the_words_of_ask(sources, tmp_path):
 
 def test_what_is_not_stated_is_said_in_the_words_that_ask_knows():
     assert tuple(variants("not_stated", language)[0] for language in ("en", "zh")) == NOT_STATED
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_only_sets_that_hold_kinds_out_can_be_held_out(language, sources, tmp_path):
+    for name in SETS:
+        table = _table(language, (name,))
+        held = {group: any(kind["heldout"] for kind in table[group]) for group in ("kinds", "hops", "several")}
+        assert set(held.values()) == {name in WITH_HELD_OUT}, (name, held)
+    message = "split heldout needs facts of kinds that training never shows, and world has none: add life or work"
+    with pytest.raises(UserError, match=message):
+        config(sources, tmp_path, facts=["world"], split="heldout")
+    with pytest.raises(UserError, match=message):
+        FactMaker(language, "heldout", random.Random(0), "", ("world",))
+    made = config(sources, tmp_path, facts=["world", "life"], split="heldout")
+    assert len(draw_facts(FactMaker(language, made.split, random.Random(0), "", made.facts), 8)) == 8
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
+def test_a_title_may_hold_another_line_end(sources, tmp_path, mark):
+    write_jsonl(tmp_path / "odd.jsonl", [{"id": f"n{mark}1", "title": f"The{mark}Book", "text": novel(1, 40)}])
+    write_pool(tmp_path, [SourceConfig("odd", "odd.jsonl")], tmp_path, lambda *_: True)
+    [document] = make_context(tmp_path, load_vocabulary(str(sources / "tok"))).pool.documents
+    assert (document.id, document.title) == (f"n{mark}1", f"The{mark}Book")
 
 
 def test_real_and_ask_need_quote(sources, tmp_path):

@@ -211,6 +211,16 @@ def test_abbreviations_end_no_paragraph_and_comments_are_no_text(tmp_path):
     assert next(read_source(SourceConfig("a", "a.md"), tmp_path, Skipped())).text == "# One\nTwo <!-- kept --> three\n"
 
 
+def test_a_collection_of_rows_without_titles(tmp_path):
+    tokenizer_folder(tmp_path / "tok")
+    write_jsonl(tmp_path / "web.jsonl", [{"text": novel(i, 12)} for i in range(12)])
+    write_pool(tmp_path, [SourceConfig("web", "web.jsonl")], tmp_path, lambda *_: True)
+    web = make_context(tmp_path, load_vocabulary(str(tmp_path / "tok")))
+    item = json.loads(build_one(web, spec("multi_doc_qa", "en", 4_000), 20, None).line)
+    titles = [shown["title"] for shown in item["documents"]]
+    assert len(titles) == len(set(titles)) > 2
+
+
 def test_what_is_left_out_is_marked(context):
     for task, language in (("single_doc_qa", "en"), ("single_doc_qa", "zh"), ("multi_doc_qa", "zh")):
         for index in range(6):

@@ -2,12 +2,16 @@
 
 import dataclasses
 import email.utils
+import errno
+import http.client
 import json
 import re
+import ssl
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 
 import pytest
 
@@ -207,6 +211,24 @@ def test_an_interrupt_does_not_wait_for_the_endpoint(server, sources, tmp_path, 
     release.set()
 
 
+@pytest.mark.parametrize(
+    "error", [ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), OSError(errno.ENETDOWN, "Network is down")]
+)
+def test_a_connection_that_breaks_while_it_is_read_is_made_anew(server, tmp_path, monkeypatch, error):
+    real, reads = http.client.HTTPResponse.read, []
+
+    def read(self, *amount):
+        reads.append(amount)
+        if len(reads) < 3:
+            raise error
+        return real(self, *amount)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", read)
+    made, waits = teacher(server, tmp_path)
+    assert ask(made)["answer"] == "512"
+    assert (len(waits), made.spent.retries) == (2, 2)
+
+
 def test_nobody_there(tmp_path):
     made = Teacher(TeacherConfig("http://127.0.0.1:9/v1", "m", retries=2), tmp_path / "r", sleep=lambda s: None)
     with pytest.raises(UserError, match="failed 3 times"):
@@ -333,6 +355,34 @@ def test_a_build_through_a_bad_endpoint(server, sources, tmp_path, quick):
     assert second.spent.kept > 0
     asked = [json.dumps(body, sort_keys=True) for body, _, _ in server.requests[before:]]
     assert len(asked) < spent[-1].requests + spent[-1].retries
+
+
+@pytest.mark.parametrize("chunk", [600, 3_000])
+def test_no_question_twice_in_a_conversation(server, sources, tmp_path, quick, chunk):
+    """Neither where a chunk is as long as what is shown, nor by a teacher who knows few questions."""
+    real = server.answer
+
+    def few(body):
+        reply = real(body)
+        if "evidence" in reply:
+            reply["question"] = f"Which number goes with note {int(reply['answer']) % 3} there?"
+        return reply
+
+    server.answer = few
+    made = config(server, sources, tmp_path / "out", items=6, tasks={"multi_turn": 1}, languages={"en": 1},
+                  questions_low=3, questions_high=6)  # fmt: skip
+    made = dataclasses.replace(made, teacher=dataclasses.replace(made.teacher, chunk_tokens=chunk))
+    several = 0
+    for _, item, _ in read_items(build_sft(made, sources).path):
+        asked = re.findall(r"Which number goes with note \d there", json.dumps(item.messages))
+        assert len(asked) == len(set(asked)) >= 2
+        spans = sorted((e.start, e.end) for e in item.evidence)
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+        several += 1
+    assert several >= 3
+    first = [body["messages"][1]["content"] for body, _, _ in server.requests if body["seed"] == 0]
+    passages = [text for text in first if "evidence" in text]
+    assert len(passages) == len(set(passages)) > 6
 
 
 def test_what_the_teacher_knows_anyway_is_dropped(server, sources, tmp_path, quick):

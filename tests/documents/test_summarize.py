@@ -80,3 +80,12 @@ def test_the_command(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "All parts" in out
     assert cli.main(["summarize", str(tmp_path / "a.md"), "--model", tiny, "-n", "4", "--json", "--quiet"]) == 0
     assert '"of": "document"' in capsys.readouterr().out
+
+
+def test_a_summary_that_was_cut_says_so(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.md").write_text("the mill")
+    line = ["summarize", str(tmp_path / "a.md"), "--model", tiny, "-n", "1"]
+    assert cli.main(line) == 0
+    assert "cut at --max-new-tokens" in capsys.readouterr().err
+    assert cli.main([*line, "--json"]) == 0
+    assert '"finish_reason": "length"' in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import email.utils
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from longverse.errors import UserError
 from longverse.evaluation.backends import IN_A_ROW, Failure, Reply, Request, answer_all, check_window, load_tokenizer
 from longverse.evaluation.endpoint import EndpointBackend
 from longverse.evaluation.engine_backend import EngineBackend, EngineProcesses, fingerprint
+from longverse.evaluation.files import Journal
 from longverse.evaluation.longbench.runner import LongBenchRun
 from longverse.evaluation.longbench.tasks import read_config
 from longverse.evaluation.needle import NeedleSettings, run_needle
@@ -369,6 +371,16 @@ def test_half_a_character_and_odd_usage_do_no_harm() -> None:
     assert seen == ["a \ud83d b"]
 
 
+def test_half_a_character_in_a_reply_ends_no_run(echo: Echo, tmp_path: Path) -> None:
+    replies = [said("half \ud83d"), (400, b'{"error": {"message": "no \\ude00 here"}}')]
+    journal = Journal(tmp_path / "j.jsonl", {})
+    with server(lambda path, body: replies.pop(0)) as url:
+        for number, _, reply in answer_all(client(url, concurrency=1), [(ASK,), (ASK,)]):
+            journal.add(str(number), {"text": reply.text if isinstance(reply, Reply) else str(reply)})
+    rows = Journal(tmp_path / "j.jsonl", {}).rows
+    assert [rows[key]["text"] for key in "01"] == ["half ?", "HTTP 400: no ? here"]
+
+
 def test_other_weights_and_other_numbers_are_another_model(engine: Engine, model_folder: Path) -> None:
     about = EngineBackend(engine).describe()
     again = Engine.load(str(model_folder), dtype="float32", device="cpu")
@@ -382,6 +394,38 @@ def test_other_weights_and_other_numbers_are_another_model(engine: Engine, model
     linear = again.network.model.layers[1].mlp.up_proj
     linear.weight = torch.nn.Parameter(linear.weight * 1.001, requires_grad=False)
     assert fingerprint(again.network) != about["weights"]
+
+
+def test_other_plans_of_rope_are_another_model(model_folder: Path, tmp_path: Path) -> None:
+    def about(rope: str) -> dict[str, Any]:
+        return EngineBackend(
+            Engine.load(str(model_folder), rope=rope, window=4096, dtype="float32", device="cpu")
+        ).describe()
+
+    early = about("dynamic:2:1024")
+    assert early["rope"]["original_window"] == 1024
+    assert about("dynamic:2:2048") != early
+    Journal(tmp_path / "j.jsonl", {"model": early})
+    Journal(tmp_path / "j.jsonl", {"model": about("dynamic:2:1024")})
+    with pytest.raises(UserError, match="made with other settings"):
+        Journal(tmp_path / "j.jsonl", {"model": about("dynamic:2:2048")})
+
+
+def test_an_endpoint_with_another_tokenizer_is_another_model(model_folder: Path, tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/v1"
+    tokenizer, chat = load_tokenizer(str(model_folder))
+    about = client(url, tokenizer=tokenizer, chat=chat).describe()
+    assert client(url).describe() == {name: about[name] for name in ("backend", "model", "window")}
+    assert about["chat"] == chat.kind
+    again, chat = load_tokenizer(str(model_folder))
+    assert client(url, tokenizer=again, chat=chat).describe() == about
+    again.backend.add_tokens(["walked"])
+    assert client(url, tokenizer=again, chat=chat).describe() != about
+    shutil.copytree(model_folder, tmp_path / "other")
+    settings = tmp_path / "other" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("<|start|>", "<|end|>", 1))
+    other, chat = load_tokenizer(str(tmp_path / "other"))
+    assert client(url, tokenizer=other, chat=chat).describe() != about
 
 
 @pytest.mark.slow

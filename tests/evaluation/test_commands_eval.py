@@ -1,6 +1,9 @@
 """The commands end to end on a tiny model, the page of results, and what a user may get wrong."""
 
 import json
+import shutil
+import sys
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from longverse.commands_eval import app
 from longverse.errors import UserError
+from longverse.evaluation.longbench import metrics
 from longverse.evaluation.plots import short_length
 from longverse.evaluation.report import markdown, page, read_runs
 
@@ -167,6 +171,48 @@ def test_runs_of_one_model_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('{"kind": "loss"}')
     with pytest.raises(UserError, match=r"broken\.json is a damaged result"):
         read_runs([tmp_path])
+
+
+def test_plans_of_rope_are_told_apart_in_the_report(tmp_path: Path) -> None:
+    plans = [{"kind": "dynamic", "theta": 5e5, "factor": factor, "original_window": window, "head_dim": 8}
+             for factor, window in ((2.0, 8192), (4.0, 8192), (2.0, 2048))]  # fmt: skip
+    plans.append({"kind": "default", "theta": 5e5, "factor": 1.0})  # of a result from before the whole plan was kept
+    for number, plan in enumerate(plans):
+        value = {"kind": "loss", "way": "whole", "model": {"model": "m", "rope": plan}, "settings": {"length": 9},
+                 "mean": 1.0, "tokens": 8, "blocks": [[1, 9, 1.0, 1]]}  # fmt: skip
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "loss.json").write_text(json.dumps(value))
+    text = markdown(read_runs([tmp_path]))
+    for plan in ("dynamic, base 500,000, factor 2 from 8,192", "dynamic, base 500,000, factor 4 from 8,192",
+                 "dynamic, base 500,000, factor 2 from 2,048", "default, base 500,000"):  # fmt: skip
+        assert text.count(f"| {plan} |") == 1
+
+
+def test_the_config_beside_a_zip_is_found(
+    model: tuple[str, ...], bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder that holds data.zip and config, and of the zip itself."""
+    monkeypatch.setenv("LONGVERSE_CACHE", str(tmp_path / "cache"))
+    with zipfile.ZipFile(bench / "data.zip", "w") as archive:
+        archive.write(bench / "data" / "trec.jsonl", "data/trec.jsonl")
+    shutil.rmtree(bench / "data")
+    for number, data in enumerate((bench, bench / "data.zip")):
+        done = call("longbench", *model, "--data", data, "--tasks", "trec", "--limit", 1, "--max-length", 200,
+                    "-o", tmp_path / str(number))  # fmt: skip
+        assert done.exit_code == 0, done.exception
+
+
+def test_a_missing_jieba_is_said_before_a_model_is_loaded(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (bench / "data" / "hotpotqa.jsonl").read_text().replace("hotpotqa", "dureader")
+    (bench / "data" / "dureader.jsonl").write_text(rows)
+    for name in ("dataset2prompt.json", "dataset2maxlen.json"):
+        table = json.loads((bench / "config" / name).read_text(encoding="utf-8"))
+        (bench / "config" / name).write_text(json.dumps(table | {"dureader": table["hotpotqa"]}), encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    metrics._jieba.cache_clear()
+    absent = ("longbench", "--model", bench / "absent", "--data", bench)
+    assert "pip install 'longverse[eval]'" in refused(*absent, "--tasks", "dureader,trec")
+    assert "There is no model" in refused(*absent, "--tasks", "trec")
 
 
 def test_lengths_are_written_short_only_where_they_are_round() -> None:

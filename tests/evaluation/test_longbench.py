@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from longverse.errors import UserError
 from longverse.evaluation.backends import Request
 from longverse.evaluation.engine_backend import EngineBackend
 from longverse.evaluation.files import Journal
-from longverse.evaluation.longbench import tables
+from longverse.evaluation.longbench import metrics, tables
 from longverse.evaluation.longbench.metrics import OWN_CLASSES
 from longverse.evaluation.longbench.runner import LongBenchRun, cut_context, cut_middle
 from longverse.evaluation.longbench.score import (
@@ -29,6 +30,7 @@ from longverse.evaluation.longbench.tasks import (
     METRICS,
     ROWS,
     TASKS,
+    Config,
     choose_tasks,
     locate,
     read_config,
@@ -218,6 +220,21 @@ def test_a_killed_run_goes_on_to_an_identical_result(engine: Engine, bench: Path
     for task in OURS:
         name = f"pred/{task}.jsonl"
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_missing_jieba_is_said_before_the_first_row(
+    echo: Echo, bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    metrics._jieba.cache_clear()
+    config = Config({"multifieldqa_zh": "{context}"}, {"multifieldqa_zh": 4})
+    (bench / "data" / "multifieldqa_zh.jsonl").write_text(
+        (bench / "data" / "hotpotqa.jsonl").read_text().replace("hotpotqa", "multifieldqa_zh")
+    )
+    with pytest.raises(UserError, match="install it with: pip install"):
+        LongBenchRun(echo, bench, config, tmp_path / "out", ("multifieldqa_zh",), max_length=300).run()
+    assert echo.calls == 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_done_are_never_done_again(echo: Echo, bench: Path, tmp_path: Path) -> None:

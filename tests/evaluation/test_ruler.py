@@ -23,7 +23,7 @@ from longverse.evaluation.ruler import (
     run_ruler,
     score_answer,
 )
-from longverse.evaluation.ruler_tasks import TASKS, make_draft, read_questions
+from longverse.evaluation.ruler_tasks import TASKS, _english, _words, make_draft, read_questions
 from longverse.inference.engine import Engine
 
 from .conftest import Echo
@@ -114,6 +114,32 @@ def test_no_common_word_is_a_part_of_another() -> None:
     english = sorted(word for word in every if not re.fullmatch("([^aeiou][aeiou]){3}", word))
     assert len(english) > 300
     assert not [(a, b) for a in english for b in english if a != b and a in b]
+
+
+@pytest.mark.parametrize("length", [2_048, 4_096, 16_384, 131_072])
+def test_being_english_does_not_tell_a_common_word(length: int) -> None:
+    """The share of English words is that of the distractors, however long the list."""
+    kinds: dict[bool, list[bool]] = {True: [], False: []}
+    for seed in range(40):
+        draft = make_draft("cwe", random.Random(seed), length)
+        others = list(islice(draft.parts(), length // 20))  # about what a row holds
+        assert not set(others) & set(draft.references)
+        for common, words in ((True, draft.references), (False, others)):
+            kinds[common] += [word in _english() for word in words]
+    common, others = (sum(kinds[which]) / len(kinds[which]) for which in (True, False))
+    assert abs(common - others) < 0.1
+    assert (others == 1) == (length == 4_096)
+
+
+def test_no_coined_word_holds_an_english_one_or_is_a_part_of_one() -> None:
+    words = list(islice(_words(random.Random(1), 6_000), 8_000))
+    assert len(set(words)) == 8_000
+    english = set(_english())
+    assert english < set(words)
+    text = " ".join(words)
+    assert [word for word in english if text.count(word) != 1] == []
+    assert all(text.count(word) == 1 for word in words[:300])
+    assert words == list(islice(_words(random.Random(1), 6_000), 8_000))
 
 
 @pytest.mark.parametrize("pieces", [80, 500, 5000])

@@ -295,3 +295,33 @@ def test_float32_for_want_of_something_faster_is_not_float32_by_name(
     decoder = engine.decoder()
     if decoder is not None:
         assert decoder.weights == ("int8" if dtype == "auto" else "full")
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+def test_a_question_leaves_no_trace_in_a_quantised_cache(tokenizer: Tokenizer, cache: str) -> None:
+    """The document's newest tokens, kept in full, are overwritten by a question and are there again for the next."""
+    engine = make_engine(tokenizer, tiny_config(max_position_embeddings=2048))
+    document = list(range(5, 90)) * 4
+    first, second = [[*document, 7, 8, 9, *range(20, 20 + n)] for n in (60, 30)]
+
+    def session() -> Session:
+        made = engine.session(600, cache=cache)
+        made.boundary = len(document)
+        return made
+
+    fresh = session()
+    expected = fresh._logits(forwards(fresh, second))
+    asked = session()
+    asked.complete(first, Sampling(max_new_tokens=20))
+    done = asked.complete(second, Sampling(max_new_tokens=1))
+    assert done.stats.reused_tokens == len(document)
+    asked.cache.truncate(len(document))
+    del asked.tokens[len(document) :]
+    assert torch.equal(asked._logits(forwards(asked, second)), expected)
+
+
+def forwards(session: Session, ids: list[int]) -> torch.Tensor:
+    """The last hidden state of `ids`, cut as a prompt is, after what the session holds."""
+    for begin, end in session._pieces(len(session.tokens), len(ids)):
+        hidden = session._forward(ids[begin:end])
+    return hidden

@@ -78,3 +78,9 @@ def test_no_seed_draws_anew() -> None:
 def test_settings_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(bad)).replace("stop", "stop text")):
         Sampling(**bad)
+
+
+def test_a_tiny_temperature_takes_the_likeliest() -> None:
+    logits = torch.tensor([3.0, 20.0, -5.0])
+    for temperature in (1e-40, 1e-30, 1e-3):
+        assert Sampler(Sampling(temperature=temperature, seed=1), [])(logits) == 1

@@ -13,7 +13,7 @@ from longverse.models.adapters import CONFIG, PREFIX, SETTINGS, WEIGHTS, merge_a
 from longverse.models.checkpoint import load
 from longverse.models.convert import convert
 from tests.helpers import random_network, tiny_config
-from tests.models.folders import save_folder
+from tests.models.folders import save_folder, save_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -115,3 +115,15 @@ def test_an_adapter_of_another_or_no_model(base: Path, tmp_path: Path) -> None:
     folder = adapter_folder(tmp_path / "misfit", str(tmp_path / "other"))
     with pytest.raises(UserError, match="belongs to another model"):
         load(str(folder))
+
+
+def test_the_tokenizer_that_another_trainer_saved_with_an_adapter_is_used(base: Path, tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path / "tuned", str(base))
+    save_tokenizer(folder)  # as TRL and others do
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": "<pad>", "chat_template": "{{ messages[0].content }}<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load(str(folder), dtype="float32")
+    assert loaded.tokenizer.eos_ids == {0, *load(str(base), dtype="float32").tokenizer.eos_ids}
+    assert loaded.chat.kind == "template"
+    assert any("was saved with the adapter" in note for note in loaded.notes)

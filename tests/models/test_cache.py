@@ -285,3 +285,13 @@ def test_a_cache_that_lies_elsewhere_comes_a_stretch_at_a_time(format: str, monk
     for layer in range(LAYERS):
         assert torch.equal(away.keys_of(layer, 0, 252), here.keys_of(layer, 0, 252))
         assert torch.equal(away.values_of(layer, 90, 250), here.values_of(layer, 90, 250))
+
+
+@pytest.mark.parametrize("format", list(ALLOWED))
+def test_keys_of_one_head_are_those_of_all(format: str) -> None:
+    run = Run(format, 2, 3, 64, FIRST + RECENT + 90, torch.float32)
+    run.read(FIRST + RECENT + 90)
+    everything = run.cache.keys_of(1, 5, FIRST + RECENT + 80)
+    for head in range(3):
+        one = run.cache.keys_of(1, 5, FIRST + RECENT + 80, slice(head, head + 1))
+        assert torch.equal(one, everything[:, head : head + 1])

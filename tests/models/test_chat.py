@@ -250,3 +250,30 @@ def test_templates_that_know_tools_get_them_and_no_text_of_a_client_steers(evil:
     assert tokenizer.decode(ids, skip_special=False) == rendered
     if not evil:
         assert ids == theirs.encode(rendered, add_special_tokens=False)
+
+
+MISTRAL = """{{ bos_token }}{% for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate') }}{% endif %}
+{%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    "template", [MISTRAL, MISTRAL.replace("messages %}", "messages if message.role != 'system' %}")]
+)
+def test_a_template_without_a_system_role_gets_it_with_the_first_question(template: str) -> None:
+    """Refused or left out without a word: either way the instructions would be lost."""
+    tokenizer = Tokenizer(byte_level(), bos_id=1, eos_ids=[2], chat_template=template)
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    form = ChatFormat("template", tokenizer)
+    assert form.render(talk).endswith("[INST] Be brief.\n\nWhy? [/INST]")
+    assert tokenizer.decode(form.encode(talk)) == "[INST] Be brief.\n\nWhy? [/INST]"
+    with pytest.raises(UserError, match="must alternate"):
+        form.render([*talk, {"role": "user", "content": "Again?"}])
+
+
+def test_a_hybrid_model_is_asked_to_answer_at_once() -> None:
+    template = "{{ messages[0].content }}{% if not enable_thinking is false %}<think>{% endif %}"
+    form = ChatFormat("template", Tokenizer(byte_level(), eos_ids=[2], chat_template=template))
+    assert form.render([{"role": "user", "content": "Why?"}]) == "Why?"

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -485,3 +486,32 @@ def test_smol_loads_twice_without_transformers(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "Paris"
+
+
+def test_a_pad_token_without_an_embedding_is_left_out(tmp_path: Path) -> None:
+    """Llama 2's first files have one; transformers and llama.cpp run them."""
+    save_folder(tmp_path, tiny_config(vocab_size=105))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": "<|later|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load(str(tmp_path), dtype="float32")
+    assert loaded.tokenizer.pad_id is None
+    assert any("<|later|> has no embedding" in note for note in loaded.notes)
+
+
+def test_a_gguf_tokenizer_that_cannot_be_read_is_said_before_anything_is_converted(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longverse.models import gguf as module
+
+    class Unreadable:
+        config: dict[str, Any] = tiny_config()
+
+        @property
+        def tokenizer(self) -> Tokenizer:
+            raise UserError("unknown pre-tokenizer")
+
+    monkeypatch.setattr(module, "read_gguf", lambda path: Unreadable())
+    steps: list[int] = []
+    with pytest.raises(UserError, match="unknown pre-tokenizer"):
+        load(str(gguf), on_progress=lambda done, total: steps.append(done))
+    assert not steps

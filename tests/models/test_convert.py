@@ -200,15 +200,16 @@ def test_convert_changes_the_type(tmp_path: Path) -> None:
         convert(str(tmp_path / "m"), tmp_path / "other", dtype="int3")
 
 
-@pytest.mark.parametrize("how", ["exists", "no parent", "small disk", "full disk", "cancelled"])
+@pytest.mark.parametrize("how", ["exists", "empty", "no parent", "small disk", "full disk", "cancelled"])
 def test_a_conversion_that_cannot_be_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     save_folder(tmp_path / "m")
     target = tmp_path / "out"
     says, kind = "^$", UserError
     cancelled = None
-    if how == "exists":
+    if how in ("exists", "empty"):
         target.mkdir()
-        (target / "mine").write_text("precious")
+        if how == "exists":
+            (target / "mine").write_text("precious")
         says = "exists already"
     elif how == "no parent":
         target, says = tmp_path / "a" / "b", "is no folder"

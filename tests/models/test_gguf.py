@@ -454,3 +454,17 @@ def test_models_that_cannot_be_run(tmp_path: Path) -> None:
         path.write_bytes(raw)
         with pytest.raises(UserError, match=words):
             read_gguf(path)
+
+
+def test_the_turns_end_of_an_early_conversion() -> None:
+    template = "{{ messages[0].content }}<|im_end|>"
+    assert build_tokenizer(metadata_of(byte_level(), eos_token_id=0), "x").eos_ids == {0}
+    with_template = metadata_of(byte_level(), eos_token_id=0) | {"tokenizer.chat_template": template}
+    assert build_tokenizer(with_template, "x").eos_ids == {0, 2}
+
+
+def test_a_silent_xverse_file_leaves_the_rope_to_its_release(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", tiny_config("xverse"), arch="xverse", leave_out=("freq_base",))
+    model = read_gguf(tmp_path / "m.gguf")
+    assert model.config["rope_parameters"] is None
+    assert not any("RoPE base" in note for note in model.notes)

@@ -122,6 +122,24 @@ def test_only_what_is_needed_is_downloaded_and_once(server: ThreadingHTTPServer,
     assert not any("pytorch_model" in line or "modeling_xverse" in line for line in asked if "/resolve/" in line)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"model_type": "gemma"}, "Models of type 'gemma'"), ({"quantization_config": {"quant_method": "awq"}}, "awq")],
+)
+def test_what_cannot_be_loaded_is_not_downloaded(
+    server: ThreadingHTTPServer, tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    path = tmp_path / "files" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (tmp_path / "files" / "consolidated.safetensors").write_bytes(b"twice")
+    done = run(server, tmp_path)
+    assert done.returncode != 0
+    assert "someone/tiny was not downloaded." in done.stderr
+    assert says in done.stderr
+    asked = server.RequestHandlerClass.asked  # type: ignore[attr-defined]
+    assert not any(line.startswith("GET") and line.endswith("safetensors") for line in asked)
+
+
 def test_a_broken_download_is_resumed(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     files = tmp_path / "files"
     for file in files.iterdir():
@@ -144,7 +162,7 @@ def test_a_broken_download_is_resumed(server: ThreadingHTTPServer, tmp_path: Pat
     done = run(server, tmp_path)
     assert done.returncode == 0, done.stderr
     got = [line for line in asked if line.startswith("GET") and "/resolve/" in line]
-    assert sorted(Path(line).name for line in got) == lost
+    assert sorted({Path(line).name for line in got}) == lost  # the config first of all too, to see what it is
 
 
 @pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written")])
@@ -156,6 +174,7 @@ def test_a_full_disk_is_not_called_a_missing_network(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(hub, "cached", lambda hub_id: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: type("Info", (), {"siblings": []}))
+    monkeypatch.setattr(hub, "_check_before", lambda hub_id, names: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(UserError, match=says):
         hub.download("someone/tiny")

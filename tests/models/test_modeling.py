@@ -1,5 +1,6 @@
 """XverseForCausalLM: transformers' classes around our network, and dynamic NTK that does not drift."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,15 @@ def test_quantize_in_place(bits: int, within: float) -> None:
     assert 0 < change < within
     with pytest.raises(UserError, match="use 8 or 4"):
         model.quantize(3)
+
+
+def test_the_256k_release_keeps_its_rope_through_transformers(tmp_path: Path) -> None:
+    """Its config.json states none, and importing longverse puts our class before the release's own code."""
+    sizes = {"num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 13_824, "num_attention_heads": 40}
+    stated = {"model_type": "xverse", "max_position_embeddings": 32_768, "vocab_size": 100_534, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.warns(UserWarning, match="XVERSE-13B-256K: its config.json states no RoPE; filled in"):
+        config = AutoConfig.from_pretrained(tmp_path)
+    shape = config.to_network()
+    assert shape.window == 262_144
+    assert shape.rope == RopePlan("dynamic", 500_000.0, 128, 2.0, original_window=32_768)

@@ -206,3 +206,9 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         network(ids).logsumexp(-1).mean().backward()
         grads.append(network.model.layers[0].self_attn.q_proj.weight.grad.clone())
     torch.testing.assert_close(*grads)
+
+
+def test_the_window_of_dual_chunk_attention_ends_where_that_attention_begins() -> None:
+    config = tiny_config("qwen2", max_position_embeddings=1_010_000)
+    dual = {"chunk_size": 262_144, "original_max_position_embeddings": 262_144}
+    assert NetworkConfig.from_dict(config | {"dual_chunk_attention_config": dual}).window == 262_144

@@ -255,3 +255,17 @@ def test_pinning_freezes_the_dynamic_base() -> None:
     assert plan.kind == "default"
     assert torch.allclose(plan.inv_freq(1), XVERSE_256K.inv_freq(262_144))
     assert math.isclose(plan.theta, 7_829_416, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["dynamic:2", "yarn:4"])
+def test_a_llama3_plan_is_replaced_past_the_trained_window(change: str) -> None:
+    """Its own original window is a yardstick of wavelengths, not what the model was trained for."""
+    llama3 = RopePlan("llama3", 500_000.0, 64, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+    assert RopePlan.parse(change, llama3, 131_072).original_window == 131_072
+
+
+def test_a_key_that_says_nothing_of_angles() -> None:
+    config = {"head_dim": 64, "max_position_embeddings": 131_072}
+    yarn = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
+    with_key = RopePlan.from_config(config | {"rope_scaling": yarn | {"finetuned": True}})
+    assert with_key == RopePlan.from_config(config | {"rope_scaling": yarn})

@@ -93,3 +93,10 @@ def test_the_writer_refuses_what_is_not_finite(tmp_path: Path) -> None:
         writer.write("w", torch.tensor([1.0, 1e5]))
     writer.write("w", torch.tensor([1.0, 6e4]))
     writer.close()
+
+
+@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "<!doctype html>\n"])
+def test_a_pointer_or_a_page_is_not_called_dangerous(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pytorch_model.bin").write_text(text)
+    with pytest.raises(UserError, match="such as a Git-LFS pointer or a web page"):
+        BinFile(tmp_path / "pytorch_model.bin")

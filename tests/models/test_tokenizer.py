@@ -277,3 +277,44 @@ def test_tokens_begin_at_characters(text: str, cuts: list[int], before: int) -> 
     offsets, begun = token_offsets(pieces, before)
     assert offsets == [before + len(data[:edge].decode("utf-8", "ignore")) for edge in edges[:-1]]
     assert begun == before + len(data.decode())
+
+
+def test_added_tokens_that_only_the_settings_state(tmp_path: Path) -> None:
+    """As transformers: in the order of their ids, flagged as stated, before what is named and nowhere listed."""
+    from transformers import AutoTokenizer
+
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    size = byte_level().get_vocab_size()
+    stated = {
+        str(size + 1): {"content": "<|stop|>", "special": True},
+        str(size): {"content": "<|turn|>", "special": True},
+        str(size + 2): {"content": "<call>", "special": False},
+    }
+    settings = {"added_tokens_decoder": stated, "eos_token": "<|stop|>"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|turn|>a<call>b<|stop|>"
+    assert ours.encode(text, special=True) == theirs(text)["input_ids"]
+    assert ours.eos_ids == {size + 1}
+    assert ours.decode(ours.encode(text, special=True)) == "a<call>b"
+    assert not ours.notes
+    del stated[str(size)]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": stated}))
+    assert "'<|stop|>' the id" in Tokenizer.from_folder(tmp_path).notes[0]
+
+
+def test_added_tokens_without_an_embedding_are_left_out() -> None:
+    backend = byte_level()
+    size = backend.get_vocab_size()
+    backend.add_special_tokens(["<pad>"])
+    whole = Tokenizer(backend, eos_ids=[2], pad_id=size, special_tokens={"pad_token": "<pad>"})
+    assert whole.within(size + 1) is whole
+    assert whole.lacking(size) == []
+    less = whole.within(size)
+    assert (less.pad_id, less.vocab_size, less.special_tokens.get("pad_token")) == (None, size, None)
+    assert "<pad>" in less.notes[0]
+    assert max(less.encode("a<pad>b", special=True)) < size
+    assert less.decode(less.encode("a<pad>b", special=True)) == "a<pad>b"
+    assert Tokenizer(backend, eos_ids=[size]).lacking(size) == [size]
+    assert whole.lacking(50)[0] == 50

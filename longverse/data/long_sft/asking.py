@@ -40,16 +40,22 @@ class Asker:
     def ask_about(
         self, spec: Spec, rng: random.Random, opened: Opened, start: int, end: int, depths: list[float]
     ) -> list[Found]:
-        """One question for each depth, from the chunk that lies there."""
-        found = []
-        for depth in depths:
-            a, b = self._chunk(opened, start, end, depth)
-            found.append(self._question(spec, opened, a, b))
+        """A question for each depth, from the chunk that lies there: no chunk and no question twice, and no evidence
+        within another's. In a short stretch chunks are smaller, so that each depth has one of its own."""
+        size = min(self.teacher.config.chunk_tokens, opened.tokens_between(start, end) // len(depths))
+        chunks = dict.fromkeys(self._chunk(opened, start, end, depth, size) for depth in depths)
+        found: list[Found] = []
+        for a, b in chunks:
+            one = self._question(spec, opened, a, b)
+            apart = all(one.end <= other.start or one.start >= other.end for other in found)
+            if apart and all(one.question != other.question for other in found):
+                found.append(one)
         return found
 
     def ask_across(self, spec: Spec, rng: random.Random, spans: list[tuple[Opened, int, int]]) -> Asked:
         """One question on two documents."""
-        chunks = [self._chunk(opened, start, end, rng.random()) for opened, start, end in spans]
+        size = self.teacher.config.chunk_tokens
+        chunks = [self._chunk(opened, start, end, rng.random(), size) for opened, start, end in spans]
         passages = [opened.text[a:b] for (opened, _, _), (a, b) in zip(spans, chunks, strict=True)]
         reply = self._ask(
             "teacher_two", spec, title=spans[0][0].about.title,
@@ -106,8 +112,7 @@ class Asker:
         if fold(answer) in fold(known):
             raise Reject("answerable without the document")
 
-    def _chunk(self, opened: Opened, start: int, end: int, depth: float) -> tuple[int, int]:
-        size = self.teacher.config.chunk_tokens
+    def _chunk(self, opened: Opened, start: int, end: int, depth: float, size: int) -> tuple[int, int]:
         middle = start + round(depth * (end - start))
         a = max(start, opened.start_for(middle, size // 2))
         return a, min(end, opened.end_for(a, size))

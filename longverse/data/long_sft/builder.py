@@ -223,17 +223,15 @@ def _claim(
     values = json.loads(json.dumps(dataclasses.asdict(config) | {"tokenizer": vocabulary.fingerprint}))
     for free in ("processes", "out"):
         values.pop(free)
-    usual_values = (("quote", False), ("facts", ["life"]), ("rivals", 0.0), ("real", 0.0), ("ask", 0.0))
-    for younger, usual in usual_values:  # younger than folders that may exist
-        if values[younger] == usual:
-            values.pop(younger)
     if values["teacher"]:
         values["teacher"] = {
             k: values["teacher"][k] for k in ("model", "temperature", "max_tokens", "chunk_tokens", "closed_book")
         }
     values["stamps"] = source_stamps(config.sources, base) | {str(path): stamp([path]) for path in decontaminate}
     if (old := read_claim(folder)) is not None:
-        refuse_changes(folder, old, values)
+        # Keys younger than folders that may exist: a claim without one was of the usual value.
+        usual_values = {"quote": False, "facts": ["life"], "rivals": 0.0, "real": 0.0, "ask": 0.0}
+        refuse_changes(folder, usual_values | old, values)
         return None
     refuse_foreign(folder, "items")
     return json.dumps(values, ensure_ascii=False, indent=1).encode()

@@ -12,7 +12,7 @@ from longverse.data.config import build, load_yaml, nearest
 from longverse.data.long_sft.context import Spec
 from longverse.data.long_sft.item import SPLITS, TASKS
 from longverse.data.long_sft.stated import SETS as FACT_SETS
-from longverse.data.long_sft.stated import SORTS
+from longverse.data.long_sft.stated import SORTS, check_held_out
 from longverse.data.sources import SourceConfig
 from longverse.data.teacher import TeacherConfig
 from longverse.errors import UserError
@@ -57,7 +57,7 @@ class SftConfig:
     )
     recite: float = 0.5  # share of the items whose answers first recite the evidence
     quote: bool = False  # stated facts are answered by the very sentences that state them, and by nothing else
-    facts: tuple[str, ...] = ("life",)  # sets of invented facts: life (of old novels), work (of reports)
+    facts: tuple[str, ...] = ("life",)  # sets of invented facts: life, work, world (see `stated`)
     sorts: dict[str, float] = field(default_factory=lambda: dict(SORTS))  # of stated-facts questions, see `stated`
     rivals: float = 0.0  # share of stated-facts questions beside whose fact one of the same kind stands about another
     real: float = 0.0  # share of stated-facts questions that ask for sentences the text has of its own; needs quote
@@ -105,6 +105,7 @@ class SftConfig:
             raise UserError("questions_low and questions_high must be 1 to 48, the low one not above the high one.")
         if self.split not in SPLITS:
             raise UserError(f"split must be train or heldout, not {self.split!r}.")
+        check_held_out(self.split, self.facts)
         for name in ("items", "attempts", "processes", "decontaminate_hits"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")

@@ -203,8 +203,8 @@ class Pool:
     """The documents of a pool folder, opened one at a time."""
 
     def __init__(self, folder: Path, counter: UnitCounter) -> None:
-        lines = (folder / "pool.jsonl").read_text(encoding="utf-8").splitlines()
-        self.documents = [PoolDocument(**json.loads(line)) for line in lines]
+        with (folder / "pool.jsonl").open("rb") as lines:  # str.splitlines would cut a title at U+2028
+            self.documents = [PoolDocument(**json.loads(line)) for line in lines]
         self.counter = counter
         self._file = (folder / "pool.txt").open("rb")
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)

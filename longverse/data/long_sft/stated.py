@@ -27,6 +27,7 @@ from longverse.errors import UserError
 
 HELD_OUT_EVERY = 4
 SETS = ("life", "work", "world")
+WITH_HELD_OUT = ("life", "work")  # the sets of which some kinds are held out
 SORTS = {"plain": 0.7, "hop": 0.11, "several": 0.08, "absent": 0.11}  # shares of the questions
 _MONTH_NAMES = "January February March April May June July August September October November December"
 _MONTHS = _MONTH_NAMES.split()
@@ -63,6 +64,15 @@ def _table(language: str, sets: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
+def check_held_out(split: str, sets: tuple[str, ...]) -> None:
+    """UserError when facts of the held-out split are wanted and no set has kinds for it."""
+    if split == "heldout" and not set(sets) & set(WITH_HELD_OUT):
+        raise UserError(
+            f"split heldout needs facts of kinds that training never shows, and {', '.join(sets)} has none: add "
+            f"{' or '.join(WITH_HELD_OUT)} to facts."
+        )
+
+
 class FactMaker:
     """Draws facts without contradiction: within one maker no kind gets the same bearer or the same value twice.
 
@@ -74,6 +84,7 @@ class FactMaker:
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split must be train or heldout, not {split!r}.")
+        check_held_out(split, sets)
         self.language = "zh" if language == "zh" else "en"
         self.split = split
         self.rng = rng

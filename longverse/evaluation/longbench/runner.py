@@ -20,7 +20,7 @@ from typing import Any
 from longverse.errors import UserError
 from longverse.evaluation.backends import Backend, Failure, Reply, Request, answer_all, check_window, template_tokens
 from longverse.evaluation.files import Journal, write_text
-from longverse.evaluation.longbench.score import Prediction, TaskScore, score_rows
+from longverse.evaluation.longbench.score import Prediction, TaskScore, check_metrics, score_rows
 from longverse.evaluation.longbench.tasks import NO_TEMPLATE, Config, Row, find_file, read_task
 
 TRUNCATIONS = ("middle", "context", "off")
@@ -122,8 +122,10 @@ class LongBenchRun:
     def run(self) -> list[TaskScore]:
         """Answers what is not yet answered and scores every task; the scores are kept in `scores` too.
 
-        Raises UserError before any answer when rows cannot fit the window or files do not belong together.
+        Raises UserError before any answer when rows cannot fit the window, files do not belong together or what a
+        metric needs is not installed.
         """
+        check_metrics(self.tasks)
         self._check_window()
         rows = {task: read_task(self.data, task, e=self.e, limit=self.limit) for task in self.tasks}
         if self.truncation == "off" and self.backend.window is not None:

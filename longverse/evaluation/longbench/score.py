@@ -14,7 +14,7 @@ from typing import Any
 
 from longverse.errors import UserError
 from longverse.evaluation.files import read_rows
-from longverse.evaluation.longbench.metrics import METRICS
+from longverse.evaluation.longbench.metrics import METRICS, cut_chinese
 from longverse.evaluation.longbench.tasks import CATEGORIES, E_TASKS, FIRST_LINE, ROWS, TASKS, Row
 from longverse.evaluation.longbench.tasks import METRICS as METRIC_OF
 
@@ -56,6 +56,12 @@ class TaskScore:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def check_metrics(tasks: Sequence[str]) -> None:
+    """UserError when a task's metric needs jieba and that is not installed: better now than after the last answer."""
+    if any(METRIC_OF[task] in ("qa_f1_zh", "rouge_zh") for task in tasks):
+        cut_chinese("")
 
 
 def read_predictions(path: Path, task: str) -> list[Prediction]:

@@ -200,6 +200,14 @@ def locate(data: str, cache: Path) -> Path:
     raise UserError(f"{data} does not exist: give the folder of the benchmark with --data.")
 
 
+def config_folder(data: str, folder: Path) -> Path:
+    """Where prompts and lengths are when nothing else is said: `config` in the folder `data` or beside the zip `data`;
+    else in `folder`, where `locate` found the rows."""
+    path = expand(data)
+    beside = (path.parent if path.is_file() else path) / "config"
+    return beside if beside.is_dir() else folder / "config"
+
+
 def _unpack(archive: Path, cache: Path) -> Path:
     stat = archive.stat()
     target = cache / f"longbench-{stat.st_size}-{stat.st_mtime_ns}"
