@@ -199,7 +199,8 @@ class Store:
         shown = name.encode("utf-8", "replace").decode()  # a file's name may be in another encoding
         manifest = {
             "version": VERSION, "document": {"name": shown or folder.name}, "model": engine.name,
-            "created": time.time(), "tokens": len(ids), "capacity": layout.capacity, "piece": layout.piece, "fingerprint": shaped,
+            "created": time.time(), "tokens": len(ids), "capacity": layout.capacity, "piece": layout.piece,
+            "fingerprint": shaped,
         }  # fmt: skip
 
         def plain() -> Session:
