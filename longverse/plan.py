@@ -83,22 +83,47 @@ def gigabytes(count: float) -> str:
 
 
 def memory_of_machine() -> tuple[int, int]:
-    """Bytes of memory that this process may use in all, and that are free now: the machine's, or what a container's
-    limit leaves of them."""
+    """Bytes of memory that this process may use in all, and that are free now: the machine's, or what the limits of a
+    container, a job or a service leave of them."""
     import psutil
 
     memory = psutil.virtual_memory()
     total, free = int(memory.total), int(memory.available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            held = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-            held -= int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # given back when asked
-            total, free = min(total, int(limit)), min(free, max(0, int(limit) - held))
-    except (OSError, ValueError):
-        pass  # no such limits here
+    for limit, held in group_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
+        total, free = min(total, limit), min(free, max(0, limit - held))
     return total, free
+
+
+def group_limits(own: Path, root: Path) -> list[tuple[int, int]]:
+    """(limit, held) in bytes of every control group of Linux, version 1 or 2, that `own` names below `root` or that one
+    of those lies in. What a group holds of files is not counted: it is given back when asked."""
+    limits = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    for line in lines:
+        kinds, _, place = line.partition(":")[2].partition(":")
+        if not kinds:  # version 2
+            base, most, now, files = root, "memory.max", "memory.current", ("inactive_file", "active_file")
+        elif "memory" in kinds.split(","):
+            base, most, now = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            files = ("total_inactive_file", "total_active_file")
+        else:
+            continue
+        group = base / place.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(base):
+                break
+            try:
+                limit = (folder / most).read_text().strip()
+                held = int((folder / now).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue  # a group that is not seen from here
+            if limit.isdigit():
+                limits.append((int(limit), held - sum(int(stat.get(name, 0)) for name in files)))
+    return limits
 
 
 # ---- the model -----------------------------------------------------------------------------------------------

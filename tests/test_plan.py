@@ -28,6 +28,7 @@ from longverse.plan import (
     Shape,
     card_rates,
     find_card,
+    group_limits,
     make_plan,
     memory_of_machine,
     parse_bytes,
@@ -243,6 +244,22 @@ def test_cards_by_memory_and_unknown_ones() -> None:
 def test_memory_of_this_machine() -> None:
     total, free = memory_of_machine()
     assert 0 < free <= total
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_every_group_above_count(tmp_path: Path, version: int) -> None:
+    """A job's group has no limit of its own here; the one that it lies in has."""
+    base = tmp_path if version == 2 else tmp_path / "memory"
+    most, now = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    kind = "" if version == 2 else "total_"
+    for folder, limit, held in ((base / "slurm" / "job", "max", 3000), (base / "slurm", "8000", 5000)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / most).write_text(f"{limit}\n")
+        (folder / now).write_text(f"{held}\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{kind}inactive_file 400\n{kind}active_file 100\n")
+    (tmp_path / "own").write_text("0::/slurm/job\n" if version == 2 else "7:cpu:/\n4:memory:/slurm/job\n")
+    assert group_limits(tmp_path / "own", tmp_path) == [(8000, 4500)]
+    assert group_limits(tmp_path / "none", tmp_path) == []
 
 
 # ---- rates -------------------------------------------------------------------------------------------------
