@@ -264,8 +264,9 @@ def summarize(
     from .documents import summarize as module
 
     tasks: list[console.Task] = []
-    most = min(engine.window, len(engine.tokenizer.encode(document.text)) + settings.max_new_tokens + 256)
-    form = choose_cache(engine, most, "auto", quiet=quiet)
+
+    def cache_for(tokens: int) -> str:
+        return choose_cache(engine, tokens, "auto", quiet=quiet)
 
     def on_part(number: int, count: int, part: module.Part) -> console.Task:
         for task in tasks:
@@ -276,7 +277,9 @@ def summarize(
         return tasks[-1]
 
     made = 0
-    for summary in module.summarize(engine, document, settings, by_parts=sections, cache=form, on_part=on_part):
+    for summary in module.summarize(
+        engine, document, settings, by_parts=sections, cache_for=cache_for, on_part=on_part
+    ):
         tasks[-1].close()
         part, made = summary.part, made + (summary.of == "part")
         if as_json:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from . import commands_cite, console
 from .commands_ask import read_documents
-from .commands_store import PAST_THE_WINDOW, choose_attention, choose_cache
+from .commands_store import PAST_THE_WINDOW, cache_needs, choose_attention, choose_cache
 from .documents.reader import Document
 from .errors import UserError, expand
 
@@ -347,6 +347,8 @@ class Chat:
             if attention != "pages":
                 planned = min(self.engine.window, planned)
             self.session = None  # its cache goes before the next one comes
+            need, free = list(cache_needs(self.engine, planned, attention).values())[-1]  # of the smallest format
+            planned = tokens if need > free else planned  # no room to grow, then
             form = choose_cache(self.engine, planned, "auto", attention, quiet=self.quiet)
             self.session = self.engine.session(planned, attention=attention, cache=form)
             if again:

@@ -133,7 +133,8 @@ def _show(found: Inspection, context: int) -> None:
             table.add_row(label, f"{n:,}", "█" * round(30 * n / most))
         screen.print(table)
     for number, item in found.samples:
-        screen.rule(f"line {number} · {item.id} · {item.task} · {item.kind} · {item.language} · {item.tokens:,} tokens")
+        about = (item.id, item.task, item.kind, item.language, f"{item.tokens:,} tokens")
+        screen.print(Text(f"── line {number} · {' · '.join(about)} ──"))
         for message in range(len(item.messages)):
             text = Text(f"{item.messages[message]['role']}: ", style="bold")
             for piece in pieces_of(item, message, context):

@@ -169,7 +169,8 @@ def show(made: Plan, remarks: list[str]) -> None:
         console.line("Times by this machine's measured rates; --measure measures them again.")
     elif made.options and made.options[0].prefill_seconds is not None:
         console.line(
-            "Times are predictions, never measured here: this card's published peaks, by what an H200 made of its own."
+            "Times are predictions, never measured here: published peaks by usual shares, in quantised formats by what"
+            " an H200 reached."
         )
     for remark in remarks:
         console.line(f"Note: {remark}.")

@@ -49,10 +49,10 @@ _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 def parse_bytes(text: str) -> int:
     """`80GB` (80 * 10**9), `24GiB` (24 * 2**30), `500 MB`, `20G`, or a plain number of bytes. UserError for others."""
-    match = re.fullmatch(r"\s*(\d{1,3}(?:,\d{3})+|\d+(?:[.,]\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([1-9]\d{0,2}(?:,\d{3})+|\d+(?:[.,]\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     count = 0
     if match is not None:  # 20,000 is twenty thousand, 1,5 one and a half
-        number = match[1].replace(",", "" if re.fullmatch(r"\d{1,3}(,\d{3})+", match[1]) else ".")
+        number = match[1].replace(",", "" if re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", match[1]) else ".")
         count = int(float(number) * (_UNITS | _BINARY)[(match[2] or "").lower()])
     if count < 1:
         raise UserError(f"{text!r} is no amount of memory: write it like 80GB, 24GiB or 500MB.")
@@ -296,10 +296,11 @@ CARDS = (
     Card("L4", 121e12, 0.3e12, 24 * 10**9),
     Card("A10", 125e12, 0.6e12, 24 * 10**9),
 )
-# Shares of those peaks that are planned with: in full precision usual ones of torch's own kernels; of quantised formats
-# and of starting kernels what an H200 gave the 13B shape (benchmarks/results/gpu_13b.json and gpu_check.json).
+# Shares of those peaks that are planned with: in full precision usual ones of torch's own kernels; of quantised caches,
+# int8 weights and starting kernels what an H200 gave the 13B shape (benchmarks/results/gpu_13b.json, gpu_check.json;
+# reading over an int8 cache as over an int4 one); int4 weights are estimated from the int8 ones, whose work is alike.
 LINEAR = 0.55
-ATTENTION = {"full": 0.40, "int8": 0.06, "int4": 0.06}
+ATTENTION = {"full": 0.40, "int8": 0.05, "int4": 0.05}
 WEIGHTS_READ = {"float32": 0.60, "bf16": 0.60, "int8": 0.045, "int4": 0.025}
 CACHE_READ = {"full": 0.60, "int8": 0.20, "int4": 0.105}
 LAUNCHES = 1.1e-3  # seconds a layer
@@ -309,10 +310,11 @@ def find_card(text: str) -> tuple[Card, str]:
     """A card by name (`H100`, `rtx 4090`), or the slowest known one with that memory (`80GB`); and a remark, empty
     where it was named. UserError for a name that is not known."""
     plain = text.lower()
-    if re.match(r"\s*\d+\s*x\s*\S", plain):
+    if re.match(r"\s*\d+\s*[x×]\s*\S", plain) or re.search(r"\s[x×]\s*\d+\s*$", plain):
         raise UserError(f"{text!r} names several cards, and a plan is for one: name one card, or one card's memory.")
-    stated = re.search(r"(\d+)\s*gi?b", plain)
-    memory = parse_bytes(stated[0]) if stated is not None else None
+    stated = re.findall(r"\d+(?:\.\d+)?\s*gi?b", plain)
+    memory = parse_bytes(stated[-1]) if stated and "gh200" not in plain else None  # a slice's size comes last
+    plain = plain.replace("gh200", "h200")  # the same card beside a processor, whose memory its name tells
     for card in sorted(CARDS, key=lambda card: -len(card.name)):
         name, _, size = card.name.lower().partition("-")
         if re.search(rf"(?<!\d){name}(?!\d)" if name.isdigit() else rf"(?<![a-z]){name}(?!\d)", plain) is None:

@@ -10,6 +10,7 @@ from longverse import commands_chat
 from longverse.commands_chat import Chat
 from longverse.documents.reader import decode
 from longverse.errors import UserError
+from longverse.inference import memory
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 from tests.helpers import tiny_config
@@ -98,3 +99,14 @@ def test_tool_results_and_instructions(chat: Chat, monkeypatch: pytest.MonkeyPat
 def test_help_names_every_command() -> None:
     for name in ("/read", "/cite", "/tool", "/system", "/save", "/stats", "/reset", "/quit"):
         assert name in commands_chat.HELP
+
+
+def test_where_memory_is_short_a_chat_leaves_no_room_to_grow(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chat.session_for(300).planned_tokens == 2048
+    least = min(memory.requirements(chat.engine, 300)[0].values())
+    monkeypatch.setattr(memory, "memory_of_machine", lambda: (2**40, int(least / 0.97) + 4096))
+    chat.session = None
+    assert chat.session_for(300).planned_tokens == 300
+    monkeypatch.setattr(memory, "memory_of_machine", lambda: (2**40, 4096))
+    with pytest.raises(UserError, match="are free"):
+        chat.session_for(400)

@@ -341,6 +341,7 @@ def test_a_plan_for_a_card_needs_no_torch() -> None:
 def test_a_comma_before_three_digits_parts_thousands() -> None:
     assert parse_bytes("20,000MB") == 20_000 * 10**6
     assert parse_bytes("1,5GB") == 1_500_000_000
+    assert parse_bytes("0,500GB") == 500 * 10**6
     for nothing in ("0.0001", "0GB", "1,,000MB"):
         with pytest.raises(UserError, match="no amount of memory"):
             parse_bytes(nothing)
@@ -352,7 +353,10 @@ def test_cards_are_told_by_whole_words() -> None:
     assert find_card("NVIDIA GeForce RTX 4090")[0].name == "4090"
     assert find_card("A100 10GB")[0].memory == 10 * 10**9  # a slice of one
     assert find_card("H100 94GB")[0].memory == 94 * 10**9
-    for several in ("8xH100", "2x 4090"):
+    assert find_card("H100 47.5GB")[0].memory == 47_500_000_000
+    assert find_card("NVIDIA GH200 480GB")[0].name == "H200"
+    assert find_card("NVIDIA A100-SXM4-80GB MIG 1g.10gb")[0].memory == 10 * 10**9
+    for several in ("8xH100", "2x 4090", "H100 x8", "2×H100"):
         with pytest.raises(UserError, match="several cards"):
             find_card(several)
     with pytest.raises(UserError, match="not known"):

@@ -105,11 +105,12 @@ def _part(document: Document, group: Sequence[Paragraph]) -> Part:
 
 
 def summarize(
-    engine: Engine, document: Document, sampling: Sampling, *, by_parts: bool = False, cache: str = "full",
+    engine: Engine, document: Document, sampling: Sampling, *, by_parts: bool = False,
+    cache_for: Callable[[int], str] = lambda tokens: "full",
     on_part: Callable[[int, int, Part], Progress | None] | None = None, cancelled: Cancelled | None = None,
 ) -> Iterator[Summary]:  # fmt: skip
     """Yield the summary of the whole, or of every part and then of these. `on_part(number, count, part)` comes before
-    each and may return a progress callback for it.
+    each and may return a progress callback for it; `cache_for(tokens)` says the cache's format for the longest reading.
 
     Raises UserError, before anything is read, for a paragraph longer than the window.
     """
@@ -131,6 +132,8 @@ def summarize(
             )
         budget = room - frame - 16
         parts = parts_of(document, budget, lambda text: len(engine.tokenizer.encode(text)), join=not by_parts)
+    longest = max(size(document.text[part.start : part.end], "part") for part in parts)
+    cache = cache_for(min(engine.window, longest + sampling.max_new_tokens))
     return _run(engine, document, sampling, parts, whole, cache, on_part, cancelled)
 
 

@@ -68,7 +68,8 @@ class TransformersBackend:
             raise UserError(f"{self.name} has no chat template: use the engine, which knows more formats.")
         else:
             messages = list(request.messages or ())
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}  # as chat.py's
+            text = self.tokenizer.apply_chat_template(messages, **how)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids + self.tokenizer(request.lead, add_special_tokens=False)["input_ids"] if request.lead else ids
 

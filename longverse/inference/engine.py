@@ -197,6 +197,11 @@ class Engine:
             self._decoder = Decoder.of(self.network, self._weights) or False
         return self._decoder or None
 
+    @property
+    def holds_decoder(self) -> bool:
+        """Whether the copy of the weights that answers are written with is made already."""
+        return bool(self._decoder)
+
     def session(
         self,
         planned_tokens: int,
@@ -394,7 +399,8 @@ class Session:
         stats.rope_base = self.engine.network.config.rope.base(self.planned_tokens)
         # At least the last token of the prompt is read anew: its logits begin the answer.
         held = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
-        if self.cache.packing is not None and 0 < self.boundary < held < len(self.tokens):
+        forgets = held < len(self.tokens) and 0 < held - self.boundary <= CHUNK and self.boundary > 0
+        if self.cache.packing is not None and forgets:
             held = self.boundary  # where the newest tokens are remembered as they were (KVCache.mark)
         self.cache.truncate(held)
         del self.tokens[held:]

@@ -31,7 +31,7 @@ def requirements(engine: Engine, tokens: int) -> tuple[dict[str, float], int]:
     width = engine.kept.itemsize
     on_card = network.device.type == "cuda"
     weights = 0 if on_card else network.mapped_bytes
-    if (written := written_with(engine, shape, form)) in ROUNDED:
+    if (written := written_with(engine, shape, form)) in ROUNDED and not engine.holds_decoder:
         weights += shape.read_bytes(written)
     needs = {
         cache: weights

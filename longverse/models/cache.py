@@ -174,7 +174,7 @@ class KVCache:
         self._drop_pass()
         if self._marked is not None and length < self._marked[0]:
             self._marked = None
-        elif self._marked is not None and length == self._marked[0] < self.length:
+        elif self._marked is not None and length == self._marked[0]:  # what came after it may be half written
             _, self._recent_begin, ring = self._marked
             for name, array in ring.items():
                 self._storage[name].copy_(array)
@@ -184,7 +184,7 @@ class KVCache:
     def mark(self) -> None:
         """Remember what is kept in full of the newest tokens, so that after a `truncate` back to here all goes on as if
         nothing had come in between: another question's tokens take their places."""
-        if self.packing is not None:
+        if self.packing is not None and (self._marked is None or self._marked[0] != self.length):
             names = ("recent_keys", "recent_values", "recent_tokens")
             ring = {name: self._storage[name].clone() for name in names}
             self._marked = self.length, self._recent_begin, ring
@@ -210,7 +210,7 @@ class KVCache:
         view, in `kept`, where it can be, else in `dtype`."""
         assert 0 <= begin <= end <= self.capacity
         if self.packing is None:
-            return self._here("keys", layer, begin, end)[:, heads]
+            return self._here("keys", layer, begin, end, heads)
         return self.packing.rotate(self._rotated("key", layer, begin, end, heads))
 
     def values_of(self, layer: int, begin: int, end: int) -> Tensor:
@@ -280,8 +280,8 @@ class KVCache:
     def _rotated(self, kind: str, layer: int, begin: int, end: int, heads: slice = slice(None)) -> Tensor:
         """Keys or values of a stretch as the network computed them, but rotated: [1, G, n, D] in `dtype`, a copy."""
         assert self.packing is not None
-        rows = self._here(f"{kind}s", layer, begin, end)[:, heads]
-        scales = self._here(f"{kind}_scales", layer, begin, end)[:, heads]
+        rows = self._here(f"{kind}s", layer, begin, end, heads)
+        scales = self._here(f"{kind}_scales", layer, begin, end, heads)
         x = self.packing.dequantize(rows, scales, self.dtype)
         if begin < FIRST:
             few = min(end, FIRST) - begin
@@ -329,9 +329,9 @@ class KVCache:
             return keys.to(self.dtype), values.to(self.dtype)
         return self._rotated("key", layer, begin, end), self._rotated("value", layer, begin, end)
 
-    def _here(self, name: str, layer: int, begin: int, end: int) -> Tensor:
+    def _here(self, name: str, layer: int, begin: int, end: int, heads: slice = slice(None)) -> Tensor:
         """Rows of one array on `device`: a view of it where it lies there."""
-        return self._storage[name][layer, :, :, begin:end].to(self.device)
+        return self._storage[name][layer, :, heads, begin:end].to(self.device)
 
     def _compiled(self, q: Tensor, sparse: Sparse | None) -> bool:
         """Whether the CPU kernel for many queries runs for this cache's layout, too."""

@@ -3,7 +3,8 @@ or plain text.
 
 A document is data. Whatever it contains, `<|im_end|>` included, reaches the model as ordinary text, so that it
 cannot end the user's turn and speak as the system. Where no message holds such a string the ids are exactly
-those of transformers' `apply_chat_template`.
+those of transformers' `apply_chat_template` with `enable_thinking=False`; but instructions that a template has no place
+for stand before the first question.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jinja2
@@ -30,6 +31,7 @@ Messages = list[dict[str, Any]]
 ROLES = ("system", "user", "assistant", "exec", "tool")
 # Two noncharacters of Unicode: they mark control strings inside contents while the template works on the real text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+SYSTEM_PROBE = "instructions-7f3a91"
 
 # XVERSE's format as a Jinja template, for files that go to other engines. Our own code builds the prompt itself,
 # which also keeps what a document says apart from the end tokens.
@@ -136,25 +138,35 @@ class ChatFormat:
         self, messages: Messages, add_generation_prompt: bool, tools: list[dict[str, Any]] | None = None
     ) -> str:
         turns = [message | {"role": "tool" if message["role"] == "exec" else message["role"]} for message in messages]
-        # Hybrid models (Qwen3) answer at once: limits are for answers, and citations are looked for in them.
-        more = {"tools": tools, "documents": None, "enable_thinking": False, **self.tokenizer.special_tokens}
-        joined = _joined_system(turns)  # for templates that know no system role: Mistral's first ones
+        if turns[0]["role"] == "system" and self._lacks_system_role:
+            turns = _joined(turns)
         try:
-            try:
-                text = self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **more)
-            except jinja2.exceptions.TemplateError:
-                if joined is None:
-                    raise
-                return self._template.render(messages=joined, add_generation_prompt=add_generation_prompt, **more)
-            if joined is not None and _beginning(turns[0]["content"]) not in text:  # left out without a word
-                return self._template.render(messages=joined, add_generation_prompt=add_generation_prompt, **more)
-            return text
+            return self._fill(turns, add_generation_prompt, tools)
         except RecursionError:
             raise UserError(
                 "The model's chat template calls itself without end: take the files of another source."
             ) from None
         except (jinja2.exceptions.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"The model's chat template refuses this conversation: {error}.") from None
+
+    def _fill(self, turns: Messages, add_generation_prompt: bool, tools: list[dict[str, Any]] | None) -> str:
+        return self._template.render(
+            messages=turns,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,  # hybrid models (Qwen3) answer at once: limits are for answers
+            **self.tokenizer.special_tokens,
+        )
+
+    @cached_property
+    def _lacks_system_role(self) -> bool:
+        """Whether the template refuses a system message, as Mistral's first ones do, or leaves it out."""
+        probe = [{"role": "system", "content": SYSTEM_PROBE}, {"role": "user", "content": "?"}]
+        try:
+            return SYSTEM_PROBE not in self._fill(probe, True, None)
+        except (jinja2.exceptions.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError):
+            return True
 
     def _turns(self, messages: Messages, add_generation_prompt: bool) -> list[str]:
         """Texts between which XVERSE's format has an end token (a plain prompt is one text)."""
@@ -178,17 +190,12 @@ class ChatFormat:
         return turns
 
 
-def _joined_system(messages: Messages) -> Messages | None:
-    """The conversation with its system message put before the user's first; None where it does not begin so."""
-    if [message["role"] for message in messages[:2]] != ["system", "user"] or not messages[0]["content"].strip():
-        return None
-    first = messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return [first, *messages[2:]]
-
-
-def _beginning(text: str) -> str:
-    """Enough of a text to tell whether it is in a prompt, however its lines and ends are treated there."""
-    return text.split()[0][:40]
+def _joined(messages: Messages) -> Messages:
+    """The conversation with its system message put before the user's first, where that comes next."""
+    if [message["role"] for message in messages[1:2]] != ["user"]:
+        return messages
+    system, first = messages[0]["content"], messages[1]["content"]
+    return [messages[1] | {"content": f"{system}\n\n{first}" if system.strip() else first}, *messages[2:]]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -164,6 +164,8 @@ def open_model(model: str, on_progress: Progress | None = None) -> Opened:
             path = converted.folder
             config, tokenizer, tensors = converted.config, Tokenizer.from_folder(path), TensorFolder(path)
         config, release, more = releases.complete(config, name)
+        if not releases.states_rope(config):  # an XVERSE that is no known release
+            more.append(f"{name} states no RoPE base, and is no release that is known: 10,000 is used.")
     else:
         config, release, more = releases.complete(read_config(path), name)
         NetworkConfig.from_dict(config)  # a foreign architecture is said before anything else of the folder is read

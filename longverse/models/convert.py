@@ -120,6 +120,11 @@ def dequantised(source: Opened, dtype: torch.dtype) -> Stream:
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
+def _replaceable(folder: Path) -> bool:
+    """Whether a folder is empty and may be renamed over: no mount, and not the one we are in."""
+    return folder.is_dir() and not any(folder.iterdir()) and not folder.is_mount() and not folder.samefile(Path.cwd())
+
+
 def write_folder(
     source: Opened,
     target: Path,
@@ -142,7 +147,7 @@ def write_folder(
     approve   looks at the finished folder before it takes its name, and raises where it is wrong
     """
     target = expand(target)
-    if target.exists() or target.is_symlink():  # an empty folder too: it may be a mount, which no renaming replaces
+    if target.is_symlink() or (target.exists() and not _replaceable(target)):
         raise UserError(f"{target} exists already: give another folder, or delete it first.")
     need = sum(info.nbytes for info in infos.values())
     home = target.absolute().parent

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .gguf import GgufModel
     from .tokenizer import Tokenizer
 
-CONVERTER = 2  # raise it when a conversion would come out otherwise: old results are then left alone
+CONVERTER = 3  # raise it when a conversion would come out otherwise: old results are then left alone
 MARKER = "longverse.json"
 DAY = 86400.0  # seconds
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def download(hub_id: str, on_progress: Progress | None = None) -> Path:
         # One question first: unlike the downloads it does not retry for half a minute where there is no network.
         listing = HfApi().model_info(hub_id, timeout=20).siblings or []
         names = [file.rfilename for file in listing]
-        _check_before(hub_id, names)
+        if names and "adapter_config.json" not in names:  # an adapter is small, and its base is checked in its turn
+            _check_before(hub_id, names)
+        names = [name for name in names if not any(fnmatch(name, pattern) for pattern in UNREAD)]
         weights = SAFETENSORS if any(name.endswith(".safetensors") for name in names) else BIN
         wanted: Any = {"allow_patterns": SMALL + weights, "tqdm_class": _reporter(on_progress)}
         # config.json last: a folder that has it was not broken off.
@@ -127,7 +130,7 @@ def _check_before(hub_id: str, names: list[str]) -> None:
         if name not in names:
             raise UserError(f"{hub_id} has no {name}, without which it cannot be read here: choose another copy of it.")
     with tempfile.TemporaryDirectory() as folder:  # not the cache, where a config says that a download was complete
-        config = read_json(Path(hf_hub_download(hub_id, "config.json", local_dir=folder)))
+        config = read_json(Path(hf_hub_download(hub_id, "config.json", local_dir=folder, tqdm_class=_reporter(None))))
     try:
         config = complete(config, hub_id)[0]
         NetworkConfig.from_dict(config)

@@ -224,31 +224,31 @@ class Tokenizer:
         )
 
     def lacking(self, embeddings: int) -> list[int]:
-        """Ids that a model of so many embeddings cannot read and that are no mere additions: of the vocabulary itself,
-        the begin token and the end tokens."""
+        """Ids that a model of so many embeddings cannot read and cannot do without: of the vocabulary itself, a begin
+        token that is written, and the end tokens where it has none of them."""
         ids = set(self.backend.get_vocab(with_added_tokens=False).values()) - {*self.backend.get_added_tokens_decoder()}
-        ids |= self.eos_ids | (set() if self.bos_id is None else {self.bos_id})
+        if self.add_bos and self.bos_id is not None:
+            ids.add(self.bos_id)
+        if self.eos_ids and min(self.eos_ids) >= embeddings:
+            ids |= self.eos_ids
         return sorted(n for n in ids if n >= embeddings)
 
     def within(self, embeddings: int) -> Tokenizer:
         """The same without the added tokens that a model of so many embeddings has none for (Llama 2's first files have
         such a pad token); itself where there are none. Their strings are then ordinary text."""
         surplus = [n for n in self.backend.get_added_tokens_decoder() if n >= embeddings]
-        if not surplus:
+        if not surplus and all(n < embeddings for n in self.eos_ids):
             return self
         state = json.loads(self.backend.to_str(pretty=False))
         state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < embeddings]
         backend = tokenizers.Tokenizer.from_str(json.dumps(state))
         texts = {self.backend.id_to_token(n) for n in surplus}
-        one = len(surplus) == 1
-        note = (
-            f"The tokenizer's {', '.join(sorted(map(str, texts)))} {'has' if one else 'have'} no embedding in the model"
-            f" and {'is' if one else 'are'} left out."
-        )
+        left_out = [*sorted(map(str, texts)), *(f"end token {n:,}" for n in sorted(self.eos_ids) if n >= embeddings)]
+        note = f"Without an embedding in the model, and left out of the tokenizer: {', '.join(left_out)}."
         return Tokenizer(
             backend,
-            bos_id=self.bos_id,
-            eos_ids=self.eos_ids,
+            bos_id=None if self.bos_id is not None and self.bos_id >= embeddings else self.bos_id,
+            eos_ids=[n for n in self.eos_ids if n < embeddings],
             pad_id=None if self.pad_id in surplus else self.pad_id,
             chat_template=self.chat_template,
             add_bos=self.add_bos,

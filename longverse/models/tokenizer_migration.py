@@ -153,10 +153,12 @@ def add_stated(
     """Add the tokens that tokenizer_config.json (or the older added_tokens.json) states and tokenizer.json does not, as
     transformers does, in the order of their ids. Returns notes on ids that come out otherwise than stated."""
     stated: dict[int, AddedToken] = {}
-    for text, token_id in older.items():
-        if isinstance(token_id, int):
-            stated[token_id] = AddedToken(text, special=text in named, normalized=False)
     decoder = settings.get("added_tokens_decoder")
+    more = settings.get("additional_special_tokens")
+    special = named | {text for text in more if isinstance(text, str)} if isinstance(more, list) else named
+    for text, token_id in older.items() if decoder is None else ():
+        if isinstance(token_id, int):
+            stated[token_id] = AddedToken(text, special=text in special, normalized=text not in special)
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
         if str(number).isdigit() and isinstance(token, dict) and isinstance(token.get("content"), str):
             flags = {key: bool(token[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in token}

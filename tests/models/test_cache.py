@@ -295,3 +295,19 @@ def test_keys_of_one_head_are_those_of_all(format: str) -> None:
     for head in range(3):
         one = run.cache.keys_of(1, 5, FIRST + RECENT + 80, slice(head, head + 1))
         assert torch.equal(one, everything[:, head : head + 1])
+
+
+def test_a_broken_pass_at_the_mark_leaves_the_ring_as_it_was() -> None:
+    """A Ctrl-C in the first chunk of a question: the mark holds, and is not made anew of what was half written."""
+    end = FIRST + RECENT + 40
+    run = Run("int8", 1, 2, 64, end + 100, torch.float32)
+    run.read(end)
+    cache = run.cache
+    cache.mark()
+    before = {name: array.clone() for name, array in cache.storage().items() if name.startswith("recent")}
+    cache.attend(0, run.q[0, :, :, end : end + 60], run.k[0, :, :, end : end + 60], run.v[0, :, :, end : end + 60])
+    cache.truncate(end)  # the second layer never came
+    cache.mark()
+    assert all(torch.equal(cache.storage()[name], array) for name, array in before.items())
+    cache.truncate(end)
+    assert cache.spans(end)[2] == end - RECENT

@@ -265,10 +265,10 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 def test_a_template_without_a_system_role_gets_it_with_the_first_question(template: str) -> None:
     """Refused or left out without a word: either way the instructions would be lost."""
     tokenizer = Tokenizer(byte_level(), bos_id=1, eos_ids=[2], chat_template=template)
-    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    talk = [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "You may park here. Why?"}]
     form = ChatFormat("template", tokenizer)
-    assert form.render(talk).endswith("[INST] Be brief.\n\nWhy? [/INST]")
-    assert tokenizer.decode(form.encode(talk)) == "[INST] Be brief.\n\nWhy? [/INST]"
+    assert form.render(talk).endswith("[INST] You are brief.\n\nYou may park here. Why? [/INST]")
+    assert tokenizer.decode(form.encode(talk)) == "[INST] You are brief.\n\nYou may park here. Why? [/INST]"
     with pytest.raises(UserError, match="must alternate"):
         form.render([*talk, {"role": "user", "content": "Again?"}])
 

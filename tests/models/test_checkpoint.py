@@ -495,7 +495,7 @@ def test_a_pad_token_without_an_embedding_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     loaded = load(str(tmp_path), dtype="float32")
     assert loaded.tokenizer.pad_id is None
-    assert any("<|later|> has no embedding" in note for note in loaded.notes)
+    assert any("left out of the tokenizer: <|later|>" in note for note in loaded.notes)
 
 
 def test_a_gguf_tokenizer_that_cannot_be_read_is_said_before_anything_is_converted(
@@ -515,3 +515,16 @@ def test_a_gguf_tokenizer_that_cannot_be_read_is_said_before_anything_is_convert
     with pytest.raises(UserError, match="unknown pre-tokenizer"):
         load(str(gguf), on_progress=lambda done, total: steps.append(done))
     assert not steps
+
+
+def test_an_xverse_file_of_no_known_release_says_which_base_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gguf: Path
+) -> None:
+    from longverse.models import gguf as module
+
+    silent = FakeGguf(tmp_path / "silent")
+    silent.config = {k: v for k, v in tiny_config("xverse").items() if k != "rope_theta"} | {"rope_parameters": None}
+    monkeypatch.setattr(module, "read_gguf", lambda path: silent)
+    loaded = load(str(gguf), dtype="float32")
+    assert loaded.network.config.rope.theta == 10_000
+    assert any("states no RoPE base" in note for note in loaded.notes)

@@ -200,16 +200,19 @@ def test_convert_changes_the_type(tmp_path: Path) -> None:
         convert(str(tmp_path / "m"), tmp_path / "other", dtype="int3")
 
 
-@pytest.mark.parametrize("how", ["exists", "empty", "no parent", "small disk", "full disk", "cancelled"])
+@pytest.mark.parametrize("how", ["exists", "link", "no parent", "small disk", "full disk", "cancelled"])
 def test_a_conversion_that_cannot_be_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     save_folder(tmp_path / "m")
     target = tmp_path / "out"
     says, kind = "^$", UserError
     cancelled = None
-    if how in ("exists", "empty"):
+    if how == "exists":
         target.mkdir()
-        if how == "exists":
-            (target / "mine").write_text("precious")
+        (target / "mine").write_text("precious")
+        says = "exists already"
+    elif how == "link":  # to an empty folder: no renaming replaces it
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / "elsewhere")
         says = "exists already"
     elif how == "no parent":
         target, says = tmp_path / "a" / "b", "is no folder"

@@ -201,3 +201,14 @@ def test_a_gated_model_says_what_to_do(server: ThreadingHTTPServer, tmp_path: Pa
 def test_what_counts_as_a_hub_id() -> None:
     assert is_hub_id("xverse/XVERSE-13B-256K")
     assert not any(map(is_hub_id, ("smol", "a/b/c", "/a/b", "./a", "a/", "a b/c")))
+
+
+def test_an_adapter_of_the_hub_needs_no_config_of_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    info = type("Info", (), {"siblings": [type("File", (), {"rfilename": name}) for name in names]})
+    monkeypatch.setattr(hub, "cached", lambda hub_id: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    assert hub.download("someone/lora") == tmp_path

@@ -317,4 +317,7 @@ def test_added_tokens_without_an_embedding_are_left_out() -> None:
     assert max(less.encode("a<pad>b", special=True)) < size
     assert less.decode(less.encode("a<pad>b", special=True)) == "a<pad>b"
     assert Tokenizer(backend, eos_ids=[size]).lacking(size) == [size]
+    some = Tokenizer(byte_level(), eos_ids=[2, size + 7])  # an end token that cannot come
+    assert not some.lacking(size)
+    assert some.within(size).eos_ids == {2}
     assert whole.lacking(50)[0] == 50
