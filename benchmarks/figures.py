@@ -390,6 +390,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "kv_quality": kv_quality,
     "sparse_quality": sparse_quality,
     "sparse_quality_32k": lambda chinese: sparse_quality(chinese, "sparse_quality_32k"),
+    "sparse_quality_32k_needles": lambda chinese: sparse_quality(chinese, "sparse_quality_32k_needles"),
     "sparse_quality_64k": lambda chinese: sparse_quality(chinese, "sparse_quality_64k"),
     "sparse_quality_64k_needles": lambda chinese: sparse_quality(chinese, "sparse_quality_64k_needles"),
     "pages_lengths": pages_lengths,
