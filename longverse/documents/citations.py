@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..wording import NOT_STATED
-from .words import Index, can_answer, groups, is_han, names, normalise, sentences, terms
+from .words import Index, can_answer, groups, has_another_name, is_han, names, normalise, sentences, terms
 
 REPAIRED = 0.8  # least likeness (difflib's ratio) of a quotation with slips
 SUPPORTED = 0.75  # least share of an answer's own words that its passage must hold
@@ -237,7 +237,11 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
         citation,
         {
             "asked": share,  # of the question's words in the passage and its headings
-            "strangers": float(len(names(question) - index.around(place)) + sum(is_han(g[0]) for g in elsewhere)),
+            "strangers": float(
+                len(names(question) - index.around(place))
+                + sum(is_han(g[0]) for g in elsewhere)
+                + has_another_name(question, " \n ".join((*paragraph.heading, paragraph.text)))
+            ),
             "answer": index.coverage(own - asked, held),  # share of what the answer adds
             "verified": float(status != "unverified"),
             "elsewhere": float(len(elsewhere)),

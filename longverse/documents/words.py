@@ -30,6 +30,7 @@ STOP = frozenset(_STOP.split())
 # Grammar: a pair with one of them says little.
 _STOP_HAN = frozenset("的了是在有和与及或于为以之其这那此被把将也都就还又很对从到由而并且但")
 _MEASURES = "个座支条所家名位间件台辆份张种本片项处口"  # what Chinese counts in
+_NAME_ENDS = "号市县区路街桥村镇乡省河湖山寺校院店厂局社馆楼塔站港岛"  # of ships, places, houses
 _ASKING_HAN = re.compile(
     "什么时候|为什么|什么|多少(?:名(?![额称字])|[个位座份件](?![位置数额谈税性])|辆|台)?|哪[里家个些位种年]?|谁|怎么样?|怎样|如何|是否|请问|几[个年月]|吗|呢|何[时地种处]"
 )
@@ -205,6 +206,19 @@ def names(text: str) -> set[str]:
             if capital.start() and capital.group()[0].isupper():
                 found.update(terms(capital.group()))
     return found
+
+
+def has_another_name(question: str, passage: str) -> bool:
+    """Whether a passage has a Chinese name of the question with other characters in it: the freighter 货轮博辉号 for
+    货轮博丰号. Chinese marks no names; these are told by what such names end with, and by the two characters before."""
+    asked, said = _ASKING_HAN.sub(" ", normalise(question)), normalise(passage)
+    for run in _HAN_RUN.findall(asked):
+        for name in re.finditer(rf"(?=(.{{2}})(.{{1,3}})([{_NAME_ENDS}]))", run):
+            before, own, end = name.groups()
+            other = rf"{before}[{HAN}]{{{len(own)}}}{end}"
+            if own + end not in said and not set(own) & _STOP_HAN and re.search(other, said):
+                return True
+    return False
 
 
 def sentences(text: str) -> list[tuple[int, int]]:

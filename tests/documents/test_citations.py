@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from longverse.documents.citations import Attended, Cited, cite, match_quote, without_references
 from longverse.documents.reader import Document, decode
 from longverse.documents.report import generate_report, unanswerable
-from longverse.documents.words import Index, can_answer, groups, names, sentences, terms
+from longverse.documents.words import Index, can_answer, groups, has_another_name, names, sentences, terms
 
 CURATOR = "The curator of the Denton museum is Delia Mitchell"
 WHO = "Who is the curator of the Denton museum?"
@@ -336,6 +336,32 @@ def test_common_words_and_the_sentence_before_are_no_strangers() -> None:
         result = cite(question, answer, index, Attended([{place: 0.5}], [0], -0.02))
         assert result.found
         assert result.citations[0].text == answer
+
+
+@pytest.mark.parametrize(
+    ("question", "passage", "another"),
+    [
+        ("货轮博丰号的船身漆成什么颜色？", "货轮博辉号的船身漆成浅蓝色。", True),
+        ("货轮嘉禾号运送什么？", "货轮启锦号运送茶叶。", True),
+        ("学校体育馆何时建成？", "学校图书馆于1990年建成。", True),
+        ("货轮博丰号的船身漆成什么颜色？", "货轮博丰号的船身漆成浅蓝色。", False),
+        ("货轮博丰号由谁指挥？", "货轮博辉号的姊妹船博丰号由关明指挥。", False),
+        ("公司总部设在哪座城市？", "公司总部位于张家港市。", False),
+        ("学校的图书馆有多少册书？", "学校图书馆藏书3万册。", False),
+        ("目前清坪农场种植什么作物？", "清坪农场目前种植向日葵。", False),
+        ("Who is the captain of the Aurora?", "The captain of the Boreas is Ann.", False),  # by names() there
+    ],
+)
+def test_a_chinese_name_with_other_characters_is_another_name(question: str, passage: str, another: bool) -> None:
+    assert has_another_name(question, passage) is another
+
+
+def test_a_passage_about_another_ship_answers_nothing() -> None:
+    """The ship that is asked for stands nowhere: none of its words is told elsewhere."""
+    said = "货轮博辉号的船身漆成浅蓝色。"
+    index = Index([decode(f"{said}\n\n石山农场种植小麦。".encode(), "r.md")])
+    for question, found in (("货轮博辉号的船身漆成什么颜色？", True), ("货轮博丰号的船身漆成什么颜色？", False)):
+        assert cite(question, said, index, Attended([{0: 0.5}], [0], -0.02)).found is found
 
 
 def test_questions_without_words_of_their_own_are_not_refused(index: Index) -> None:
