@@ -63,7 +63,7 @@ class Model:
     def session(self, tokens: int) -> Session:
         """A bare session of the engine, planned for `tokens`, with this model's attention and cache. UserError where
         the memory does not suffice."""
-        check_fits(self.engine, tokens, self.cache)
+        check_fits(self.engine, tokens, self.cache, self.attention)
         return self.engine.session(tokens, attention=self.attention, cache=self.cache)
 
 

@@ -63,12 +63,12 @@ def written_with(engine: Engine, shape: Shape, form: str) -> str:
     return form if rounded == "full" else f"rounded {rounded}"
 
 
-def check_fits(engine: Engine, tokens: int, cache: str) -> None:
+def check_fits(engine: Engine, tokens: int, cache: str, attention: str = "exact") -> None:
     """UserError where a cache of this format for `tokens` tokens does not fit what is free."""
     needs, free = requirements(engine, tokens)
     if needs.get(cache, 0.0) > free:
+        smaller = "" if attention == "pages" or cache == "int4" else "take a smaller cache (int8, int4), "
         raise UserError(
             f"{tokens:,} tokens need {gigabytes(needs[cache])} of memory with {engine.name} (cache: {cache}), and"
-            f" {gigabytes(free)} are free: take a smaller cache (int8, int4), give a shorter document, or close other"
-            " programs."
+            f" {gigabytes(free)} are free: {smaller}give a shorter document or close other programs."
         )
