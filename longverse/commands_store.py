@@ -370,6 +370,8 @@ def cache_needs(engine: Engine, tokens: int, attention: str) -> dict[str, tuple[
 def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exact", *, quiet: bool = False) -> str:
     """`cache`, or for auto the most precise format that the free memory holds. UserError where none or the given one
     does not fit: before any work, and in one sentence."""
+    from .inference.memory import too_little
+
     found = cache_needs(engine, tokens, attention)
     needs, free = {form: need for form, (need, _) in found.items()}, next(iter(found.values()))[1]
     if cache != "auto" and cache not in needs:
@@ -380,12 +382,8 @@ def choose_cache(engine: Engine, tokens: int, cache: str, attention: str = "exac
     if form is None or needs[form] > free:
         least = min(needs.items(), key=lambda item: item[1])
         ways = [] if form is None or needs[least[0]] > free else [f"take --cache {least[0]} ({gigabytes(least[1])})"]
-        ways += ["give a shorter document", "close other programs"]
         form = form or least[0]
-        raise UserError(
-            f"{tokens:,} tokens need {gigabytes(needs[form])} of memory with {engine.name} (cache: {form}), and"
-            f" {gigabytes(free)} are free: {', '.join(ways[:-1])} or {ways[-1]}."
-        )
+        raise too_little(engine, tokens, form, needs[form], free, ways)
     if cache == "auto" and form != "full":
         console.note(
             f"A full cache would need {gigabytes(needs['full'])} and {gigabytes(free)} are free: the cache is {form}.",

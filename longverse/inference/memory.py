@@ -67,8 +67,14 @@ def check_fits(engine: Engine, tokens: int, cache: str, attention: str = "exact"
     """UserError where a cache of this format for `tokens` tokens does not fit what is free."""
     needs, free = requirements(engine, tokens)
     if needs.get(cache, 0.0) > free:
-        smaller = "" if attention == "pages" or cache == "int4" else "take a smaller cache (int8, int4), "
-        raise UserError(
-            f"{tokens:,} tokens need {gigabytes(needs[cache])} of memory with {engine.name} (cache: {cache}), and"
-            f" {gigabytes(free)} are free: {smaller}give a shorter document or close other programs."
-        )
+        smaller = [] if attention == "pages" or cache == "int4" else ["take a smaller cache (int8, int4)"]
+        raise too_little(engine, tokens, cache, needs[cache], free, smaller)
+
+
+def too_little(engine: Engine, tokens: int, cache: str, need: float, free: float, ways: list[str]) -> UserError:
+    """The sentence where `tokens` tokens need more bytes than are free; `ways` out come before the usual ones."""
+    ways = [*ways, "give a shorter document"]
+    return UserError(
+        f"{tokens:,} tokens need {gigabytes(need)} of memory with {engine.name} (cache: {cache}), and"
+        f" {gigabytes(free)} are free: {', '.join(ways)} or close other programs."
+    )
