@@ -80,9 +80,12 @@ def chat(
         str | None, typer.Option("--system", help="Instructions that stand before the conversation.")
     ] = None,
     attention: commands_store.Attention = "auto",
+    keep: commands_store.Keep = False,
     quiet: Quiet = False,
 ) -> None:
     """Talk with a model, turn by turn; /help lists the commands inside.
+
+    Documents are read as `longverse ask` reads them, and answers from them are checked and cited like its own.
 
     [bold]Examples[/bold]
 
@@ -101,7 +104,7 @@ def chat(
     documents = read_documents(files, quiet=quiet) if files else []
     settings = drawing.sampling()
     engine = loading.engine(quiet)
-    Chat(engine, settings, system=system, attention=attention, quiet=quiet).run(documents)
+    Chat(engine, settings, system=system, attention=attention, keep=keep, quiet=quiet).run(documents)
 
 
 @app.command()

@@ -16,20 +16,21 @@ import typer
 
 from . import commands_cite, console
 from .commands_common import AsJson, Drawing, Loading, Quiet, with_options
-from .commands_store import PAST_THE_WINDOW, Attention, CacheFormat, check_attention, choose_cache
+from .commands_store import PAST_THE_WINDOW, Attention, CacheFormat, Keep, check_attention, choose_cache
 from .errors import UserError
 
 if TYPE_CHECKING:
     from .documents.ask import Prompts
     from .documents.citations import Cited
     from .documents.reader import Document
-    from .inference.engine import Engine, Session
+    from .inference.engine import Cancelled, Engine, Session
     from .inference.sampling import Sampling
 
 DOCUMENTS = frozenset(
     ("pdf", "docx", "doc", "epub", "html", "htm", "md", "txt", "csv", "tsv", "json", "xml", "rtf", "odt")
 )
 
+LONG = 20.0  # seconds of reading after which it is said how not to pay them again
 Cite = Annotated[
     str,
     typer.Option(
@@ -57,6 +58,7 @@ def ask(
     system: Annotated[str | None, typer.Option("--system", help="Other instructions than the built-in ones.")] = None,
     cache: CacheFormat = "auto",
     attention: Attention = "auto",
+    keep: Keep = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -70,6 +72,8 @@ def ask(
     longverse ask report.pdf "Who is the chair?" "What did the audit cost?"
 
     longverse ask contract.docx annex.docx "When does it end?" --json
+
+    longverse ask book.epub "Who is the captain?" --keep      # the next questions start at once
 
     longverse ask library/ "Which river is the longest?" --select
 
@@ -98,11 +102,13 @@ def ask(
             limited=attention not in PAST_THE_WINDOW,
         )  # fmt: skip
         read = []
-    session = open_session(engine, documents, prompts, attention=attention, cache=cache, quiet=quiet)
+    session = open_session(engine, documents, prompts, attention=attention, cache=cache, keep=keep, quiet=quiet)
+    reading = 0.0  # seconds, of the first question
     for number, question in enumerate(prompts.questions):
         if not as_json and len(asked) > 1:
             console.out().print(console.Text(("\n" if number else "") + question, style="bold"))
         text, cited = answer(session, prompts, number, settings, way=way, shown=not as_json, quiet=quiet)
+        reading = reading or session.stats.prefill_seconds
         if as_json:
             record: dict[str, object] = {"question": question, "answer": text, "model": engine.name}
             record |= {"document": _about(documents[0]), "documents": [_about(document) for document in documents]}
@@ -115,10 +121,15 @@ def ask(
         if cited is not None:
             commands_cite.show(cited, several=len(documents) > 1)
         console.note(console.figures(session.stats), quiet=quiet)
+    if reading > LONG and session.boundary and session.stats.cache_home == "device" and not as_json:
+        console.note(
+            f"It read for {console.duration(reading)}, which is forgotten now: with --keep the next question starts at"
+            " once.", quiet=quiet,
+        )  # fmt: skip
 
 
 def open_session(
-    engine: Engine, documents: list[Document], prompts: Prompts, *, attention: str, cache: str, quiet: bool
+    engine: Engine, documents: list[Document], prompts: Prompts, *, attention: str, cache: str, keep: bool, quiet: bool
 ) -> Session:
     """The session that will answer. What it returns has Session's surface: stream, complete, stats, tokens.
 
@@ -126,17 +137,20 @@ def open_session(
     """
     from .commands_store import open_kept
 
-    return open_kept(engine, prompts, attention=attention, cache=cache, quiet=quiet)
+    return open_kept(engine, prompts, attention=attention, cache=cache, keep=keep, quiet=quiet)
 
 
 def answer(
-    session: Session, prompts: Prompts, number: int, settings: Sampling, *, way: str, shown: bool, quiet: bool
-) -> tuple[str, Cited | None]:
-    """Answer one question: the text to give out, and its citations unless `way` is off.
+    session: Session, prompts: Prompts, number: int, settings: Sampling, *, way: str, shown: bool, quiet: bool,
+    cancelled: Cancelled | None = None, ids: list[int] | None = None,
+) -> tuple[str, Cited | None]:  # fmt: skip
+    """Answer one question: the text to give out, and its citations unless `way` is off or it was cancelled.
 
     With `shown` the answer appears as it is written, and where its passage says something else, that stands below it.
     Where the words of the question already make it doubtful that the document answers it, and where the model writes
     references, it waits for the check instead.
+
+    ids  takes the tokens that the model wrote
     """
     from .documents.ask import doubtful, not_found, without_words
     from .documents.citations import is_refusal
@@ -144,17 +158,22 @@ def answer(
 
     waits = way == "numbers" or (way != "off" and doubtful(prompts, number))
     name = prompts.documents[0].name if len(prompts.documents) == 1 else f"{len(prompts.documents)} documents"
-    text, ids = "", []  # type: ignore[var-annotated]
+    text = ""
+    ids = [] if ids is None else ids
     with console.Task(f"Reading {name}", quiet=quiet) as task:
-        for piece in session.stream(prompts.ids[number], settings, on_progress=task, ids=ids):
+        for piece in session.stream(prompts.ids[number], settings, on_progress=task, cancelled=cancelled, ids=ids):
             task.close()
             piece = piece if text else piece.lstrip()
             text += piece
             if shown and not waits:
                 console.write(piece)
     cited = None
+    if session.stats.finish_reason == "cancelled":
+        if shown and text:
+            console.write(f"{text}\n" if waits else "\n")
+        return text.strip(), None
     if way != "off" and text.strip():
-        cited = checked(session, prompts, number, text, ids, settings)
+        cited = checked(session, prompts, number, text, ids, settings, cancelled=cancelled)
         text = cited.answer if cited.found else not_found(prompts, number)
     elif way != "off":
         text = without_words(session, prompts, number)

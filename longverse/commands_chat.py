@@ -13,18 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import commands_cite, console
+from . import commands_ask, commands_cite, console
 from .commands_ask import read_documents
-from .commands_store import PAST_THE_WINDOW, cache_needs, choose_attention, choose_cache
+from .commands_store import PAST_THE_WINDOW, cache_needs, choose_attention, choose_cache, open_kept
 from .documents.reader import Document
 from .errors import UserError, expand
 
 if TYPE_CHECKING:
-    from .inference.engine import Engine, Session
+    from .documents.ask import Prompts
+    from .documents.words import Index
+    from .inference.engine import Cancelled, Engine, Session
     from .inference.sampling import Sampling
 
 HELP = """/read FILE   put a document, or a folder of them, before your next message
-/cite        show where the last answer stands in the documents; /cite on and /cite off for all answers
+/cite        show where the last answer stands in the documents; /cite off and /cite on: whether all answers are checked
 /tool TEXT   send TEXT as the result of a tool call, where the model's format knows them
 /system TEXT begin anew with these instructions
 /save FILE   write the conversation as Markdown
@@ -37,20 +39,24 @@ STEP = 4096  # tokens: a session is planned for a multiple of it, so that it sel
 
 
 class Chat:
-    """One conversation. `messages` are what the model sees; a document stands in the message it was read for."""
+    """One conversation. `messages` are what the model sees; a document stands in the message it was read for.
+
+    Documents stand as `ask` puts them, so that what `longverse read` kept is found; with `keep` their reading is kept.
+    """
 
     def __init__(
         self, engine: Engine, sampling: Sampling, *, system: str | None = None, attention: str = "auto",
-        quiet: bool = False,
+        keep: bool = False, quiet: bool = False,
     ) -> None:  # fmt: skip
         self.engine, self.sampling, self.system, self.quiet = engine, sampling, system, quiet
-        self.attention = attention
+        self.attention, self.keep = attention, keep
         self.interactive = sys.stdin.isatty()
         self.session: Session | None = None
         self.messages: list[dict[str, str]] = []
         self.waiting: list[Document] = []  # they go with the next message
         self.read: list[Document] = []  # they stand in the conversation, in this order
-        self.citing = False
+        self.index: Index | None = None  # the words of `read`
+        self.citing = True
         self.last: tuple[list[int], list[int], str, str] | None = None  # prompt and answer ids, question, answer
         self.saved: set[Path] = set()  # files that hold this conversation, so that /save may write them again
         self.reset()
@@ -58,7 +64,7 @@ class Chat:
     def reset(self) -> None:
         """Forget the turns, the documents and where they were saved."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self.waiting, self.read, self.last = [], [], None
+        self.waiting, self.read, self.index, self.last = [], [], None, None
         self.saved = set()
         self.session = None  # another conversation may want another attention and room
 
@@ -207,7 +213,7 @@ class Chat:
         """Keep documents for the next message; refused when they cannot fit with an answer."""
         waiting = [*self.waiting, *documents]
         what = documents[0].name if len(documents) == 1 else f"{len(documents)} documents"
-        self.fitting([*self.messages, {"role": "user", "content": self.with_documents("", waiting)}], what)
+        self.fitting(self.with_documents("", waiting), what)
         self.waiting = waiting
         for document in documents:
             pages = f", {document.pages:,} {document.unit}s" if document.unit and document.pages > 1 else ""
@@ -230,7 +236,7 @@ class Chat:
         """Show the passages that the last answer rests on, or do so for all answers from now on."""
         if what in ("on", "off"):
             self.citing = what == "on"
-            self.say("Every answer shows its passages." if self.citing else "Answers show no passages.")
+            self.say("Answers from documents are checked and cited." if self.citing else "Answers are not checked.")
             return
         if what:
             raise UserError(f"/cite takes on, off or nothing, not {what}.")
@@ -238,18 +244,14 @@ class Chat:
             raise UserError("There is no answer to cite yet: ask something first.")
         if not self.read:
             raise UserError("No document stands in this conversation: /read FILE puts one there.")
-        from .documents.ask import stripped
-        from .documents.citations import NOT_FOUND, cite
-        from .documents.evidence import attend_to
-        from .documents.words import Index
+        from .documents.ask import cited, not_found
 
         prompt, answer, question, text = self.last
-        index = Index(self.read)
-        attended = attend_to(self.session, prompt, answer, index)
-        cited = cite(question, text, index, stripped(self.session, attended, answer))
-        if not cited.found:
-            self.say(NOT_FOUND["zh" if any("\u4e00" <= character <= "\u9fff" for character in question) else "en"])
-        commands_cite.show(cited, several=len(self.read) > 1)
+        prompts = self.prompts(question, prompt, self.read)
+        found = cited(self.session, prompts, 0, text, answer)
+        if not found.found:
+            self.say(not_found(prompts, 0))
+        commands_cite.show(found, several=len(self.read) > 1)
 
     def save(self, target: Path) -> None:
         """Write the conversation as Markdown; only a file that holds an earlier state of it is written over."""
@@ -285,10 +287,40 @@ class Chat:
 
     # ---- answers ----------------------------------------------------------------------------------------
 
+    @property
+    def numbered(self) -> bool:
+        """Whether the model is shown numbered paragraphs, and cites by their numbers."""
+        from .documents.ask import way_for
+
+        return way_for(self.engine, "auto") == "numbers"
+
+    def with_documents(self, question: str, documents: Sequence[Document]) -> list[dict[str, str]]:
+        """The conversation with a question about documents that it had not: below the instructions of `longverse ask`
+        where it begins with them."""
+        from .documents.ask import text_of
+        from .wording import messages
+
+        earlier = sum(len(document.paragraphs) for document in self.read)
+        text = text_of(documents, numbered=self.numbered, after=earlier)
+        asking = messages(text, question, system=self.system, numbered=self.numbered)
+        return [*self.messages, asking[-1]] if self.turns(self.messages) else asking
+
+    def prompts(self, question: str, ids: list[int], documents: Sequence[Document]) -> Prompts:
+        """A question of this conversation, whose ids are the whole of it, as the check of an answer takes it."""
+        from .documents.ask import Prompts
+        from .documents.words import Index
+
+        if self.index is None or self.index.documents != tuple(documents):
+            self.index = Index(tuple(documents))
+        planned = len(ids) + self.sampling.max_new_tokens
+        follows = bool(self.turns(self.messages))
+        return Prompts(
+            (question,), (ids,), planned, tuple(documents), self.numbered, (None,), self.index, follows
+        )  # fmt: skip
+
     @staticmethod
-    def with_documents(text: str, documents: Sequence[Document]) -> str:
-        parts = [f"Document {document.name}:\n{document.text.strip()}" for document in documents]
-        return "\n\n".join([*parts, text])
+    def turns(messages: Sequence[dict[str, str]]) -> int:
+        return sum(message["role"] == "user" for message in messages)
 
     def fitting(self, messages: list[dict[str, str]], what: str) -> list[int]:
         """The prompt's ids. Raises UserError with the numbers when prompt and answer exceed the window and no attention
@@ -304,25 +336,34 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Send a message and stream the answer; a message that does not fit changes nothing."""
-        content = self.with_documents(text, self.waiting) if self.waiting else text
-        self.send([*self.messages, {"role": "user", "content": content}], text, self.waiting)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        self.send(self.with_documents(text, self.waiting) if self.waiting else messages, text, self.waiting)
 
     def send(self, messages: list[dict[str, str]], text: str, documents: list[Document]) -> None:
         """Stream the answer to `messages`, which become the conversation once there is one. `text` is what was asked
         and `documents` are those that come with it."""
         ids = self.fitting(messages, "this message")
-        session = self.session_for(len(ids) + self.sampling.max_new_tokens)
-        reply, written = "", []  # type: ignore[var-annotated]
+        read = [*self.read, *documents]
+        prompts = self.prompts(text, ids, read)
+        begins = prompts if read and self.turns(messages) == 1 else None
+        session = self.session_for(prompts.planned_tokens, begins)
         # The same seed for every turn would draw the same words again for the same question.
         seed = self.sampling.seed
         sampling = self.sampling if seed is None else replace(self.sampling, seed=(seed + len(messages)) % 2**63)
-        with console.interruptible() as stopped, console.Task("Reading", quiet=self.quiet) as task:
-            for piece in session.stream(ids, sampling, on_progress=task, cancelled=stopped, ids=written):
-                task.close()
-                piece = piece if reply else piece.lstrip()
-                reply += piece
-                console.write(piece)
-        console.write("" if reply.endswith("\n") else "\n")
+        written: list[int] = []
+        with console.interruptible() as stopped:
+            if read and self.citing and messages[-1]["role"] == "user":
+                from .documents.ask import with_stop
+
+                way = "numbers" if prompts.numbered else "attention"
+                reply, cited = commands_ask.answer(
+                    session, prompts, 0, with_stop(sampling, way, "auto"), way=way, shown=True, quiet=self.quiet,
+                    cancelled=stopped, ids=written,
+                )  # fmt: skip
+                if cited is not None:
+                    commands_cite.show(cited, several=len(read) > 1)
+            else:
+                reply = self.plain(session, ids, sampling, stopped, written)
         finish = session.stats.finish_reason
         if finish == "length":
             self.say(f"The answer was cut after {self.sampling.max_new_tokens:,} tokens; --max-new-tokens allows more.")
@@ -332,25 +373,45 @@ class Chat:
             console.note("The model answered nothing; the message was taken back.")
         if reply:
             self.messages = [*messages, {"role": "assistant", "content": reply.rstrip()}]
-            self.read = [*self.read, *documents]
+            self.read = read
             self.waiting = []
             self.last = (ids, written, text, reply.strip())
-            if self.citing and self.read:
-                self.cite("")
 
-    def session_for(self, tokens: int) -> Session:
-        """The running session while `tokens` fit its plan, else a roomier one that reads the conversation anew."""
+    def plain(
+        self, session: Session, ids: list[int], sampling: Sampling, stopped: Cancelled, written: list[int]
+    ) -> str:
+        """An answer that rests on no document, as the model writes it; its tokens are added to `written`."""
+        reply = ""
+        with console.Task("Reading", quiet=self.quiet) as task:
+            for piece in session.stream(ids, sampling, on_progress=task, cancelled=stopped, ids=written):
+                task.close()
+                piece = piece if reply else piece.lstrip()
+                reply += piece
+                console.write(piece)
+        console.write("" if reply.endswith("\n") else "\n")
+        return reply
+
+    def session_for(self, tokens: int, begins: Prompts | None = None) -> Session:
+        """The running session while `tokens` fit its plan, else a roomier one that reads the conversation anew.
+        `begins` is the question that it begins with, where documents stand before it: they may be kept on disk."""
         if self.session is None or self.session.planned_tokens < tokens:
             again = self.session is not None
             attention = choose_attention(self.engine, tokens, self.attention, quiet=self.quiet)
             planned = -(-2 * tokens // STEP) * STEP
+            if begins is not None and self.engine.network.config.rope.kind == "dynamic":
+                planned = tokens  # the base follows from the plan: as `longverse read` plans
             if attention != "pages":
                 planned = min(self.engine.window, planned)
             self.session = None  # its cache goes before the next one comes
             need, free = list(cache_needs(self.engine, planned, attention).values())[-1]  # of the smallest format
             planned = tokens if need > free else planned  # no room to grow, then
-            form = choose_cache(self.engine, planned, "auto", attention, quiet=self.quiet)
-            self.session = self.engine.session(planned, attention=attention, cache=form)
+            if begins is not None:
+                self.session = open_kept(
+                    self.engine, begins, attention=attention, keep=self.keep, room=planned, quiet=self.quiet
+                )
+            else:
+                form = choose_cache(self.engine, planned, "auto", attention, quiet=self.quiet)
+                self.session = self.engine.session(planned, attention=attention, cache=form)
             if again:
                 self.say(f"The conversation outgrew its plan; it is read anew, with room for {planned:,} tokens.")
         return self.session

@@ -111,7 +111,7 @@ def run(
     if document.words < WHOLE_WORDS and (line := whole(engine, length / document.words)) is not None:
         console.line(line)
     console.line("\nIn the browser: longverse serve, and open http://127.0.0.1:8000/")
-    console.line(f'Next: longverse ask {path} "{rows[-1].question}"')
+    console.line(f'Next: longverse ask {path} "{rows[-1].question}" --keep')
 
 
 def show(number: int, row: Row) -> None:
@@ -185,18 +185,13 @@ def totals(rows: list[Row], length: int, path: Path) -> None:
 
 def whole(engine: Engine, tokens_per_word: float) -> str | None:
     """A line on what WHOLE_WORDS words like these would take here; None where no rates are known."""
-    import torch
-
     from .commands_plan import predict
+    from .commands_store import unread
     from .inference.memory import requirements
     from .plan import say_bytes
 
     tokens = int(WHOLE_WORDS * tokens_per_word)
-
-    def nothing(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")  # only its plan is wanted
-
-    session = engine.session(tokens, attention="pages", allocate=nothing)
+    session = unread(engine, tokens, "pages")
     foreseen = predict(engine, session, tokens)
     if foreseen is None:
         return None

@@ -11,7 +11,7 @@ import typer
 
 from . import console
 from .commands_common import Loading, Quiet, with_options
-from .commands_store import library_limit
+from .commands_store import Keep, library_limit
 from .errors import UserError, expand
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def serve(
         float | None,
         typer.Option("--cache-memory", min=0.01, help="GiB for what was read; else 40% of free memory."),
     ] = None,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep what is read of documents on disk, as `longverse read` does.")
-    ] = False,
+    keep: Keep = False,
     slots: Annotated[int, typer.Option("--slots", min=1, max=64, help="Requests that take turns computing.")] = 4,
     queue: Annotated[int, typer.Option("--queue", min=0, max=10_000, help="Requests that may wait.")] = 64,
     answer_tokens: Annotated[

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .inference.store import Kept, Store
 
 PAST_THE_WINDOW = ("auto", "pages")  # attentions that may read more than the window
+Keep = Annotated[bool, typer.Option("--keep", help="Keep what is read of documents on disk, as `longverse read` does.")]
 CacheFormat = Annotated[
     str,
     typer.Option("--cache", help="Keys and values: full, int8, int4; auto is the most precise that the memory holds."),
@@ -234,25 +235,38 @@ def _ago(moment: float) -> str:
 
 
 def open_kept(
-    engine: Engine, prompts: Prompts, *, attention: str = "auto", cache: str = "auto", quiet: bool
-) -> Session:
+    engine: Engine, prompts: Prompts, *, attention: str = "auto", cache: str = "auto", keep: bool = False,
+    room: int = 0, quiet: bool,
+) -> Session:  # fmt: skip
     """The session that will answer `prompts`: over a kept reading where there is one, finishing or mending it where it
-    is not whole, else one that reads. Says in one line what is planned; UserError where the memory does not suffice."""
-    from .inference.store_keys import planned_length
+    is not whole; else one that reads, here and onto the disk with `keep`, or when it answers. Says in one line what is
+    planned; UserError where the memory does not suffice.
 
-    attention = choose_attention(engine, prompts.planned_tokens, attention, quiet=quiet)
+    room  tokens to plan for where that is more than `prompts` take, for turns to come
+    """
+    from .inference.store_keys import ROOM, planned_length
+
+    needed = max(room, prompts.planned_tokens)
+
+    attention = choose_attention(engine, needed, attention, quiet=quiet)
     end = document_end(engine, prompts)
-    if (beside := choose_beside(engine, prompts.planned_tokens, cache, attention, quiet=quiet)) is not None:
-        session = engine.session(prompts.planned_tokens, attention=attention, cache=beside, home="machine")
+    if (beside := choose_beside(engine, needed, cache, attention, quiet=quiet)) is not None:
+        if keep:
+            console.note("What lies in the machine's memory beside a card is not kept on disk.", quiet=quiet)
+        session = engine.session(needed, attention=attention, cache=beside, home="machine")
         session.boundary = end
         say_plan(engine, session, prompts.planned_tokens, quiet=quiet)
         return session
     if not end:  # every question has passages of its own
-        form = choose_cache(engine, prompts.planned_tokens, cache, attention, quiet=quiet)
-        session = engine.session(prompts.planned_tokens, attention=attention, cache=form)
+        if keep:
+            console.note("Passages of one question are not kept on disk.", quiet=quiet)
+        form = choose_cache(engine, needed, cache, attention, quiet=quiet)
+        session = engine.session(needed, attention=attention, cache=form)
         say_plan(engine, session, prompts.planned_tokens, quiet=quiet)
         return session
-    planned = planned_length(engine, end, prompts.planned_tokens, attention)
+    if keep:
+        needed = max(min(end + ROOM, engine.window), needed)
+    planned = planned_length(engine, end, needed, attention)
     store = open_store(library_limit(None))
     ids = prompts.ids[0]
     fitting = [form for form, (need, free) in cache_needs(engine, planned, attention).items() if need <= free]
@@ -272,18 +286,28 @@ def open_kept(
         form = choose_cache(engine, planned, cache, attention, quiet=quiet)
         found = store.find(engine, ids, planned, cache=form, attention=attention)
         held = 0 if found is None else len(found.tokens)
-    if held < end and store.folder_of(engine, ids[:end], planned, cache=form, attention=attention).is_dir():
+    kept_in = store.folder_of(engine, ids[:end], planned, cache=form, attention=attention)
+    reads = held < end and (keep or kept_in.is_dir())
+    if reads:
+        say_plan(engine, found or unread(engine, planned, attention, form), prompts.planned_tokens, quiet=quiet)
         found = None  # its files are written to now
         tell(store, quiet=quiet)
-        with console.Task(f"Reading {prompts.documents[0].name}", quiet=quiet) as task:
-            found = store.read(
-                engine, ids[:end], planned, name=", ".join(document.name for document in prompts.documents),
-                cache=form, attention=attention, must_keep=False, on_progress=task,
-            )  # fmt: skip
+        started = time.perf_counter()
+        try:
+            with console.Task(f"Reading {prompts.documents[0].name}", quiet=quiet) as task:
+                found = store.read(
+                    engine, ids[:end], planned, name=", ".join(document.name for document in prompts.documents),
+                    cache=form, attention=attention, must_keep=False, on_progress=task,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            console.note("Stopped. What was read is kept: the same command reads on from there.", quiet=quiet)
+            raise
+        console.note(f"Read {end - held:,} tokens in {console.duration(time.perf_counter() - started)}.", quiet=quiet)
     tell(store, quiet=quiet)
     session = found or engine.session(planned, attention=attention, cache=form)
     session.boundary = end
-    say_plan(engine, session, prompts.planned_tokens, quiet=quiet)
+    if not reads:
+        say_plan(engine, session, prompts.planned_tokens, quiet=quiet)
     return session
 
 
@@ -416,6 +440,16 @@ def choose_beside(engine: Engine, tokens: int, cache: str, attention: str, *, qu
         quiet=quiet,
     )
     return form
+
+
+def unread(engine: Engine, planned: int, attention: str, cache: str = "full") -> Session:
+    """A session of which only the plan is wanted: it takes no memory and reads nothing."""
+    import torch
+
+    def nothing(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return engine.session(planned, attention=attention, cache=cache, allocate=nothing)
 
 
 def say_plan(engine: Engine, session: Session, tokens: int, *, quiet: bool) -> None:

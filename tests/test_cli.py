@@ -348,9 +348,11 @@ def test_chat_over_a_pipe(
     run: Runner, tiny: str, document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = tmp_path / "talk.md"
-    turns = f'/help\n/stats\nHello \\\nthere\n"""\na\n/block\n"""\n/stats\n/save {saved}\n'
+    turns = f'/help\n/stats\n/cite off\nHello \\\nthere\n"""\na\n/block\n"""\n/stats\n/save {saved}\n'
     turns += f"/reset\n/save {saved}x\n/quit\nnever read\n"
-    code, out, err = piped(run, monkeypatch, turns, document, "--model", tiny, "-n", "4")
+    code, out, err = piped(
+        run, monkeypatch, turns, document, "--model", tiny, "-n", "4", "--temperature", "1", "--seed", "1"
+    )
     assert code == 0
     assert "/read FILE" in err
     assert "There is no answer yet." in err

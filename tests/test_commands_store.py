@@ -22,6 +22,7 @@ from longverse.documents.ask import prepare
 from longverse.documents.reader import decode
 from longverse.inference import memory
 from longverse.inference.engine import Engine, Session
+from longverse.inference.store import Store
 from longverse.models.chat import ChatFormat
 from longverse.models.quantize import quantize
 from longverse.models.tokenizer import Tokenizer
@@ -98,6 +99,48 @@ def test_ask_finds_what_was_read_and_answers_the_same(run: Runner, mill: str, ti
     again = json.loads(run("read", mill, "-m", tiny, "--json")[1])
     assert again["read_tokens"] == 0
     assert again["tokens"] == stats["reused_tokens"]
+
+
+def test_ask_keeps_where_it_is_told_to(run: Runner, mill: str, tiny: str, library: Path) -> None:
+    plain = ask(run, mill, tiny)
+    assert not [*library.glob("*/manifest.json")]
+    code, out, err = run("ask", mill, "Where?", "-m", tiny, "-n", "8", "--cite", "off", "--keep")
+    assert code == 0
+    assert out.strip() == str(plain["answer"]).strip()
+    lines = err.splitlines()
+    [plan] = [number for number, line in enumerate(lines) if line.startswith("Plan: ")]
+    [read] = [number for number, line in enumerate(lines) if line.startswith("Read ")]
+    assert plan < read
+    assert len([*library.glob("*/manifest.json")]) == 1
+    after = ask(run, mill, tiny, "--keep")
+    assert after["answer"] == plain["answer"]
+    assert after["stats"]["reused_tokens"] > 500  # type: ignore[index]
+    assert "nothing new to read" in run("read", mill, "-m", tiny)[1]  # it is the reading that `read` would keep
+    code, _, err = run("ask", mill, "Where is the mill?", "-m", tiny, "-n", "8", "--select", "--keep")
+    assert code == 0
+    assert "are not kept" in err
+
+
+def test_who_waited_long_is_told_how_to_keep(
+    run: Runner, mill: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longverse.commands_ask.LONG", 0.0)
+    told = "with --keep the next question starts at once"
+    assert told in run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--cite", "off")[2]
+    assert told not in run("ask", mill, "Where is the mill?", "-m", tiny, "-n", "4", "--select")[2]
+    run("read", mill, "-m", tiny)
+    monkeypatch.setattr("longverse.commands_ask.LONG", 5.0)
+    assert told not in run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--cite", "off")[2]
+
+
+def test_a_stopped_ask_keeps_what_it_read(run: Runner, mill: str, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(self: Store, *arguments: object, **more: object) -> Session:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "read", pressed)
+    code, out, err = run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--keep")
+    assert (code, out) == (130, "")
+    assert "the same command reads on from there" in err
 
 
 def test_the_plan_is_one_line_before_the_answer(run: Runner, mill: str, tiny: str) -> None:

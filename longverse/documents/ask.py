@@ -41,11 +41,11 @@ class Prompts:
         return self.made_index or Index(self.documents)
 
 
-def text_of(documents: Sequence[Document], *, numbered: bool = False) -> str:
+def text_of(documents: Sequence[Document], *, numbered: bool = False, after: int = 0) -> str:
     """What a prompt holds of documents: a single one as it is; several with their names. Numbers count the index's
-    places from 1 and stand before all paragraphs but headings."""
+    places, behind `after` earlier ones, and stand before all paragraphs but headings."""
     texts = []
-    number = 0
+    number = after
     for document in documents:
         if not numbered:
             texts.append(document.text.strip("\n"))

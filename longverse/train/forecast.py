@@ -134,20 +134,30 @@ def _pass(model: LossModel, row: Row) -> tuple[float, int]:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second that one processor does at best, 0 where that is not known: of a card by its name (bfloat16
-    only), of a CPU the product of two large matrices timed here with as many threads as there are."""
+    only), of a CPU the product of two large matrices timed here with as many threads as there are, in `dtype` or in
+    float32, whichever is faster."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = next((teraflops for card, teraflops in CARDS.items() if card in name), 0)
         return known * 1e12 if dtype == torch.bfloat16 else 0.0
     if device.type != "cpu":
         return 0.0
-    a, b = (torch.ones(SQUARE, SQUARE, dtype=dtype) for _ in range(2))
+    best = _product_flops(torch.float32, SQUARE)
+    # Where a processor has no products of a narrow type, torch's own of this size take seconds each.
+    if dtype != torch.float32 and _product_flops(dtype, SQUARE // 8) > best / 8:
+        best = max(best, _product_flops(dtype, SQUARE))
+    return best
+
+
+def _product_flops(dtype: torch.dtype, size: int) -> float:
+    """Operations a second of the product of two square matrices on the CPU, the best of three."""
+    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(4):  # the first one also sets up
         started = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - started)
-    return 2 * SQUARE**3 / min(times)
+    return 2 * size**3 / min(times)
 
 
 def available_memory(device: torch.device) -> int:

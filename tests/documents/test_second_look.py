@@ -18,10 +18,16 @@ from longverse.inference.sampling import Sampling
 SAMPLING = Sampling(max_new_tokens=48, stop=("\n", ". ", "。"))
 
 
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load("smol", device="cpu")
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_a_wrong_answer_becomes_what_the_passage_says(language: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine.load("smol", device="cpu")
-    report = generate_report(5, target_words=700, questions=2, language=language)
+def test_a_wrong_answer_becomes_what_the_passage_says(
+    engine: Engine, language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = generate_report(5, target_words=500, questions=2, language=language)
     document = decode(report.text.encode(), "report.md")
     questions = [*(fact.question for fact in report.facts), *unanswerable(report, 1, 5)]
     prompts = ask.prepare(engine, document, questions, 48)
@@ -53,8 +59,7 @@ def test_a_wrong_answer_becomes_what_the_passage_says(language: str, monkeypatch
     assert (cited.found, cited.first) == (False, "")
 
 
-def test_a_question_in_other_words_is_found_by_a_second_look() -> None:
-    engine = Engine.load("smol", device="cpu")
+def test_a_question_in_other_words_is_found_by_a_second_look(engine: Engine) -> None:
     text = (
         "# Societies\n\nThe Oldfield Society was founded in 1804. It meets on Mondays.\n\n"
         "The chair of the Marlow Society is Ada Byron. The society owns a boat.\n\nThe river is long."
@@ -127,8 +132,7 @@ def test_the_passage_must_bring_what_is_asked_not_the_answer_alone() -> None:
     assert second_look.brings_what_is_asked(question, cited("Byron presides over it.", chaired))
 
 
-def test_the_nearest_paragraphs_are_taken_while_they_fit() -> None:
-    engine = Engine.load("smol", device="cpu")
+def test_the_nearest_paragraphs_are_taken_while_they_fit(engine: Engine) -> None:
     long = "The Marlow boat has oars. " * 400
     short = [f"The Marlow boat number {n} is painted green." for n in range(90)]
     question = "Who owns the Marlow boat?"
@@ -147,13 +151,13 @@ def test_the_nearest_paragraphs_are_taken_while_they_fit() -> None:
         assert set(second_look.widely(engine, chosen, 0)) <= {0, len(prompts.index.places) - 1}
 
 
-def test_where_no_second_look_is_taken() -> None:
+def test_where_no_second_look_is_taken(engine: Engine) -> None:
     """Not for numbered paragraphs, later turns, or a passage that is the whole of a long document."""
-    engine = Engine.load("smol", device="cpu")
-    sentences = " ".join(f"The mill number {n} stands in a town." for n in range(300))
+    sentences = " ".join(f"The mill number {n} stands in a town." for n in range(190))
     document = decode(f"{sentences} The owner of the brewery is Ada Hill.".encode(), "long.md")
     question, wrong = "Who is the owner of the brewery?", "The owner of the brewery is Tom Nobody of Nowhere."
     prompts = ask.prepare(engine, document, [question], 16)
+    assert len(prompts.ids[0]) > second_look.MOST
     session = engine.session(prompts.planned_tokens)
     session.read(prompts.ids[0])
     ids = engine.tokenizer.encode(wrong)
@@ -183,7 +187,9 @@ def test_the_passage_is_said_below_an_answer_that_was_shown(
     cited = Cited("The mill stands in Upton.", (citation,), ((25, (1,)),), True, first="It stands in Ely.")
     monkeypatch.setattr(second_look, "checked", lambda *arguments: cited)
 
-    answering: Any = SimpleNamespace(stream=lambda *arguments, **named: iter(["It stands in Ely."]))
+    answering: Any = SimpleNamespace(
+        stream=lambda *arguments, **named: iter(["It stands in Ely."]), stats=SimpleNamespace(finish_reason="stop")
+    )
     prompts = ask.Prompts(("Where does the mill stand?",), ((1,),), 1, (document,), places=(None,))
     text, found = commands_ask.answer(
         answering, prompts, 0, Sampling(max_new_tokens=8), way="attention", shown=True, quiet=True

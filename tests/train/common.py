@@ -5,10 +5,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from longverse.data.config import build
 from longverse.models.chat import ChatFormat
 from longverse.models.checkpoint import open_model
 from longverse.models.tokenizer import Tokenizer
+from longverse.train import forecast
 from longverse.train.config import Recipe
 from tests.helpers import tiny_config
 from tests.models.folders import save_folder
@@ -17,6 +20,12 @@ TEMPLATE = (
     "{% for m in messages %}<|startoftext|>{{ m['role'] }}\n{{ m['content'] }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|startoftext|>assistant\n{% endif %}"
 )
+
+
+def measure_little(patch: pytest.MonkeyPatch) -> None:
+    """Before a run begins it measures rows and matrices: let them be as small as the models here."""
+    for name in ("SHORT", "LONG", "SQUARE"):
+        patch.setattr(forecast, name, getattr(forecast, name) // 8)
 
 
 def tiny_folder(folder: Path, **config: Any) -> Path:

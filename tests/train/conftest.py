@@ -1,10 +1,18 @@
 """What several tests of whole runs begin with."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.train.common import tiny_folder, write_messages
+from tests.train.common import measure_little, tiny_folder, write_messages
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_measurements() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        measure_little(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -12,7 +13,7 @@ from longverse.errors import UserError
 from longverse.train.config import Recipe
 from longverse.train.parallel import Ranks, check_shared
 from longverse.train.run import run_recipe
-from tests.train.common import recipe
+from tests.train.common import measure_little, recipe
 
 
 def free_port() -> int:
@@ -26,6 +27,7 @@ Job = tuple[dict, Path, int | None]  # what make() takes; the run's folder; stag
 
 def _rank(rank: int, world: int, port: int, jobs: list[Job]) -> None:
     torch.set_num_threads(1)
+    measure_little(pytest.MonkeyPatch())
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -18,6 +18,7 @@ from longverse.models.adapters import merge_adapter
 from longverse.models.checkpoint import load, open_model
 from longverse.models.network import NetworkConfig
 from longverse.models.rope import RopePlan
+from longverse.train import forecast
 from longverse.train.config import Recipe
 from longverse.train.results import rope_entries
 from longverse.train.run import Outcome, Watch, run_recipe
@@ -288,6 +289,25 @@ def test_bf16_follows_fp32(base: Path, tmp_path: Path, changes: dict[str, Any]) 
         runs.append([line["loss"] for line in read_log(tmp_path / precision / "log.jsonl")])
     assert runs[0] != runs[1]
     assert runs[1] == pytest.approx(runs[0], rel=0.05)
+
+
+@pytest.mark.parametrize(("narrow", "timed"), [(9e9, [128, 16, 128]), (1e8, [128, 16])])
+def test_a_type_without_products_is_not_timed_at_length(
+    monkeypatch: pytest.MonkeyPatch, narrow: float, timed: list[int]
+) -> None:
+    """bfloat16 on an older processor: 20 seconds for one product; and what it could do at best is float32's."""
+    seen: list[int] = []
+
+    def product(dtype: torch.dtype, size: int) -> float:
+        seen.append(size)
+        return 4e9 if dtype == torch.float32 else narrow
+
+    monkeypatch.setattr(forecast, "_product_flops", product)
+    assert forecast.peak_flops(torch.device("cpu"), torch.bfloat16) == max(narrow, 4e9)
+    assert seen == timed
+    seen.clear()
+    assert forecast.peak_flops(torch.device("cpu"), torch.float32) == 4e9
+    assert seen == timed[:1]
 
 
 def test_what_a_result_states_is_what_is_read_back() -> None:
