@@ -132,6 +132,7 @@ class EngineBackend:
         return len(prompt_ids(self.engine.tokenizer, self.engine.chat, request))
 
     def answer(self, request: Request) -> Reply:
+        from longverse.inference.memory import check_fits
         from longverse.inference.sampling import Sampling
 
         ids = prompt_ids(self.engine.tokenizer, self.engine.chat, request)
@@ -139,6 +140,7 @@ class EngineBackend:
         planned = request.planned_tokens or len(ids) + request.max_new_tokens
         if self._session is None or planned != self._session.planned_tokens or not request.reuse:
             self._session = None  # frees the old cache before the new one is made
+            check_fits(self.engine, planned, self.cache, self.attention)
             self._session = self.engine.session(planned, attention=self.attention, cache=self.cache)
         session = self._session
         start = time.perf_counter()

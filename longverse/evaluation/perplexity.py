@@ -139,9 +139,12 @@ def token_losses(
     import torch
     import torch.nn.functional as F
 
+    from longverse.inference.memory import check_fits
+
     if len(ids) < 2:
         raise UserError("A loss needs at least two tokens: give a longer text.")
     planned = planned or len(ids)
+    check_fits(backend.engine, planned, backend.cache)
     session = backend.engine.session(planned, cache=backend.cache)
     network, cache = backend.engine.network, session.cache
     losses: list[float] = []

@@ -185,7 +185,7 @@ def test_the_passage_is_said_below_an_answer_that_was_shown(
     document = decode(b"The mill stands in Upton.", "a.txt")
     citation = Citation(0, "a.txt", 0, 25, document.text, 1, None, "line 1", (), "verified")
     cited = Cited("The mill stands in Upton.", (citation,), ((25, (1,)),), True, first="It stands in Ely.")
-    monkeypatch.setattr(second_look, "checked", lambda *arguments: cited)
+    monkeypatch.setattr(second_look, "checked", lambda *arguments, **named: cited)
 
     answering: Any = SimpleNamespace(
         stream=lambda *arguments, **named: iter(["It stands in Ely."]), stats=SimpleNamespace(finish_reason="stop")

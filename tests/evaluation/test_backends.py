@@ -24,7 +24,9 @@ from longverse.evaluation.files import Journal
 from longverse.evaluation.longbench.runner import LongBenchRun
 from longverse.evaluation.longbench.tasks import read_config
 from longverse.evaluation.needle import NeedleSettings, run_needle
+from longverse.evaluation.perplexity import token_losses
 from longverse.evaluation.transformers_backend import TransformersBackend
+from longverse.inference import memory
 from longverse.inference.engine import Engine
 from longverse.inference.sampling import Sampling
 
@@ -476,3 +478,12 @@ def test_processes_give_the_engines_answers_and_say_when_one_is_killed(
 def test_a_model_that_processes_cannot_load_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no model"):
         EngineProcesses(str(tmp_path / "absent"), processes=2)
+
+
+def test_too_little_memory_is_said_before_a_row_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = EngineBackend(engine)
+    monkeypatch.setattr(memory, "memory_of_machine", lambda: (2**40, 4096))
+    with pytest.raises(UserError, match="are free"):
+        backend.answer(ASK)
+    with pytest.raises(UserError, match="are free"):
+        token_losses(backend, [5, 6, 7])
