@@ -11,7 +11,7 @@ demo: $(READY)          ## answer ten questions over a long report with the embe
 	$(BIN)/longverse demo
 
 test: $(READY)          ## the whole test suite, on two processes: TESTS="tests/models -x" for some of it
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: lint types test  ## lint, format, types, tests
 

@@ -21,6 +21,7 @@ from . import (
     commands_data,
     commands_eval,
     commands_models,
+    commands_open,
     commands_plan,
     commands_serve,
     commands_store,
@@ -79,8 +80,8 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", help="Instructions that stand before the conversation.")
     ] = None,
-    attention: commands_store.Attention = "auto",
-    keep: commands_store.Keep = False,
+    attention: commands_open.Attention = "auto",
+    keep: commands_open.Keep = False,
     quiet: Quiet = False,
 ) -> None:
     """Talk with a model, turn by turn; /help lists the commands inside.
@@ -100,7 +101,7 @@ def chat(
 
     if "-" in (files or ()):
         raise UserError("The chat reads your turns from standard input, so the document must be a file.")
-    commands_store.check_attention(attention)
+    commands_open.check_attention(attention)
     documents = read_documents(files, quiet=quiet) if files else []
     settings = drawing.sampling()
     engine = loading.engine(quiet)
@@ -131,7 +132,7 @@ def generate(
         prompt = read("-").text
     if not prompt:
         raise UserError("The prompt is empty: give a text to continue.")
-    from .commands_store import choose_cache
+    from .commands_open import choose_cache
 
     settings = drawing.sampling()
     engine = loading.engine(quiet)

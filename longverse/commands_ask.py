@@ -1,9 +1,6 @@
 """`longverse ask` and `longverse summarize`: questions about documents, answered from them with checked citations.
 
-    options -> documents -> engine -> prompts -> session (open_session) -> one answer a question (answer)
-
-How a document comes to stand in a session is `open_session`'s business alone: a plain session reads it, others may
-bring it along already read.
+options -> documents -> engine -> prompts -> session (commands_open) -> one answer a question (answer)
 """
 
 from __future__ import annotations
@@ -16,14 +13,14 @@ import typer
 
 from . import commands_cite, console
 from .commands_common import AsJson, Drawing, Loading, Quiet, with_options
-from .commands_store import PAST_THE_WINDOW, Attention, CacheFormat, Keep, check_attention, choose_cache
+from .commands_open import PAST_THE_WINDOW, Attention, CacheFormat, Keep, check_attention, choose_cache, open_kept
 from .errors import UserError
 
 if TYPE_CHECKING:
     from .documents.ask import Prompts
     from .documents.citations import Cited
     from .documents.reader import Document
-    from .inference.engine import Cancelled, Engine, Session
+    from .inference.engine import Cancelled, Session
     from .inference.sampling import Sampling
 
 DOCUMENTS = frozenset(
@@ -102,13 +99,16 @@ def ask(
             limited=attention not in PAST_THE_WINDOW,
         )  # fmt: skip
         read = []
-    session = open_session(engine, documents, prompts, attention=attention, cache=cache, keep=keep, quiet=quiet)
-    reading = 0.0  # seconds, of the first question
+    opened = open_kept(engine, prompts, attention=attention, cache=cache, keep=keep, quiet=quiet)
+    session, lost = opened.session, 0.0  # seconds of reading that are not kept
     for number, question in enumerate(prompts.questions):
         if not as_json and len(asked) > 1:
             console.out().print(console.Text(("\n" if number else "") + question, style="bold"))
         text, cited = answer(session, prompts, number, settings, way=way, shown=not as_json, quiet=quiet)
-        reading = reading or session.stats.prefill_seconds
+        if number == 0:
+            opened.correct(session.stats)
+            if session.stats.reused_tokens < session.boundary and session.stats.cache_home == "device" and not keep:
+                lost = session.stats.prefill_seconds
         if as_json:
             record: dict[str, object] = {"question": question, "answer": text, "model": engine.name}
             record |= {"document": _about(documents[0]), "documents": [_about(document) for document in documents]}
@@ -121,23 +121,11 @@ def ask(
         if cited is not None:
             commands_cite.show(cited, several=len(documents) > 1)
         console.note(console.figures(session.stats), quiet=quiet)
-    if reading > LONG and session.boundary and session.stats.cache_home == "device" and not as_json:
+    if lost > LONG:
         console.note(
-            f"It read for {console.duration(reading)}, which is forgotten now: with --keep the next question starts at"
+            f"It read for {console.duration(lost)}, which is forgotten now: with --keep the next question starts at"
             " once.", quiet=quiet,
         )  # fmt: skip
-
-
-def open_session(
-    engine: Engine, documents: list[Document], prompts: Prompts, *, attention: str, cache: str, keep: bool, quiet: bool
-) -> Session:
-    """The session that will answer. What it returns has Session's surface: stream, complete, stats, tokens.
-
-    Options that change how the documents are attended, cached or stored come here as arguments, and here alone.
-    """
-    from .commands_store import open_kept
-
-    return open_kept(engine, prompts, attention=attention, cache=cache, keep=keep, quiet=quiet)
 
 
 def answer(
@@ -174,6 +162,11 @@ def answer(
         return text.strip(), None
     if way != "off" and text.strip():
         cited = checked(session, prompts, number, text, ids, settings, cancelled=cancelled)
+        if cancelled is not None and cancelled():  # in the second look: the first answer stands, unchecked
+            session.stats.finish_reason = "cancelled"
+            if shown:
+                console.write(f"{text}\n" if waits else "\n")
+            return text.strip(), None
         text = cited.answer if cited.found else not_found(prompts, number)
     elif way != "off":
         text = without_words(session, prompts, number)

@@ -9,18 +9,19 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import commands_ask, commands_cite, console
 from .commands_ask import read_documents
-from .commands_store import PAST_THE_WINDOW, cache_needs, choose_attention, choose_cache, open_kept
+from .commands_open import PAST_THE_WINDOW, Opened, cache_needs, choose_attention, choose_cache, open_kept
 from .documents.reader import Document
 from .errors import UserError, expand
 
 if TYPE_CHECKING:
     from .documents.ask import Prompts
+    from .documents.citations import Cited
     from .documents.words import Index
     from .inference.engine import Cancelled, Engine, Session
     from .inference.sampling import Sampling
@@ -38,10 +39,26 @@ Ctrl-C stops an answer."""
 STEP = 4096  # tokens: a session is planned for a multiple of it, so that it seldom has to be planned anew
 
 
+def turns(messages: Sequence[dict[str, str]]) -> int:
+    """How many messages are the user's."""
+    return sum(message["role"] == "user" for message in messages)
+
+
+@dataclass(frozen=True)
+class Last:
+    """The last answer: its question, its tokens, what was given out, and where that stands if it was looked for."""
+
+    prompts: Prompts
+    tokens: list[int]
+    text: str
+    cited: Cited | None
+
+
 class Chat:
     """One conversation. `messages` are what the model sees; a document stands in the message it was read for.
 
-    Documents stand as `ask` puts them, so that what `longverse read` kept is found; with `keep` their reading is kept.
+    Documents that it begins with stand as `ask` puts them: what `longverse read` kept of them is found, and with `keep`
+    their reading is kept.
     """
 
     def __init__(
@@ -56,15 +73,16 @@ class Chat:
         self.waiting: list[Document] = []  # they go with the next message
         self.read: list[Document] = []  # they stand in the conversation, in this order
         self.index: Index | None = None  # the words of `read`
+        self.begun: Prompts | None = None  # the first question, where documents stand before it
         self.citing = True
-        self.last: tuple[list[int], list[int], str, str] | None = None  # prompt and answer ids, question, answer
+        self.last: Last | None = None
         self.saved: set[Path] = set()  # files that hold this conversation, so that /save may write them again
         self.reset()
 
     def reset(self) -> None:
         """Forget the turns, the documents and where they were saved."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self.waiting, self.read, self.index, self.last = [], [], None, None
+        self.waiting, self.read, self.index, self.begun, self.last = [], [], None, None, None
         self.saved = set()
         self.session = None  # another conversation may want another attention and room
 
@@ -246,11 +264,10 @@ class Chat:
             raise UserError("No document stands in this conversation: /read FILE puts one there.")
         from .documents.ask import cited, not_found
 
-        prompt, answer, question, text = self.last
-        prompts = self.prompts(question, prompt, self.read)
-        found = cited(self.session, prompts, 0, text, answer)
+        last = self.last
+        found = last.cited or cited(self.session, last.prompts, 0, last.text, last.tokens)
         if not found.found:
-            self.say(not_found(prompts, 0))
+            self.say(not_found(last.prompts, 0))
         commands_cite.show(found, several=len(self.read) > 1)
 
     def save(self, target: Path) -> None:
@@ -288,11 +305,11 @@ class Chat:
     # ---- answers ----------------------------------------------------------------------------------------
 
     @property
-    def numbered(self) -> bool:
-        """Whether the model is shown numbered paragraphs, and cites by their numbers."""
+    def way(self) -> str:
+        """How this model cites: by attention, or by the numbers of paragraphs that it is shown."""
         from .documents.ask import way_for
 
-        return way_for(self.engine, "auto") == "numbers"
+        return way_for(self.engine, "auto")
 
     def with_documents(self, question: str, documents: Sequence[Document]) -> list[dict[str, str]]:
         """The conversation with a question about documents that it had not: below the instructions of `longverse ask`
@@ -300,27 +317,25 @@ class Chat:
         from .documents.ask import text_of
         from .wording import messages
 
-        earlier = sum(len(document.paragraphs) for document in self.read)
-        text = text_of(documents, numbered=self.numbered, after=earlier)
-        asking = messages(text, question, system=self.system, numbered=self.numbered)
-        return [*self.messages, asking[-1]] if self.turns(self.messages) else asking
+        earlier, numbered = sum(len(document.paragraphs) for document in self.read), self.way == "numbers"
+        text = text_of(documents, numbered=numbered, after=earlier)
+        if turns(self.messages) and len(documents) == 1:  # others may stand above
+            text = f"{documents[0].name}:\n\n{text}"
+        asking = messages(text, question, system=self.system, numbered=numbered)
+        return [*self.messages, asking[-1]] if turns(self.messages) else asking
 
     def prompts(self, question: str, ids: list[int], documents: Sequence[Document]) -> Prompts:
         """A question of this conversation, whose ids are the whole of it, as the check of an answer takes it."""
         from .documents.ask import Prompts
         from .documents.words import Index
 
-        if self.index is None or self.index.documents != tuple(documents):
-            self.index = Index(tuple(documents))
-        planned = len(ids) + self.sampling.max_new_tokens
-        follows = bool(self.turns(self.messages))
+        if self.citing and documents and (self.index is None or self.index.documents != tuple(documents)):
+            self.index = Index(documents)
         return Prompts(
-            (question,), (ids,), planned, tuple(documents), self.numbered, (None,), self.index, follows
+            (question,), (ids,), len(ids) + self.sampling.max_new_tokens, tuple(documents),
+            numbered=self.way == "numbers", places=(None,), made_index=self.index if self.citing else None,
+            follows=bool(turns(self.messages)),
         )  # fmt: skip
-
-    @staticmethod
-    def turns(messages: Sequence[dict[str, str]]) -> int:
-        return sum(message["role"] == "user" for message in messages)
 
     def fitting(self, messages: list[dict[str, str]], what: str) -> list[int]:
         """The prompt's ids. Raises UserError with the numbers when prompt and answer exceed the window and no attention
@@ -345,25 +360,26 @@ class Chat:
         ids = self.fitting(messages, "this message")
         read = [*self.read, *documents]
         prompts = self.prompts(text, ids, read)
-        begins = prompts if read and self.turns(messages) == 1 else None
-        session = self.session_for(prompts.planned_tokens, begins)
+        self.begin(prompts, documents)
+        opened = self.session_for(prompts.planned_tokens)
+        session = opened.session
         # The same seed for every turn would draw the same words again for the same question.
         seed = self.sampling.seed
         sampling = self.sampling if seed is None else replace(self.sampling, seed=(seed + len(messages)) % 2**63)
-        written: list[int] = []
+        cited, written = None, []  # type: ignore[var-annotated]
         with console.interruptible() as stopped:
             if read and self.citing and messages[-1]["role"] == "user":
                 from .documents.ask import with_stop
 
-                way = "numbers" if prompts.numbered else "attention"
                 reply, cited = commands_ask.answer(
-                    session, prompts, 0, with_stop(sampling, way, "auto"), way=way, shown=True, quiet=self.quiet,
-                    cancelled=stopped, ids=written,
+                    session, prompts, 0, with_stop(sampling, self.way, "auto"), way=self.way, shown=True,
+                    quiet=self.quiet, cancelled=stopped, ids=written,
                 )  # fmt: skip
                 if cited is not None:
                     commands_cite.show(cited, several=len(read) > 1)
             else:
                 reply = self.plain(session, ids, sampling, stopped, written)
+        opened.correct(session.stats)
         finish = session.stats.finish_reason
         if finish == "length":
             self.say(f"The answer was cut after {self.sampling.max_new_tokens:,} tokens; --max-new-tokens allows more.")
@@ -375,7 +391,16 @@ class Chat:
             self.messages = [*messages, {"role": "assistant", "content": reply.rstrip()}]
             self.read = read
             self.waiting = []
-            self.last = (ids, written, text, reply.strip())
+            self.last = Last(prompts, written, reply.strip(), cited)
+
+    def begin(self, prompts: Prompts, documents: list[Document]) -> None:
+        """Remember the question that a conversation about documents begins with."""
+        if not prompts.follows:
+            if self.begun is not None and self.begun.documents != prompts.documents:
+                self.session = None  # of a first message that was taken back
+            self.begun = prompts if prompts.documents else None
+        elif documents and self.keep:
+            self.say("What is read in mid-conversation is not kept on disk: begin with it, or `longverse read` it.")
 
     def plain(
         self, session: Session, ids: list[int], sampling: Sampling, stopped: Cancelled, written: list[int]
@@ -391,30 +416,31 @@ class Chat:
         console.write("" if reply.endswith("\n") else "\n")
         return reply
 
-    def session_for(self, tokens: int, begins: Prompts | None = None) -> Session:
-        """The running session while `tokens` fit its plan, else a roomier one that reads the conversation anew.
-        `begins` is the question that it begins with, where documents stand before it: they may be kept on disk."""
-        if self.session is None or self.session.planned_tokens < tokens:
-            again = self.session is not None
-            attention = choose_attention(self.engine, tokens, self.attention, quiet=self.quiet)
-            planned = -(-2 * tokens // STEP) * STEP
-            if begins is not None and self.engine.network.config.rope.kind == "dynamic":
-                planned = tokens  # the base follows from the plan: as `longverse read` plans
-            if attention != "pages":
-                planned = min(self.engine.window, planned)
-            self.session = None  # its cache goes before the next one comes
-            need, free = list(cache_needs(self.engine, planned, attention).values())[-1]  # of the smallest format
-            planned = tokens if need > free else planned  # no room to grow, then
-            if begins is not None:
-                self.session = open_kept(
-                    self.engine, begins, attention=attention, keep=self.keep, room=planned, quiet=self.quiet
-                )
-            else:
-                form = choose_cache(self.engine, planned, "auto", attention, quiet=self.quiet)
-                self.session = self.engine.session(planned, attention=attention, cache=form)
-            if again:
-                self.say(f"The conversation outgrew its plan; it is read anew, with room for {planned:,} tokens.")
-        return self.session
+    def session_for(self, tokens: int) -> Opened:
+        """The running session while `tokens` fit its plan, else a roomier one, in which the conversation is read anew
+        but for what is kept on disk of the documents that it begins with."""
+        if self.session is not None and self.session.planned_tokens >= tokens:
+            return Opened(self.session)
+        again = self.session is not None
+        attention = choose_attention(self.engine, tokens, self.attention, quiet=self.quiet)
+        planned = -(-2 * tokens // STEP) * STEP
+        if attention != "pages":
+            planned = min(self.engine.window, planned)
+        self.session = None  # its cache goes before the next one comes
+        need, free = list(cache_needs(self.engine, planned, attention).values())[-1]  # of the smallest format
+        planned = tokens if need > free else planned  # no room to grow, then
+        if self.begun is not None:
+            begun = replace(self.begun, planned_tokens=tokens)
+            opened = open_kept(self.engine, begun, attention=attention, keep=self.keep, room=planned, quiet=self.quiet)
+        else:
+            form = choose_cache(self.engine, planned, "auto", attention, quiet=self.quiet)
+            opened = Opened(self.engine.session(planned, attention=attention, cache=form))
+        self.session = opened.session
+        if again:
+            anew = "" if self.session.tokens else " it is read anew,"
+            room = self.session.planned_tokens
+            self.say(f"The conversation outgrew its plan;{anew} with room for {room:,} tokens now.")
+        return opened
 
     def say(self, text: str) -> None:
         console.note(text, quiet=self.quiet and text is not HELP)

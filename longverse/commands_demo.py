@@ -58,7 +58,7 @@ def run(
     engine: Engine, seed: int, tokens: int, questions: int, language: str, folder: Path, *, as_json: bool, quiet: bool
 ) -> None:
     """Write the report, ask, and show the table. A report past the model's window is read by pages."""
-    from .commands_store import choose_cache
+    from .commands_open import choose_cache
     from .documents.ask import prepare
     from .documents.second_look import checked
     from .inference.sampling import Sampling
@@ -185,8 +185,8 @@ def totals(rows: list[Row], length: int, path: Path) -> None:
 
 def whole(engine: Engine, tokens_per_word: float) -> str | None:
     """A line on what WHOLE_WORDS words like these would take here; None where no rates are known."""
+    from .commands_open import unread
     from .commands_plan import predict
-    from .commands_store import unread
     from .inference.memory import requirements
     from .plan import say_bytes
 

@@ -11,7 +11,7 @@ import typer
 
 from . import console
 from .commands_common import Loading, Quiet, with_options
-from .commands_store import Keep, library_limit
+from .commands_open import Keep, library_limit
 from .errors import UserError, expand
 
 if TYPE_CHECKING:

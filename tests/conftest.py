@@ -11,6 +11,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("LONGVERSE_COMPILES", "1")  # kernels are compiled where they are tested, not in a process beside
 
 
+# Files that take a minute or near it. They are begun first, so that no process waits for another at the end.
+LONGEST = (
+    "test_readme.py", "test_kernels.py", "test_parallel.py", "test_run.py", "test_second_look.py", "test_cli.py",
+    "test_process.py", "test_smol.py", "test_probe.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="module")
 def no_compiling() -> Iterator[None]:
     """torch computes: the kernels have tests of their own, and compiling them takes longer than these."""

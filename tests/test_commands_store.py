@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longverse import UserError, api, cli, commands_store
+from longverse import UserError, api, cli, commands_open
 from longverse.documents.ask import prepare
 from longverse.documents.reader import decode
 from longverse.inference import memory
 from longverse.inference.engine import Engine, Session
-from longverse.inference.store import Store
 from longverse.models.chat import ChatFormat
 from longverse.models.quantize import quantize
 from longverse.models.tokenizer import Tokenizer
@@ -112,6 +112,10 @@ def test_ask_keeps_where_it_is_told_to(run: Runner, mill: str, tiny: str, librar
     [read] = [number for number, line in enumerate(lines) if line.startswith("Read ")]
     assert plan < read
     assert len([*library.glob("*/manifest.json")]) == 1
+    shutil.rmtree(library)
+    stats = ask(run, mill, tiny, "--keep")["stats"]
+    assert stats["reused_tokens"] == 0  # type: ignore[index]  # it was read just now, if not by the question
+    assert stats["prefill_seconds"] > 0.01  # type: ignore[index]
     after = ask(run, mill, tiny, "--keep")
     assert after["answer"] == plain["answer"]
     assert after["stats"]["reused_tokens"] > 500  # type: ignore[index]
@@ -126,21 +130,44 @@ def test_who_waited_long_is_told_how_to_keep(
 ) -> None:
     monkeypatch.setattr("longverse.commands_ask.LONG", 0.0)
     told = "with --keep the next question starts at once"
-    assert told in run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--cite", "off")[2]
-    assert told not in run("ask", mill, "Where is the mill?", "-m", tiny, "-n", "4", "--select")[2]
-    run("read", mill, "-m", tiny)
-    monkeypatch.setattr("longverse.commands_ask.LONG", 5.0)
-    assert told not in run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--cite", "off")[2]
+
+    def ask(*more: str) -> bool:
+        said = run("ask", mill, "Where is the mill?", "-m", tiny, "-n", "4", *more)[2]
+        return told in " ".join(said.split())
+
+    assert ask("--cite", "off")
+    assert not ask("--select")
+    assert not ask("--cite", "off", "--keep")
+    assert not ask("--cite", "off")  # it is kept now
 
 
-def test_a_stopped_ask_keeps_what_it_read(run: Runner, mill: str, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pressed(self: Store, *arguments: object, **more: object) -> Session:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_stopped_ask_says_what_is_kept(
+    run: Runner, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    if not kept:
+        monkeypatch.setenv("LONGVERSE_LIBRARY_LIMIT", "1KB")
+    (tmp_path / "long.txt").write_text(TEXT * 4)
+    forward, passes = Session._forward, []
 
-    monkeypatch.setattr(Store, "read", pressed)
-    code, out, err = run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--keep")
+    def pressed(self: Session, ids: list[int]) -> torch.Tensor:
+        passes.append(len(ids))
+        if len(passes) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, ids)
+
+    monkeypatch.setattr(Session, "_forward", pressed)
+    code, out, err = run("ask", str(tmp_path / "long.txt"), "Where?", "-m", tiny, "-n", "4", "--keep")
     assert (code, out) == (130, "")
-    assert "the same command reads on from there" in err
+    monkeypatch.undo()
+    if not kept:
+        assert "the library's limit is" in err
+        assert "Nothing was kept." in err
+        return
+    [said] = [line for line in err.splitlines() if line.startswith("Stopped.")]
+    assert "asking again reads on from there" in said
+    number = int(said.split()[1].replace(",", ""))
+    assert number == sum(passes) > 1000
 
 
 def test_the_plan_is_one_line_before_the_answer(run: Runner, mill: str, tiny: str) -> None:
@@ -312,7 +339,7 @@ def test_the_documents_end_is_where_all_prompts_part(plain: Engine, text: str, q
     """Never past what the prompts share, and all of the document."""
     document = decode(text.encode(), "x.txt")
     prompts = prepare(plain, document, questions, 8)
-    end = commands_store.document_end(plain, prompts)
+    end = commands_open.document_end(plain, prompts)
     shared = min(len(ids) for ids in prompts.ids)
     assert all(ids[:end] == prompts.ids[0][:end] for ids in prompts.ids)
     assert 0 < end < shared
@@ -392,7 +419,7 @@ def test_the_cache_is_the_most_precise_that_the_memory_holds(plain: Engine, monk
         free = needs[form] / 0.97 + 64
         monkeypatch.setattr(memory, "memory_of_machine", lambda free=free: (2**40, int(free)))
         expected = next(name for name, need in needs.items() if need <= needs[form])
-        assert commands_store.choose_cache(plain, 4000, "auto", quiet=True) == expected
+        assert commands_open.choose_cache(plain, 4000, "auto", quiet=True) == expected
 
 
 def test_a_card_without_room_for_any_cache_borrows_the_machines_memory(
@@ -404,16 +431,18 @@ def test_a_card_without_room_for_any_cache_borrows_the_machines_memory(
     monkeypatch.setattr(memory, "requirements", lambda engine, tokens: (needs, int(1.5e9)))
     monkeypatch.setattr("longverse.plan.memory_of_machine", lambda: (2**34, 2**33))
 
-    def choose(cache: str, attention: str = "exact") -> str | None:
-        return commands_store.choose_beside(engine, 4000, cache, attention, quiet=False)
+    def choose(cache: str, attention: str = "exact", room: int = 0) -> tuple[str, int] | None:
+        return commands_open.choose_beside(engine, 4000, cache, attention, room=room, quiet=False)
 
     assert choose("auto") is None  # int4 fits the card
     assert choose("int4") is None
     assert not capsys.readouterr().err
-    assert choose("int8") == "int8"
+    assert choose("int8") == ("int8", 4000)
     assert "kept in the machine's memory" in " ".join(capsys.readouterr().err.split())
     needs.update(int4=1.6e9)
-    assert choose("auto") == "int4"
+    assert choose("auto") == ("int4", 4000)
+    assert choose("auto", room=9000) == ("int4", 9000)
+    assert choose("auto", room=10**9) == ("int4", 4000)
     assert choose("auto", "pages") is None
     monkeypatch.setattr("longverse.plan.memory_of_machine", lambda: (2**34, 2**10))
     assert choose("auto") is None
@@ -426,7 +455,8 @@ def test_a_session_beside_a_card_answers_and_says_where_its_cache_lies(
 ) -> None:
     answers = []
     for form in (None, "full"):
-        monkeypatch.setattr(commands_store, "choose_beside", lambda *_, form=form, **__: form)
+        beside = form and (form, 2000)
+        monkeypatch.setattr(commands_open, "choose_beside", lambda *_, beside=beside, **__: beside)
         code, out, _ = run("ask", mill, "Where?", "-m", tiny, "-n", "4", "--json")
         assert code == 0
         answers.append(json.loads(out))

@@ -443,7 +443,8 @@ class Store:
         if needed > self.limit:
             return (
                 f"Keeping this document takes {gigabytes(needed)} and the library's limit is {gigabytes(self.limit)}:"
-                " raise it with --limit or LONGVERSE_LIBRARY_LIMIT, or read with a smaller cache (--cache int8)."
+                " raise it with LONGVERSE_LIBRARY_LIMIT (or `longverse read --limit`), or read with a smaller cache"
+                " (--cache int8)."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free

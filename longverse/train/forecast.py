@@ -142,9 +142,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         return known * 1e12 if dtype == torch.bfloat16 else 0.0
     if device.type != "cpu":
         return 0.0
-    best = _product_flops(torch.float32, SQUARE)
+    best, small = _product_flops(torch.float32, SQUARE), SQUARE // 8
     # Where a processor has no products of a narrow type, torch's own of this size take seconds each.
-    if dtype != torch.float32 and _product_flops(dtype, SQUARE // 8) > best / 8:
+    if dtype != torch.float32 and _product_flops(dtype, small) > _product_flops(torch.float32, small) / 4:
         best = max(best, _product_flops(dtype, SQUARE))
     return best
 

@@ -531,7 +531,9 @@ def test_what_does_not_fit_is_refused_before_any_work(
 
     monkeypatch.setattr(Session, "_forward", no_work)
     ids = document(LENGTH)
-    with pytest.raises(UserError, match=r"takes 0.2 MB and the library's limit is 0.1 MB: raise it with --limit"):
+    with pytest.raises(
+        UserError, match=r"takes 0.2 MB and the library's limit is 0.1 MB: raise it with LONGVERSE_LIBRARY_LIMIT"
+    ):
         Store(tmp_path, limit_bytes=100_000).read(engine, ids, LENGTH + 50)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
