@@ -8,8 +8,10 @@ and where they are computed anew, where labels are, and how attention stays with
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -35,6 +37,23 @@ _ATTENTION_OPS = (
 
 def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@lru_cache(maxsize=1)
+def _trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim, which gives pages without a living tensor back to the system; None under another libc."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def give_back(*_: object) -> None:
+    """Between two layers of a row on a CPU: what a layer computed with is freed, but the heap keeps its pages where the
+    few tensors that stay lie between them, and seldom fits the next layer's into the gaps. At 8K tokens of smol it
+    would hold several times what is alive."""
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+TRIMMED = 4  # layers between two givings back: the pages are wanted again soon, and taking them costs time
 
 
 class LossModel(nn.Module):
@@ -68,12 +87,17 @@ class LossModel(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             x = decoder.embed_tokens(row.ids)  # [1, T, C]
             cos, sin = decoder.rotary(row.positions, row.rope_length)  # float32 [1, 1, T, D]
-            number = torch.bfloat16 if self.autocast else x.dtype
-            cos, sin = cos.to(number), sin.to(number)
+            dtype = torch.bfloat16 if self.autocast else x.dtype
+            cos, sin = cos.to(dtype), sin.to(dtype)
             with kept:
-                for layer in decoder.layers:
+                for number, layer in enumerate(decoder.layers):
                     if recompute and torch.is_grad_enabled():
                         again = partial(create_selective_checkpoint_contexts, _keep_attention)
+                        trims = device.type == "cpu" and number % TRIMMED == 0
+                        if trims and x.requires_grad:
+                            x.register_hook(give_back)  # when the backward pass is through the layer
+                        if trims:
+                            give_back()
                         x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, context_fn=again)
                     else:
                         x = layer(x, cos, sin, attend)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from longverse.train import forward
 from longverse.train.examples import Example
 from longverse.train.forward import LossModel
 from longverse.train.rows import document_attention, make_row, make_rows
@@ -51,6 +52,18 @@ def test_invariant_to_rows_ranks_and_order(weighting: str) -> None:
         assert other == pytest.approx(loss, rel=1e-5)
         for a, b in zip(gradients, others, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_between_layers_that_are_computed_anew_the_heap_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(forward, "_trim", lambda: trimmed.append)
+    monkeypatch.setattr(forward, "TRIMMED", 2)
+    model = LossModel(random_network(tiny_config(num_hidden_layers=5)))
+    row = make_row(examples(1), "token")
+    model(row).backward()
+    assert not trimmed
+    model(row, recompute=True).backward()
+    assert len(trimmed) == 6  # before the layers 0, 2 and 4, and when their gradients are known
 
 
 @pytest.mark.parametrize("how", [{"recompute": True}, {"offload": True}, {"recompute": True, "offload": True}])
