@@ -251,7 +251,7 @@ class Chat:
         self.send([*self.messages, {"role": "exec", "content": text}], text, [])
 
     def cite(self, what: str) -> None:
-        """Show the passages that the last answer rests on, or do so for all answers from now on."""
+        """Show the passages that the last answer rests on; with on or off, say whether all are to be checked."""
         if what in ("on", "off"):
             self.citing = what == "on"
             self.say("Answers from documents are checked and cited." if self.citing else "Answers are not checked.")

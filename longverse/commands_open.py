@@ -119,33 +119,43 @@ def open_kept(
         form = choose_cache(engine, kept_plan if keep else roomy, cache, attention, quiet=quiet)
         found = kept([form])
         held = 0 if found is None else min(len(found.tokens), end)
-    place = store.folder_of(engine, ids[:end], kept_plan, cache=form, attention=attention)
-    if held == end or not (keep or place.is_dir()):
+    begun = store.folder_of(engine, ids[:end], kept_plan, cache=form, attention=attention).is_dir()
+    if held == end or not (keep or begun):
         tell(store, quiet=quiet)
         session = found or engine.session(roomy, attention=attention, cache=form)
         session.boundary = end
         say_plan(engine, session, needed, quiet=quiet)
         return Opened(session)
     say_plan(engine, found or unread(engine, kept_plan, attention, form), needed, quiet=quiet)
-    found = None  # its files are written to now
-    tell(store, quiet=quiet)
-    started, name = time.perf_counter(), ", ".join(document.name for document in prompts.documents)
-    with console.interruptible() as stopped, console.Task(f"Reading {name}", quiet=quiet) as task:
-        session = store.read(
-            engine, ids[:end], kept_plan, name=name, cache=form, attention=attention, must_keep=False,
-            on_progress=task, cancelled=stopped,
-        )  # fmt: skip
-    tell(store, quiet=quiet)
-    if len(session.tokens) < end:
-        own_entry = (entry for entry in store.entries() if entry.id == place.name)
-        now = next((entry.length for entry in own_entry), 0)
-        said = f"{now:,} of {end:,} tokens are kept: asking again reads on from there." if now else "Nothing was kept."
-        console.note(f"Stopped. {said}", quiet=quiet)
-        raise KeyboardInterrupt
+    del found  # its files are written to now
+    started = time.perf_counter()
+    session = _read_and_keep(engine, store, prompts, end, kept_plan, form, attention, quiet=quiet)
     seconds = time.perf_counter() - started
     console.note(f"Read {end - held:,} tokens in {console.duration(seconds)}.", quiet=quiet)
-    session.boundary = end
     return Opened(session, held, seconds)
+
+
+def _read_and_keep(
+    engine: Engine, store: Store, prompts: Prompts, end: int, planned: int, form: str, attention: str, *, quiet: bool
+) -> Session:
+    """Read the first `end` tokens of the prompts, the documents, onto the disk, or say why they are not kept. A Ctrl-C
+    ends it after a chunk, is told what of them is kept, and goes on as KeyboardInterrupt."""
+    tell(store, quiet=quiet)
+    ids, name = prompts.ids[0][:end], ", ".join(document.name for document in prompts.documents)
+    with console.interruptible() as stopped, console.Task(f"Reading {name}", quiet=quiet) as task:
+        session = store.read(
+            engine, ids, planned, name=name, cache=form, attention=attention, must_keep=False, on_progress=task,
+            cancelled=stopped,
+        )  # fmt: skip
+    tell(store, quiet=quiet)
+    session.boundary = end
+    if len(session.tokens) == end:
+        return session
+    own = store.folder_of(engine, ids, planned, cache=form, attention=attention).name
+    kept = next((entry.length for entry in store.entries() if entry.id == own), 0)
+    said = f"{kept:,} of {end:,} tokens are kept: asking again reads on from there." if kept else "Nothing was kept."
+    console.note(f"Stopped. {said}", quiet=quiet)
+    raise KeyboardInterrupt
 
 
 def document_end(engine: Engine, prompts: Prompts) -> int:
