@@ -107,8 +107,8 @@ def ask(
         text, cited = answer(session, prompts, number, settings, way=way, shown=not as_json, quiet=quiet)
         if number == 0:
             opened.correct(session.stats)
-            if session.stats.reused_tokens < session.boundary and session.stats.cache_home == "device" and not keep:
-                lost = session.stats.prefill_seconds
+            here = session.stats.reused_tokens < session.boundary and session.stats.cache_home == "device"
+            lost = session.stats.prefill_seconds if here and not keep and not opened.seconds else 0.0
         if as_json:
             record: dict[str, object] = {"question": question, "answer": text, "model": engine.name}
             record |= {"document": _about(documents[0]), "documents": [_about(document) for document in documents]}
@@ -121,7 +121,7 @@ def ask(
         if cited is not None:
             commands_cite.show(cited, several=len(documents) > 1)
         console.note(console.figures(session.stats), quiet=quiet)
-    if lost > LONG:
+    if lost > LONG and not as_json:
         console.note(
             f"It read for {console.duration(lost)}, which is forgotten now: with --keep the next question starts at"
             " once.", quiet=quiet,

@@ -361,7 +361,13 @@ class Chat:
         read = [*self.read, *documents]
         prompts = self.prompts(text, ids, read)
         self.begin(prompts, documents)
-        opened = self.session_for(prompts.planned_tokens)
+        try:
+            opened = self.session_for(prompts.planned_tokens)
+        except KeyboardInterrupt:  # while documents were read onto the disk
+            if not self.interactive:
+                raise
+            self.say("The message was taken back.")
+            return
         session = opened.session
         # The same seed for every turn would draw the same words again for the same question.
         seed = self.sampling.seed
@@ -396,7 +402,7 @@ class Chat:
     def begin(self, prompts: Prompts, documents: list[Document]) -> None:
         """Remember the question that a conversation about documents begins with."""
         if not prompts.follows:
-            if self.begun is not None and self.begun.documents != prompts.documents:
+            if (self.begun.documents if self.begun is not None else ()) != prompts.documents:
                 self.session = None  # of a first message that was taken back
             self.begun = prompts if prompts.documents else None
         elif documents and self.keep:
@@ -427,12 +433,13 @@ class Chat:
         if attention != "pages":
             planned = min(self.engine.window, planned)
         self.session = None  # its cache goes before the next one comes
-        need, free = list(cache_needs(self.engine, planned, attention).values())[-1]  # of the smallest format
-        planned = tokens if need > free else planned  # no room to grow, then
         if self.begun is not None:
+            keep = self.keep and not turns(self.messages)  # under dynamic NTK a later reading would be another
             begun = replace(self.begun, planned_tokens=tokens)
-            opened = open_kept(self.engine, begun, attention=attention, keep=self.keep, room=planned, quiet=self.quiet)
+            opened = open_kept(self.engine, begun, attention=attention, keep=keep, room=planned, quiet=self.quiet)
         else:
+            need, free = list(cache_needs(self.engine, planned, attention).values())[-1]  # of the smallest format
+            planned = tokens if need > free else planned  # no room to grow, then
             form = choose_cache(self.engine, planned, "auto", attention, quiet=self.quiet)
             opened = Opened(self.engine.session(planned, attention=attention, cache=form))
         self.session = opened.session

@@ -82,11 +82,12 @@ def open_kept(
     if not end:  # every question has passages of its own
         if keep:
             console.note("Passages of one question are not kept on disk.", quiet=quiet)
-        planned = max(room, needed)
-        form = choose_cache(engine, planned, cache, attention, quiet=quiet)
-        session = engine.session(planned, attention=attention, cache=form)
+        form = choose_cache(engine, needed, cache, attention, quiet=quiet)
+        session = engine.session(needed, attention=attention, cache=form)
         say_plan(engine, session, needed, quiet=quiet)
         return Opened(session)
+    if room > needed and all(need > free for need, free in cache_needs(engine, room, attention).values()):
+        room = needed  # no room to grow, then
     dynamic = engine.network.config.rope.kind == "dynamic"
     usual = max(min(end + ROOM, engine.window), needed) if keep else needed
     own = planned_length(engine, end, usual, attention)  # as `longverse read` plans
@@ -95,23 +96,26 @@ def open_kept(
     kept_plan = own if dynamic or attention == "pages" else roomy
     store = open_store(library_limit(None))
     ids = prompts.ids[0]
-    fitting = [form for form, (need, free) in cache_needs(engine, kept_plan, attention).items() if need <= free]
-    wanted: list[str] | None = None if cache == "auto" else [cache]
-    if engine.network.device.type != "cpu":  # what is kept is copied to the card, and has to fit there
-        wanted = fitting if cache == "auto" else [choose_cache(engine, kept_plan, cache, attention, quiet=quiet)]
+
+    def fitting(planned: int) -> list[str]:
+        return [form for form, (need, free) in cache_needs(engine, planned, attention).items() if need <= free]
 
     def kept(forms: list[str] | None) -> Session | None:
-        for planned in dict.fromkeys((own,) if dynamic else (roomy, own)):
-            if (session := store.find(engine, ids, planned, cache=forms, attention=attention)) is not None:
+        for planned in (own,) if dynamic else dict.fromkeys((roomy, min(roomy, 2 * own), own)):
+            # What is kept is copied to a card, and has to fit there; on a CPU it is mapped.
+            here = fitting(planned) if forms is None and engine.network.device.type != "cpu" else forms
+            if (session := store.find(engine, ids, planned, cache=here, attention=attention)) is not None:
                 return session
         return None
 
-    found = kept(wanted)
+    if cache != "auto" and engine.network.device.type != "cpu":
+        choose_cache(engine, kept_plan, cache, attention, quiet=quiet)  # refuses what does not fit
+    found = kept(None if cache == "auto" else [cache])
     held = 0 if found is None else min(len(found.tokens), end)
     if found is not None and held < end and cache == "auto":
         # What is kept of another document that begins alike does not choose the format, unless it is most of this one.
         ours = store.folder_of(engine, ids[:end], kept_plan, cache=found.cache_format, attention=attention).is_dir()
-        if found.cache_format not in fitting or not (ours or 2 * held >= end):
+        if found.cache_format not in fitting(kept_plan) or not (ours or 2 * held >= end):
             found = None
     if found is not None:
         form = found.cache_format
@@ -149,7 +153,7 @@ def _read_and_keep(
         )  # fmt: skip
     tell(store, quiet=quiet)
     session.boundary = end
-    if len(session.tokens) == end:
+    if len(session.tokens) == end and not stopped():
         return session
     own = store.folder_of(engine, ids, planned, cache=form, attention=attention).name
     kept = next((entry.length for entry in store.entries() if entry.id == own), 0)

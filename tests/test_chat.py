@@ -17,7 +17,7 @@ from longverse.documents import second_look
 from longverse.documents.citations import Cited
 from longverse.documents.reader import decode
 from longverse.errors import UserError
-from longverse.inference import memory
+from longverse.inference import memory, store_keys
 from longverse.inference.engine import Engine, Session, Stats
 from longverse.inference.sampling import Sampling
 from longverse.wording import SYSTEM
@@ -148,6 +148,17 @@ def test_a_conversation_that_outgrows_its_plan_takes_the_document_from_the_disk(
     assert 700 < reused(chat) < len(chat.session.tokens)
 
 
+def test_under_dynamic_ntk_a_growing_conversation_is_kept_once(
+    talk: Callable[..., tuple[Chat, str]], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_keys, "STEP", 256)
+    monkeypatch.setattr(store_keys, "ROOM", 64)
+    dynamic = Engine.load(folder, dtype="float32", device="cpu", rope="dynamic:4:512")
+    _, said = talk("Where is the mill?", *["And what does it grind? " * 12] * 5, engine=dynamic, keep=True)
+    assert said.count("outgrew") >= 1
+    assert said.count("Read ") == len([*(tmp_path / "library").glob("*/manifest.json")]) == 1
+
+
 def test_under_dynamic_ntk_a_chat_has_room_to_grow_where_nothing_is_kept(
     talk: Callable[..., tuple[Chat, str]], folder: str
 ) -> None:
@@ -158,8 +169,11 @@ def test_under_dynamic_ntk_a_chat_has_room_to_grow_where_nothing_is_kept(
 
 
 def test_beside_a_card_a_chat_goes_on(talk: Callable[..., tuple[Chat, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands_open, "choose_beside", lambda engine, tokens, *_, **__: ("full", tokens))
-    chat, _ = talk("Where is the mill?", "And what does it grind?")
+    beside = lambda engine, tokens, *_, room, **__: ("full", max(tokens, room))  # noqa: E731
+    monkeypatch.setattr(commands_open, "choose_beside", beside)
+    monkeypatch.setattr(commands_open, "cache_needs", lambda *_: {"full": (2.0, 1.0)})  # nothing fits the card
+    chat, said = talk("Where is the mill?", "And what does it grind?")
+    assert "outgrew" not in said
     assert [message["role"] for message in chat.messages] == ["system"] + 2 * ["user", "assistant"]
     assert chat.session is not None
     assert chat.session.stats.cache_home == "machine"
@@ -188,6 +202,10 @@ def test_another_document_before_the_first_answer_is_another_beginning(
     chat.begin(both, [MILL, other])
     assert chat.session is None
     assert chat.begun is both
+    chat.begin(chat.prompts("Hello", [1, 2], []), [])
+    chat.session_for(300)
+    chat.begin(both, [MILL, other])
+    assert chat.session is None
 
 
 WORDS = "The mill stands in a town."

@@ -141,9 +141,9 @@ def test_who_waited_long_is_told_how_to_keep(
     assert not ask("--cite", "off")  # it is kept now
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("when", "kept"), [(2, True), (2, False), (3, True)])  # 3: in the last chunk
 def test_a_stopped_ask_says_what_is_kept(
-    run: Runner, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, kept: bool
+    run: Runner, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, when: int, kept: bool
 ) -> None:
     if not kept:
         monkeypatch.setenv("LONGVERSE_LIBRARY_LIMIT", "1KB")
@@ -152,7 +152,7 @@ def test_a_stopped_ask_says_what_is_kept(
 
     def pressed(self: Session, ids: list[int]) -> torch.Tensor:
         passes.append(len(ids))
-        if len(passes) == 2:
+        if len(passes) == when:
             os.kill(os.getpid(), signal.SIGINT)
         return forward(self, ids)
 
