@@ -1,6 +1,7 @@
 """Set before torch is imported: waiting threads sleep instead of spinning, so that a busy machine tests as fast."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,15 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def sigint_as_before() -> Iterator[None]:
+    """A command that was stopped here ignores further Ctrl-Cs, and the processes of later tests would inherit that."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    if signal.getsignal(signal.SIGINT) != before:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
