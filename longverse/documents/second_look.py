@@ -18,11 +18,12 @@ from ..inference.engine import Cancelled, Engine, Session
 from ..inference.sampling import Sampling
 from ..wording import SAYS, language_of, messages
 from .ask import Prompts, cited
-from .citations import Cited
-from .words import asks_a_name_unmarked, is_of_the_kind, terms
+from .citations import SURE, Cited
+from .words import asks_a_name_unmarked, groups, is_of_the_kind, names, points_back, terms
 
 NEAREST = 2  # paragraphs nearest to the question in its words that are looked at beside the cited ones
 WIDE = 1024  # tokens of the paragraphs that are looked at where nothing was found
+ALIKE = 8  # paragraphs among which those are sought that a question may be about
 LEAST = 16  # tokens left of them that no paragraph is sought for any more
 MOST = 2048  # tokens of a prompt: a document of one paragraph is not read again whole
 Pause = Callable[[], None]
@@ -40,10 +41,12 @@ def checked(
     pause      called between the second look's tokens, to let others compute
 
     None is taken for models that number paragraphs, which are large enough to answer in words of their own, nor for a
-    question that follows other turns of a conversation.
+    question that needs the earlier turns of its conversation (`stands_alone`).
     """
     first = cited(session, prompts, number, answer, ids)
-    if first.borne_out or prompts.numbered or prompts.follows:
+    if first.borne_out or prompts.numbered:
+        return first
+    if prompts.follows and not stands_alone(prompts, number):
         return first
     if session.stats.finish_reason == "cancelled":
         return first
@@ -52,6 +55,18 @@ def checked(
         return first
     session.stats.finish_reason = "stop"  # of the answer that stands
     return replace(second, first=first.answer)
+
+
+def stands_alone(prompts: Prompts, number: int) -> bool:
+    """Whether a question means the same without the turns before it: nothing in it points back, and it names what it
+    asks about, or its words stand together in one paragraph alone."""
+    index, question = prompts.index, prompts.questions[number]
+    if points_back(question):
+        return False
+    nearest = index.nearest(frozenset(terms(question)), ALIKE, among=prompts.places[number])
+    asked = groups(question)
+    speaking = [place for place in nearest if index.share(asked, index.words[place]) >= SURE]
+    return bool(speaking) and (bool(names(question)) or len(speaking) == 1)
 
 
 def second_look(

@@ -62,6 +62,14 @@ _ASKS_AMOUNT = re.compile(
     r"|total|sum|area(?! of (?:research|study|work|law|expertise|interest))) of\b|多少",
     re.IGNORECASE,
 )
+# Words that stand for what was spoken of before. "Are there any" does not point anywhere.
+_POINTS_BACK = re.compile(
+    r"\b(?:it|its|itself|he|him|his|she|hers?|they|them|theirs?|this|that|these|those|then|same|former|latter|ones?"
+    r"|others?|another|also|too|else|(?<!is )(?<!are )(?<!was )(?<!were )there|(?:what|how) about)\b"
+    r"|^\W*(?:and|or|but|so)\b"
+    "|[它他她这那该此呢另]|其|上述|前者|后者|同[样一]|还有|也|后来|当时",
+    re.IGNORECASE,
+)
 _DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 _ASKS_TIME = re.compile(
     r"什么时候|何时|哪一?[年天]|哪个?月|几[年月号]|^when\b|\b(?:which|what) (?:year|month|day|date)\b", re.IGNORECASE
@@ -131,6 +139,11 @@ def is_of_the_kind(question: str, said: str) -> bool:
 def asks_a_name_unmarked(question: str) -> bool:
     """Whether a person or a place is asked for in Chinese, which marks no names: no answer can be seen to bring one."""
     return bool(_ASKS_NAME.search(question) and _HAN_RUN.search(question))
+
+
+def points_back(question: str) -> bool:
+    """Whether a question has a word that stands for what was spoken of before: it may not be understood alone."""
+    return _POINTS_BACK.search(question) is not None
 
 
 def normalise(text: str) -> str:

@@ -152,7 +152,8 @@ def test_the_nearest_paragraphs_are_taken_while_they_fit(engine: Engine) -> None
 
 
 def test_where_no_second_look_is_taken(engine: Engine) -> None:
-    """Not for numbered paragraphs, later turns, or a passage that is the whole of a long document."""
+    """Not for numbered paragraphs, a later turn that needs the ones before, or a passage that is the whole of a long
+    document."""
     sentences = " ".join(f"The mill number {n} stands in a town." for n in range(190))
     document = decode(f"{sentences} The owner of the brewery is Ada Hill.".encode(), "long.md")
     question, wrong = "Who is the owner of the brewery?", "The owner of the brewery is Tom Nobody of Nowhere."
@@ -177,6 +178,42 @@ def test_where_no_second_look_is_taken(engine: Engine) -> None:
     put_right = second_look.checked(session, prompts, 0, wrong, ids, SAMPLING, pause=lambda: pauses.append(1))
     assert (put_right.first, "Ada Hill" in put_right.answer) == (wrong, True)
     assert pauses
+
+    later = second_look.checked(session, replace(prompts, follows=True), 0, wrong, ids, SAMPLING)
+    assert later.answer == put_right.answer
+    pointing = replace(prompts, follows=True, questions=("Who is the owner of it?",))
+    assert second_look.checked(session, pointing, 0, wrong, ids, SAMPLING).first == ""
+
+
+@pytest.mark.parametrize(
+    ("question", "alone"),
+    [
+        ("Where does the Marlow boat lie?", True),  # named
+        ("Who painted the boathouse?", True),  # one paragraph
+        ("How many oars has the boat?", False),  # of two boats
+        ("How many oars has it?", False),
+        ("And the Marlow boat?", False),
+        ("What about the Marlow boat?", False),
+        ("Who works there?", False),
+        ("Are there oars on the Marlow boat?", True),
+        ("Who steers the Marlow ferry to Ely?", False),  # no paragraph speaks of that
+        ("潘氏学校位于哪里？", True),
+        ("学校位于哪里？", False),  # two schools
+        ("它位于哪里？", False),
+        ("该校有多少学生？", False),
+    ],
+)
+def test_which_later_questions_stand_alone(question: str, alone: bool) -> None:
+    text = (
+        "The Marlow boat has eight oars. The Marlow boat lies at Upton.",
+        "The Oldfield boat has four oars.",
+        "Ada Hill painted the boathouse.",
+        "潘氏学校位于苏州。潘氏学校有两百名学生。",
+        "王氏学校位于杭州。",
+    )
+    document = decode("\n\n".join(text).encode(), "boats.md")
+    prompts = ask.Prompts((question,), ((1,),), 1, (document,), places=(None,), follows=True)
+    assert second_look.stands_alone(prompts, 0) is alone
 
 
 def test_the_passage_is_said_below_an_answer_that_was_shown(
