@@ -253,8 +253,10 @@ def sparse_quality(chinese: bool, name: str = "sparse_quality") -> str:
     results = load(name)
     forms = {
         "seconds": "{:.1f}", "times faster": "{:.2f}", "blocks read": "{:.0%}", "mass kept": "{:.1%}", "KL": "{:.4f}",
-        "ms a token": "{:.1f}", "mass written": "{:.1%}", "facts found": "{:.0%}",
+        "KL, made text": "{:.3f}", "KL, novel": "{:.3f}", "ms a token": "{:.1f}", "mass written": "{:.1%}",
+        "facts found": "{:.0%}",
     }  # fmt: skip
+    forms = {key: form for key, form in forms.items() if any(row.get(key) is not None for row in results["rows"])}
     rows = [
         [f"{row['tokens']:,}", str(row["dial"])]
         + [form.format(row[key]) if row.get(key) is not None else "–" for key, form in forms.items()]

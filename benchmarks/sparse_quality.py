@@ -1,18 +1,23 @@
 """What sparse reading and writing give and cost, on smol: seconds, the share of blocks read and of attention kept,
 needles, KL.
 
-Every length is read exactly and at each dial; KL is of the next token after the whole text, against exact reading, mean
-over the texts. Then WRITTEN tokens are written, the same everywhere: milliseconds each, and the attention kept. Needles
-are asked in documents of the same lengths over all depths, of the model as it is loaded (give --model the extended one,
-and --rope where it has none of its own). With --texts 0 there are only those documents, and the seconds are theirs.
+Every length is read exactly and at each dial, which is what stands behind "sparse:". KL is of what follows each of the
+last SCORED tokens of a text, against exact reading, mean over them and over the texts: of generated prose, whose few
+templates return all the time, and of novels (--novels, which needs the corpora in $LONGVERSE_SHARED). Then WRITTEN
+tokens are written, the same everywhere: milliseconds each, and the attention kept. Needles are asked in documents of
+the same lengths over all depths, of the model as it is loaded (give --model the extended one, and --rope where it has
+none of its own). With --texts 0 there are only those documents, and the seconds are theirs.
 
-    python benchmarks/sparse_quality.py [--lengths 8000 16000 32000 64000] [--masses 0.9 0.95 0.98] [--needles]
+    python benchmarks/sparse_quality.py [--lengths 8000 16000 32000 64000] [--dials 0.95 0.8 0.9:0.1] [--needles]
                                         [--model smol] [--rope abf:1000000] [--repeats 1] [--facts 5] [--name long]
 """
 
 import argparse
+import gzip
+import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -29,6 +34,7 @@ from longverse.evaluation.needle import NeedleSettings, run_needle
 from longverse.inference.engine import Engine, Session
 
 WRITTEN = 24
+SCORED = 512  # enough to be read sparsely themselves
 
 
 def documents(engine: Engine, tokens: int, count: int) -> list[list[int]]:
@@ -42,12 +48,35 @@ def documents(engine: Engine, tokens: int, count: int) -> list[list[int]]:
     return found
 
 
+def novels(engine: Engine, tokens: int, count: int) -> list[list[int]]:
+    """So many tokens of each of the first `count` novels of the corpora that are long enough, from their middle on."""
+    found: list[list[int]] = []
+    shared = Path(os.environ.get("LONGVERSE_SHARED", Path(__file__).parents[2] / "shared"))
+    with gzip.open(shared / "corpora" / "en_novels.jsonl.gz", "rt") as lines:
+        for line in lines:
+            text = json.loads(line)["text"]
+            if len(found) < count and len(text) > 14 * tokens:
+                found.append(engine.tokenizer.encode(text[len(text) // 2 :][: 7 * tokens])[:tokens])
+    return found
+
+
 def read(engine: Engine, ids: list[int], attention: str) -> tuple[float, torch.Tensor, Session]:
-    """Seconds of reading, log probabilities [1, V] of what follows, the session."""
+    """Seconds of reading, log probabilities [SCORED, V] of what follows each of the last tokens, the session."""
+    network = engine.network
     session = engine.session(len(ids) + 1 + WRITTEN, attention=attention)
-    took = seconds(lambda: session.read(ids[:-1]))
+
+    def run() -> None:
+        nonlocal following
+        session.read(ids[:-SCORED])
+        place = torch.arange(session.cache.length, len(ids))[None]
+        hidden = network.model(torch.tensor([ids[-SCORED:]]), place, session.cache.rope_length, session.cache.attend)
+        session.cache.advance(SCORED)
+        session.tokens.extend(ids[-SCORED:])
+        following = network.lm_head(hidden[0]).float().log_softmax(-1)
+
+    following = torch.empty(0)
     with torch.inference_mode():
-        following = session._logits(session._forward(ids[-1:])).log_softmax(-1)[None]
+        took = seconds(run)
     return took, following, session
 
 
@@ -83,8 +112,9 @@ def needles(engine: Engine, length: int, attention: str, options: argparse.Names
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8000, 16000, 32000, 64000])
-    parser.add_argument("--masses", type=float, nargs="+", default=[0.9, 0.95, 0.98])
+    parser.add_argument("--dials", nargs="+", default=["0.95", "0.8", "0.9:0.1"])
     parser.add_argument("--texts", type=int, default=2)
+    parser.add_argument("--novels", type=int, default=0)
     parser.add_argument("--needles", action="store_true")
     parser.add_argument("--repeats", type=int, default=1, help="documents of the needle test")
     parser.add_argument("--facts", type=int, default=5, help="in each of them, 2 or more")
@@ -94,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.facts < 2:
         parser.error("--facts must be 2 or more")
-    if not (options.texts or options.needles):
+    if not (options.texts or options.novels or options.needles):
         parser.error("--texts 0 reads nothing without --needles")
     engine = Engine.load(options.model, device="cpu", rope=options.rope, window=max(options.lengths) + 1000)
     for attention in ("exact", "sparse:0.9"):  # kernels are compiled, loaded and weights rounded before anything counts
@@ -102,7 +132,8 @@ def main() -> None:
         write(read(engine, ids, attention)[2], ids)
     rows: list[dict[str, Any]] = []
     for length in options.lengths:
-        texts = documents(engine, length, options.texts)
+        made = documents(engine, length, options.texts)
+        texts = made + novels(engine, length, options.novels)
         exact, written = [], []
         for ids in texts:
             took, following, session = read(engine, ids, "exact")
@@ -113,23 +144,25 @@ def main() -> None:
         row: dict[str, Any] = {"tokens": length, "dial": "exact", "seconds": base, "times faster": 1.0}
         rows.append(row | {"ms a token": 1000 * mean(written) if written else None, "facts found": found})
         print(rows[-1], flush=True)
-        for mass in options.masses:
-            sparse = [read(engine, ids, f"sparse:{mass}") for ids in texts]
-            found, reader = needles(engine, length, f"sparse:{mass}", options)
+        for dial in options.dials:
+            sparse = [read(engine, ids, f"sparse:{dial}") for ids in texts]
+            found, reader = needles(engine, length, f"sparse:{dial}", options)
             took = mean([x[0] for x in sparse or reader.readings])
             stats: list[Any] = [x[2].cache.sparse for x in sparse] or [counted for _, counted in reader.readings]
-            row = {"tokens": length, "dial": mass, "seconds": took, "times faster": base / took, "facts found": found}
+            row = {"tokens": length, "dial": dial, "seconds": took, "times faster": base / took, "facts found": found}
             row["blocks read"] = mean([x.density for x in stats])
             row["mass kept"] = mean([x.mass_kept for x in stats])
             if sparse:
-                row["KL"] = mean([kl(e[1], s[1]) for e, s in zip(exact, sparse, strict=True)])
+                lost = [kl(e[1], s[1]) for e, s in zip(exact, sparse, strict=True)]
+                for key, some in (("KL, made text", lost[: len(made)]), ("KL, novel", lost[len(made) :])):
+                    row[key] = mean(some) if some else None
                 row["ms a token"] = 1000 * mean([write(x[2], ids) for x, ids in zip(sparse, texts, strict=True)])
                 row["mass written"] = mean([x.mass_written for x in stats])
             rows.append(row)
             print(row, flush=True)
     header = [
-        "tokens", "dial", "seconds", "times faster", "blocks read", "mass kept", "KL", "ms a token", "mass written",
-        "facts found",
+        "tokens", "dial", "seconds", "times faster", "blocks read", "mass kept", "KL, made text", "KL, novel",
+        "ms a token", "mass written", "facts found",
     ]  # fmt: skip
     form = {
         "tokens": "{:,}",
@@ -140,7 +173,7 @@ def main() -> None:
         "mass written": "{:.2%}",
         "ms a token": "{:.1f}",
     }
-    form |= {"KL": "{:.4f}", "facts found": "{:.0%}", "dial": "{}"}
+    form |= {"KL, made text": "{:.3f}", "KL, novel": "{:.3f}", "facts found": "{:.0%}", "dial": "{}"}
     print(
         table(
             header,

@@ -157,8 +157,8 @@ def load(
 ) -> Model:  # fmt: skip
     """Load a model by embedded name, path or hub id.
 
-    attention  "exact"; "sparse" or "sparse:0.9", which aims at that share of the attention; or "pages" for documents
-               past the model's window
+    attention  "exact"; "sparse"; "sparse:0.9", which aims at that share of the attention, or "sparse:0.9:0.1", in a
+               tenth of the past at most; or "pages" for documents past the model's window
     cache      "full", "int8" or "int4": how keys and values are kept
     """
     return Model(

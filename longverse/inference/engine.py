@@ -41,34 +41,44 @@ CHUNK = 1024  # tokens a forward reads at once: enough for products at full spee
 
 
 class Attention(NamedTuple):
-    """How a session attends: one of ATTENTIONS, and the share of the attention to keep, which only sparse asks for."""
+    """How a session attends: one of ATTENTIONS, and what only sparse asks for: the share of the attention to keep, and
+    the part of the past to keep it in at most (models/sparse.py)."""
 
     kind: str = "exact"
     mass: float = MASS
+    most: float = 1.0
 
     @property
     def name(self) -> str:
         """What `parse_attention` reads; one name for one way."""
-        return f"{self.kind}:{self.mass}" if self.kind == "sparse" and self.mass != MASS else self.kind
+        if self.kind != "sparse":
+            return self.kind
+        if self.most < 1:
+            return f"sparse:{self.mass}:{self.most}"
+        return "sparse" if self.mass == MASS else f"sparse:{self.mass}"
 
 
 def parse_attention(text: str) -> Attention:
-    """Of "sparse:0.9" the kind and the share. Raises UserError for another kind, and for what is no share."""
+    """Of "sparse:0.9" the kind and the share, in whatever part of the past that takes; of "sparse:0.9:0.2" that part,
+    too. Raises UserError for another kind, and for what is no share."""
     kind, colon, share = text.partition(":")
     if kind not in ATTENTIONS or (colon and kind != "sparse"):
         raise UserError(
             f"There is no attention {text!r}: choose one of {', '.join(ATTENTIONS)}, or sparse with the share to keep,"
             " like sparse:0.9."
         )
+    if not colon:
+        return Attention(kind)
+    share, colon, part = share.partition(":")
     try:
-        mass = float(share) if colon else MASS
+        mass, most = float(share), float(part) if colon else 1.0
     except ValueError:
         raise UserError(
-            f"The attention {text!r} names no share to keep: give a number above 0 and up to 1, like sparse:0.9."
+            f"The attention {text!r} names no share to keep: give a number above 0 and up to 1, like sparse:0.9, or"
+            " two, with the most of the past to read for it, like sparse:0.9:0.1."
         ) from None
-    if kind == "sparse":
-        Sparse(mass)  # refuses a share that cannot be kept
-    return Attention(kind, mass)
+    Sparse(mass, most)  # refuses what cannot be kept
+    return Attention(kind, mass, most)
 
 
 @dataclass
@@ -216,8 +226,9 @@ class Engine:
 
         attention  "exact"; "sparse": a prompt's tokens leave out the past's blocks that weigh least (models/sparse.py),
                    all but its last ones, which are the question, and an answer's tokens the values that weigh next to
-                   nothing; "sparse:0.9" names the share of the attention to keep, else MASS; "pages": in linear time,
-                   for documents past the window (inference/pages.py)
+                   nothing; "sparse:0.9" names the share of the attention to keep, else MASS, and "sparse:0.9:0.1"
+                   also the part of the past to keep it in at most; "pages": in linear time, for documents past the
+                   window (inference/pages.py)
         cache      format of the keys and values, one of models.cache.FORMATS
         allocate   where the cache's storage comes from; memory when left out
         home       where the cache lies: on the model's "device", or, for a card without the room, in the "machine"'s
@@ -225,7 +236,7 @@ class Engine:
         """
         if home not in HOMES:
             raise UserError(f"A cache cannot lie in {home!r}: choose one of {', '.join(HOMES)}.")
-        kind, mass = parse_attention(attention)
+        kind, mass, most = parse_attention(attention)
         if kind == "pages":
             from .pages import PagesSession
 
@@ -239,7 +250,7 @@ class Engine:
                 " shorten the text, or use a model with a larger window."
             )
         return Session(
-            self, planned_tokens, cache_format=cache, allocate=allocate, attention=kind, mass=mass, home=home
+            self, planned_tokens, cache_format=cache, allocate=allocate, attention=kind, mass=mass, most=most, home=home
         )
 
 
@@ -255,6 +266,7 @@ class Session:
     allocate: Allocate | None = None
     attention: str = "exact"
     mass: float = MASS
+    most: float = 1.0
     # A forward always ends after this many tokens: the document's, so that an answer has the same bits whether the
     # document was read just before it or kept (inference/store.py).
     boundary: int = 0
@@ -269,7 +281,7 @@ class Session:
             home="cpu" if self.home == "machine" else None, kept=self.engine.kept,
         )  # fmt: skip
         if self.attention == "sparse":
-            self.cache.sparse = Sparse(self.mass)
+            self.cache.sparse = Sparse(self.mass, self.most)
 
     def complete(
         self,
@@ -350,8 +362,8 @@ class Session:
     ) -> Iterator[int]:
         network, end_ids = self.engine.network, self.engine.tokenizer.eos_ids
         self.stats = stats = Stats(
-            prompt_tokens=len(prompt), attention=Attention(self.attention, self.mass).name, cache=self.cache_format,
-            cache_home=self.home,
+            prompt_tokens=len(prompt), attention=Attention(self.attention, self.mass, self.most).name,
+            cache=self.cache_format, cache_home=self.home,
         )  # fmt: skip
         held = stats.reused_tokens = self._begin(prompt, stats, sampling.max_new_tokens)
         stats.unread_tokens = len(prompt) - held

@@ -44,8 +44,9 @@ class Layout:
         session = engine.session(capacity, cache=cache, attention=attention, allocate=note)
         pages = getattr(session, "pages", None)
         piece = pages.chunk if pages is not None else engine_module.CHUNK
-        sparse = session.attention == "sparse"
-        how = pages if pages is not None else f"sparse {session.mass:g}" if sparse else attention
+        how = pages if pages is not None else attention
+        if session.attention == "sparse":  # without an end where all of the past may be read: as it always was
+            how = f"sparse {session.mass:g}" + (f" of {session.most:g}" if session.most < 1 else "")
         growing = row_counts(session.cache, 1)
         ends = {name: array for name, array in arrays.items() if name not in growing}
         arrays = {name: arrays[name] for name in growing}

@@ -6,9 +6,10 @@ of one new token, rows of a key/value head in the order [T, h].
 The rows of a chunk are cut into query blocks of about QUERY_TOKENS tokens, the past into blocks of BLOCK keys. A few
 sampled tokens of each query block are scored against every key, which costs about a fiftieth of attending; from them
 come each block's share of the attention, and the fewest blocks that hold the share asked for, averaged over the
-samples, are attended to by the whole query block. The chunk itself, the past's last, broken block and its first block
-are always kept. One further token of each query block has no say and measures: what its attention keeps is what the
-statistics state.
+samples, are attended to by the whole query block; but no more than a given part of the past, so that heads which look
+everywhere, whose sums change little by what is left out, do not take most of the time. The chunk itself, the past's
+last, broken block and its first block are always kept. One further token of each query block has no say and measures:
+what its attention keeps is what the statistics state.
 
 In the line of MInference (Jiang et al. 2024, arXiv 2407.02490) and XAttention (Xu et al. 2025, arXiv 2503.16428), which
 estimate from the last queries and from antidiagonals. Not done: patterns per head, fixed beforehand.
@@ -28,6 +29,7 @@ from ..errors import UserError
 from .attention import folded_attention, merge
 
 BLOCK = 64  # keys
+FEW = 4  # of them are always worth reading
 ITEM_ROWS = 96  # query blocks are whole numbers of so many rows, which the kernels deal with together
 QUERY_TOKENS = 128
 SAMPLES = (0.1, 0.35, 0.65, 0.9)  # where in its query block a sampled token stands
@@ -40,9 +42,11 @@ Stretch = Callable[[int, int], tuple[Tensor, Tensor]]
 
 @dataclass
 class Sparse:
-    """The dial, and what came of it.
+    """The dials, and what came of them.
 
     mass     share of the attention that the chosen blocks must hold, 0 .. 1, on average over the sampled queries
+    most     part of the past, 0 .. 1, that a query block attends to at most (never less than FEW blocks): where the
+             share asked for is spread over more, the heaviest are taken and less is kept
     least    chunks of fewer tokens, such as questions, are attended to exactly
     writing  set while the tokens of an answer are read, one by one: then every key is scored, and pages of values that
              weigh next to nothing are left out (kernels/cpu_decode.py); what they weigh is known, so every head of
@@ -50,6 +54,7 @@ class Sparse:
     """
 
     mass: float = 0.95
+    most: float = 1.0
     least: int = 256
     writing: bool = False
     share_sum: float = 0.0
@@ -64,6 +69,8 @@ class Sparse:
             raise UserError(
                 f"A share of {self.mass:g} of the attention cannot be kept: choose one above 0 and up to 1."
             )
+        if not 0 < self.most <= 1:
+            raise UserError(f"A part of {self.most:g} of the past cannot be read: choose one above 0 and up to 1.")
 
     @property
     def mass_kept(self) -> float:
@@ -83,6 +90,10 @@ class Sparse:
     def serves(self, new: int, past: int) -> bool:
         """Whether a chunk of `new` tokens after `past` is attended to sparsely."""
         return new >= self.least and past >= 2 * BLOCK
+
+    def limit(self, blocks: int) -> int:
+        """Of so many blocks of the past, how many a query block attends to at most, the first one aside."""
+        return max(FEW, int(self.most * blocks))
 
     def count(self, kept: Tensor, share: Tensor) -> None:
         """Take up what one layer chose: kept [G, query blocks, past blocks], measured share [G, query blocks]."""
@@ -175,7 +186,8 @@ def _choose(
     ordered, order = mean[..., 1:-1].sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered  # held by the blocks ahead of each
     kept = torch.ones(*mean.shape[:2], whole, dtype=torch.bool, device=rows.device)
-    kept[..., 1:].scatter_(-1, order, before < need)
+    rank = torch.arange(ordered.shape[-1], device=rows.device)
+    kept[..., 1:].scatter_(-1, order, (before < need) & (rank < sparse.limit(whole)))
     measured = shares[:, :, -1].mean(2)  # [G, query blocks, past blocks + 1]
     return kept, (measured[..., :-1] * kept).sum(-1) + measured[..., -1]
 

@@ -234,16 +234,18 @@ def test_a_cache_in_the_machines_memory_gives_the_same_answer(tokenizer: Tokeniz
 
 def test_the_share_to_keep_stands_behind_a_colon(tokenizer: Tokenizer) -> None:
     engine = make_engine(tokenizer)
-    for text, mass in (("sparse", MASS), ("sparse:0.9", 0.9), ("sparse:1", 1.0)):
+    for text, mass, most in (
+        ("sparse", MASS, 1.0), ("sparse:0.9", 0.9, 1.0), ("sparse:1", 1.0, 1.0), ("sparse:0.9:0.25", 0.9, 0.25),
+    ):  # fmt: skip
         session = engine.session(80, attention=text)
-        assert (session.attention, session.mass) == ("sparse", mass)
+        assert (session.attention, session.mass, session.most) == ("sparse", mass, most)
         assert session.cache.sparse is not None
-        assert session.cache.sparse.mass == mass
-    assert [parse_attention(text).name for text in ("sparse:0.95", "sparse:0.90", "pages")] == [
-        "sparse",
-        "sparse:0.9",
-        "pages",
-    ]
+        assert (session.cache.sparse.mass, session.cache.sparse.most) == (mass, most)
+    names = {
+        f"sparse:{MASS}:1": "sparse", "sparse:0.90": "sparse:0.9", "sparse:0.9:1": "sparse:0.9",
+        "sparse:0.9:0.10": "sparse:0.9:0.1", "pages": "pages",
+    }  # fmt: skip
+    assert {text: parse_attention(text).name for text in names} == names
     assert parse_attention("sparse:0.9500001").name == "sparse:0.9500001"  # no other way's name
     answer = engine.session(80, attention="sparse:0.9").complete(prompt(20), Sampling(max_new_tokens=2))
     assert answer.stats.attention == "sparse:0.9"
@@ -255,6 +257,11 @@ def test_the_share_to_keep_stands_behind_a_colon(tokenizer: Tokenizer) -> None:
         ("sparse:0", "cannot be kept: choose one above 0 and up to 1"),
         ("sparse:nan", "cannot be kept"),
         ("sparse:95", "cannot be kept"),
+        ("sparse:0.9:", "names no share to keep"),
+        ("sparse:0.9:all", "or two, with the most of the past"),
+        ("sparse:0.9:2", "A part of 2 of the past cannot be read"),
+        ("sparse:0.9:0", "cannot be read"),
+        ("sparse:0.9:0.1:3", "names no share to keep"),
     ):
         with pytest.raises(UserError, match=message):
             engine.session(80, attention=text)

@@ -162,7 +162,7 @@ def test_sparse_readings_are_kept_apart_from_exact_ones(
     kept = store.find(make_engine(tmp_path, tiny_config(max_position_embeddings=1024)), question, 1000)
     assert kept is not None
     assert kept.attention == "sparse"
-    for other in ("exact", "sparse:0.9"):
+    for other in ("exact", "sparse:0.9", "sparse:0.95:0.3"):
         assert store.find(engine, question, 1000, attention=other) is None
     store.read(engine, ids, 1000, attention="sparse:0.9")
     less = store.find(engine, question, 1000, attention="sparse:0.9")
@@ -170,8 +170,13 @@ def test_sparse_readings_are_kept_apart_from_exact_ones(
     assert less.mass == 0.9
     same = store.find(engine, question, 1000, attention="sparse:0.950")
     assert same is not None
-    assert same.mass == 0.95
+    assert (same.mass, same.most) == (0.95, 1)
     assert store.folder_of(engine, ids, 1000, cache="full", attention="sparse:0.95").is_dir()
+    store.read(engine, ids, 1000, attention="sparse:0.95:0.3")
+    few = store.find(engine, question, 1000, attention="sparse:0.95:0.3")
+    assert few is not None
+    assert (few.mass, few.most) == (0.95, 0.3)
+    assert few.cache.sparse.mass_kept < same.cache.sparse.mass_kept  # type: ignore[union-attr]
     assert same_cache(kept, plain, 900)
     assert answer(kept, question, 900) == (answer(plain, question, 900)[0], 900)
     assert kept.stats.mass_kept == plain.stats.mass_kept  # what reading kept is told with every later answer

@@ -86,12 +86,13 @@ def test_the_dial_trades_blocks_for_mass(format: str, path: str, monkeypatch: py
     assert errors[2] < 0.25
 
 
+@pytest.mark.parametrize("most", [1.0, 0.3])
 @pytest.mark.parametrize(
     ("dtype", "kept"),
     [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
 )
 def test_the_compiled_choice_is_that_of_the_definition(
-    dtype: torch.dtype, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kept: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = heaped(dtype=dtype)
     if not compiled_fits(q, None):
@@ -101,7 +102,7 @@ def test_the_compiled_choice_is_that_of_the_definition(
         if stop:
             monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
         cache = KVCache(1, 2, SIZE, TOTAL, dtype, kept=kept)
-        cache.sparse = Sparse(mass=0.9)
+        cache.sparse = Sparse(0.9, most)
         mixed, _ = read(cache, q, k, v, (700, 500, 300))
         found.append((mixed, cache.sparse))
     (ours, compiled), (theirs, plain) = found
@@ -109,6 +110,37 @@ def test_the_compiled_choice_is_that_of_the_definition(
     assert abs(compiled.blocks_kept - plain.blocks_kept) <= 0.01 * plain.blocks_all  # ties fall either way
     assert compiled.mass_kept == pytest.approx(plain.mass_kept, abs=2e-3)
     assert error(ours, theirs) < 0.02
+
+
+@pytest.mark.parametrize("path", ["bfloat16", "float32", "torch"])
+def test_no_query_block_reads_more_of_the_past_than_allowed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.bfloat16 if path == "bfloat16" else torch.float32
+    q, k, v = heaped(dtype=dtype)
+    if path != "torch" and not compiled_fits(q, None):
+        pytest.skip(f"no kernel here for {path}")
+    if path == "torch":
+        monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
+    kept: list[torch.Tensor] = []
+    count = Sparse.count
+    monkeypatch.setattr(Sparse, "count", lambda self, one, share: (kept.append(one.clone()), count(self, one, share)))
+    found = {}
+    for mass, most in ((0.98, 1.0), (0.98, 0.5), (0.98, 0.3), (0.98, 0.01), (0.5, 0.3), (0.5, 1.0)):
+        cache = KVCache(1, 2, SIZE, TOTAL, dtype)
+        cache.sparse = Sparse(mass, most)
+        kept.clear()
+        mixed, exact = read(cache, q, k, v, (700, 500, 300))
+        assert len(kept) == 2  # the first chunk has no past
+        for chosen in kept:
+            assert int(chosen.sum(-1).max()) <= max(sparse.FEW, int(most * chosen.shape[-1])) + 1  # and the first
+        found[mass, most] = (cache.sparse.density, cache.sparse.mass_kept, error(mixed, exact), kept[-1])
+    free, half, third, few = (found[0.98, most] for most in (1.0, 0.5, 0.3, 0.01))
+    for more, less in ((free, half), (half, third), (third, few)):
+        assert more[0] > less[0]
+        assert more[1] > less[1]
+        assert more[2] < less[2]
+        assert bool((more[3].bool() | ~less[3].bool()).all())  # the heaviest stay
+    assert int(few[3].sum(-1).min()) == sparse.FEW + 1
+    assert found[0.5, 0.3][:2] == pytest.approx(found[0.5, 1.0][:2], abs=0.08)  # seldom wants more than a third
 
 
 def test_short_chunks_and_single_tokens_are_exact() -> None:
@@ -130,6 +162,9 @@ def test_a_dial_out_of_range_is_refused() -> None:
     for mass in (0, 1.5):
         with pytest.raises(UserError, match=r"choose one above 0 and up to 1"):
             Sparse(mass=mass)
+    for most in (0, 2, float("nan")):
+        with pytest.raises(UserError, match=r"cannot be read: choose one above 0 and up to 1"):
+            Sparse(0.9, most)
 
 
 def leave_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mass: float) -> tuple[torch.Tensor, float]:

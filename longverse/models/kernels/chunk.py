@@ -138,7 +138,8 @@ def _choose(held: Held, by_token: Tensor, k: Tensor, sparse: Sparse) -> np.ndarr
     kept = np.empty((heads, sampled.shape[0], past // BLOCK), dtype=np.uint8)
     share = np.empty(kept.shape[:2], dtype=np.float64)
     kernel = chunk_kernel(form, tiles_for(by_token), "choose_blocks")
-    team(torch.get_num_threads()).run(kernel, past, sparse.mass, count, top, total, kept, share)
+    most = sparse.limit(kept.shape[2])
+    team(torch.get_num_threads()).run(kernel, past, sparse.mass, most, count, top, total, kept, share)
     sparse.count(torch.from_numpy(kept), torch.from_numpy(share))
     return kept
 

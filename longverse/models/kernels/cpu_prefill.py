@@ -359,9 +359,9 @@ def weigh_blocks(
     end_tiles()
 
 
-def choose_blocks(rank, team, counter, past, mass, samples, top, total, kept, kept_share):
+def choose_blocks(rank, team, counter, past, mass, most, samples, top, total, kept, kept_share):
     """Choose, for the rows of each query block, the fewest blocks of the past that hold a share `mass` of the attention
-    of the samples, on average; what is not past is all kept.
+    of the samples, on average, or the heaviest `most` of them beside the first; what is not past is all kept.
 
     samples  rows of each query block in top and total; the last `HEADS` of them only measure
     kept     uint8 [G, query blocks, past blocks], written;  kept_share  float64 [G, query blocks], written: the share
@@ -386,19 +386,23 @@ def choose_blocks(rank, team, counter, past, mass, samples, top, total, kept, ke
         for block in range(past_blocks):
             mean[block] /= np.float32(choosing)
         need = np.float32(mass) - own / np.float32(choosing) - mean[0]
-        # The threshold whose blocks hold what is needed, by halving: no sorting of thousands of blocks.
+        # The threshold whose blocks hold what is needed, by halving: no sorting of thousands of blocks. At `low` they
+        # do or are too many, at `high` neither.
         low, high = np.float32(0), np.float32(1)
+        count_low = np.int64(past_blocks - 1)
         for _ in range(24):
             middle = np.float32(0.5) * (low + high)
-            held = np.float32(0)
+            held, count = np.float32(0), np.int64(0)
             for block in range(1, past_blocks):
                 held += mean[block] if mean[block] >= middle else np.float32(0)
-            if held >= need:
-                low = middle
+                count += np.int64(mean[block] >= middle)
+            if held >= need or count > most:
+                low, count_low = middle, count
             else:
                 high = middle
+        least = low if count_low <= most else high
         for block in range(past_blocks):
-            kept[head, query, block] = block == 0 or (mean[block] >= low if need > 0 else False)
+            kept[head, query, block] = block == 0 or (mean[block] >= least if need > 0 else False)
         share = np.float64(0)
         for sample in range(choosing, samples):
             row_mass(top[head, query * samples + sample], total[head, query * samples + sample], weight)
