@@ -50,14 +50,20 @@ def documents(engine: Engine, tokens: int, count: int) -> list[list[int]]:
 
 def novels(engine: Engine, tokens: int, count: int) -> list[list[int]]:
     """So many tokens of each of the first `count` novels of the corpora that are long enough, from their middle on."""
+    if not count:
+        return []
     found: list[list[int]] = []
     shared = Path(os.environ.get("LONGVERSE_SHARED", Path(__file__).parents[2] / "shared"))
     with gzip.open(shared / "corpora" / "en_novels.jsonl.gz", "rt") as lines:
         for line in lines:
             text = json.loads(line)["text"]
-            if len(found) < count and len(text) > 14 * tokens:
+            if len(text) > 14 * tokens:
                 found.append(engine.tokenizer.encode(text[len(text) // 2 :][: 7 * tokens])[:tokens])
-    return found
+            if len(found) == count:
+                return found
+    raise SystemExit(
+        f"The corpora hold {len(found)} novels of {tokens:,} tokens and more, and --novels asks for {count}."
+    )
 
 
 def read(engine: Engine, ids: list[int], attention: str) -> tuple[float, torch.Tensor, Session]:
@@ -66,18 +72,17 @@ def read(engine: Engine, ids: list[int], attention: str) -> tuple[float, torch.T
     session = engine.session(len(ids) + 1 + WRITTEN, attention=attention)
 
     def run() -> None:
-        nonlocal following
+        nonlocal hidden
         session.read(ids[:-SCORED])
         place = torch.arange(session.cache.length, len(ids))[None]
         hidden = network.model(torch.tensor([ids[-SCORED:]]), place, session.cache.rope_length, session.cache.attend)
         session.cache.advance(SCORED)
         session.tokens.extend(ids[-SCORED:])
-        following = network.lm_head(hidden[0]).float().log_softmax(-1)
 
-    following = torch.empty(0)
+    hidden = torch.empty(0)
     with torch.inference_mode():
         took = seconds(run)
-    return took, following, session
+        return took, network.lm_head(hidden[0]).float().log_softmax(-1), session
 
 
 def write(session: Session, ids: list[int]) -> float:

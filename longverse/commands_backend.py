@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Window = Annotated[int | None, typer.Option("--window", help="Take this many tokens, beyond the model's window too.")]
 Attention = Annotated[
-    str, typer.Option("--attention", help="How the engine attends: exact, sparse, sparse:0.9 or pages.")
+    str, typer.Option("--attention", help="How the engine attends: exact, sparse, sparse:0.9, sparse:0.9:0.1 or pages.")
 ]
 Cache = Annotated[str, typer.Option("--cache", help="How the engine keeps what it read: full, int8 or int4.")]
 Processes = Annotated[

@@ -34,8 +34,9 @@ Attention = Annotated[
     str,
     typer.Option(
         "--attention",
-        help="exact; sparse: of a long past only what weighs (sparse:0.9 aims at nine tenths of the attention); or"
-        " pages: in linear time, past the model's window. auto is exact, and pages only where it must.",
+        help="exact; sparse: of a long past only what weighs (sparse:0.9 aims at nine tenths of the attention,"
+        " sparse:0.9:0.1 in a tenth of the past at most); or pages: in linear time, past the model's window. auto is"
+        " exact, and pages only where it must.",
     ),
 ]
 

@@ -33,7 +33,10 @@ def serve(
     ] = None,
     library: Annotated[Path | None, typer.Option("--library", help="The folder of uploaded documents.")] = None,
     attention: Annotated[
-        str, typer.Option("--attention", help="exact, sparse, sparse:0.9, or pages for documents past the window.")
+        str,
+        typer.Option(
+            "--attention", help="exact, sparse, sparse:0.9, sparse:0.9:0.1, or pages for documents past the window."
+        ),
     ] = "exact",
     cache: Annotated[str, typer.Option("--cache", help="Format of the keys and values: full, int8 or int4.")] = "full",
     cache_memory: Annotated[

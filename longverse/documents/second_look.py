@@ -19,7 +19,7 @@ from ..inference.sampling import Sampling
 from ..wording import SAYS, language_of, messages
 from .ask import Prompts, cited
 from .citations import SURE, Cited
-from .words import asks_a_name_unmarked, groups, is_of_the_kind, names, points_back, terms
+from .words import asks_a_name_unmarked, groups, is_of_the_kind, points_back, subject, terms
 
 NEAREST = 2  # paragraphs nearest to the question in its words that are looked at beside the cited ones
 WIDE = 1024  # tokens of the paragraphs that are looked at where nothing was found
@@ -41,7 +41,7 @@ def checked(
     pause      called between the second look's tokens, to let others compute
 
     None is taken for models that number paragraphs, which are large enough to answer in words of their own, nor for a
-    question that needs the earlier turns of its conversation (`stands_alone`).
+    question that may need the earlier turns of its conversation (`stands_alone`).
     """
     first = cited(session, prompts, number, answer, ids)
     if first.borne_out or prompts.numbered:
@@ -58,15 +58,16 @@ def checked(
 
 
 def stands_alone(prompts: Prompts, number: int) -> bool:
-    """Whether a question means the same without the turns before it: nothing in it points back, and it names what it
-    asks about, or its words stand together in one paragraph alone."""
+    """Whether a question means the same without the turns before it, as far as its words tell: nothing in it points
+    back, it names what it asks about, and one paragraph alone holds that name and nine tenths of all that is asked with
+    (SURE)."""
     index, question = prompts.index, prompts.questions[number]
-    if points_back(question):
+    named, asked = subject(question), groups(question)
+    if not named or points_back(question):
         return False
     nearest = index.nearest(frozenset(terms(question)), ALIKE, among=prompts.places[number])
-    asked = groups(question)
     speaking = [place for place in nearest if index.share(asked, index.words[place]) >= SURE]
-    return bool(speaking) and (bool(names(question)) or len(speaking) == 1)
+    return len(speaking) == 1 and named <= index.words[speaking[0]]
 
 
 def second_look(

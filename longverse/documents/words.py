@@ -62,14 +62,27 @@ _ASKS_AMOUNT = re.compile(
     r"|total|sum|area(?! of (?:research|study|work|law|expertise|interest))) of\b|多少",
     re.IGNORECASE,
 )
-# Words that stand for what was spoken of before. "Are there any" does not point anywhere.
+# Words that stand for what was spoken of before, or for a time or place reckoned from it.
+_BACK = (
+    "it its itself he him his himself she her hers herself they them their theirs themselves this that these those"
+    " then same former latter one ones other others another also too else so such both each either neither all"
+    " before after above below again further more earlier later afterwards previous previously next following"
+    " instead mentioned second third last here now"
+)
 _POINTS_BACK = re.compile(
-    r"\b(?:it|its|itself|he|him|his|she|hers?|they|them|theirs?|this|that|these|those|then|same|former|latter|ones?"
-    r"|others?|another|also|too|else|(?<!is )(?<!are )(?<!was )(?<!were )there|(?:what|how) about)\b"
-    r"|^\W*(?:and|or|but|so)\b"
-    "|[它他她这那该此呢另]|其|上述|前者|后者|同[样一]|还有|也|后来|当时",
+    rf"\b(?:{_BACK.replace(' ', '|')}|(?:what|how) about)\b|(?<!^is )(?<!^are )(?<!^was )(?<!^were )\bthere\b"
+    r"|^\W*(?:and|or|but)\b"
+    "|[它他她这那该此呢另两]|其|上述|以上|上面|前面|前者|后者|之前|之后|之外|然后|随后|后来|刚才|同[样一年期]|还|也|又|再|都|各|双方|对方"
+    "|当[时年地]|届时|[去次上今明]年|第[二三四五]",
     re.IGNORECASE,
 )
+_ASKS = re.compile(
+    r"\b(?:who|whom|whose|what|which|when|where|why|how)\b"
+    r"|^\W*(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b",
+    re.IGNORECASE,
+)
+# In Chinese, which marks no names: four characters and more that end as names of ships, houses and firms do.
+_NAME_HAN = re.compile(rf"^[{HAN}]{{3,}}?(?:[{_NAME_ENDS}]|公司|集团|银行|基金|项目|面包房|学院|大学|法院)")
 _DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 _ASKS_TIME = re.compile(
     r"什么时候|何时|哪一?[年天]|哪个?月|几[年月号]|^when\b|\b(?:which|what) (?:year|month|day|date)\b", re.IGNORECASE
@@ -144,6 +157,18 @@ def asks_a_name_unmarked(question: str) -> bool:
 def points_back(question: str) -> bool:
     """Whether a question has a word that stands for what was spoken of before: it may not be understood alone."""
     return _POINTS_BACK.search(question) is not None
+
+
+def subject(question: str) -> frozenset[str]:
+    """The words that name what a whole question asks about; none where it names nothing or asks nothing. Names are
+    words with a capital letter among others without one, and in Chinese four characters or more at the beginning that
+    end as names do. A number or a year is no subject."""
+    if _HAN_RUN.search(question):
+        named = _NAME_HAN.match(question.strip()) if _ASKING_HAN.search(question) else None
+        return frozenset(terms(named[0]) if named else ())
+    if not _ASKS.search(question) or not re.search(r"(?<=\s)[a-z]{3}", question):
+        return frozenset()
+    return frozenset(word for word in names(question) if not word[0].isdigit())
 
 
 def normalise(text: str) -> str:

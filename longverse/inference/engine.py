@@ -42,7 +42,7 @@ CHUNK = 1024  # tokens a forward reads at once: enough for products at full spee
 
 class Attention(NamedTuple):
     """How a session attends: one of ATTENTIONS, and what only sparse asks for: the share of the attention to keep, and
-    the part of the past to keep it in at most (models/sparse.py)."""
+    the part of the past that reading keeps it in at most (models/sparse.py)."""
 
     kind: str = "exact"
     mass: float = MASS
@@ -65,7 +65,7 @@ def parse_attention(text: str) -> Attention:
     if kind not in ATTENTIONS or (colon and kind != "sparse"):
         raise UserError(
             f"There is no attention {text!r}: choose one of {', '.join(ATTENTIONS)}, or sparse with the share to keep,"
-            " like sparse:0.9."
+            " like sparse:0.9, and the most of the past to read for it, like sparse:0.9:0.1."
         )
     if not colon:
         return Attention(kind)
@@ -227,8 +227,8 @@ class Engine:
         attention  "exact"; "sparse": a prompt's tokens leave out the past's blocks that weigh least (models/sparse.py),
                    all but its last ones, which are the question, and an answer's tokens the values that weigh next to
                    nothing; "sparse:0.9" names the share of the attention to keep, else MASS, and "sparse:0.9:0.1"
-                   also the part of the past to keep it in at most; "pages": in linear time, for documents past the
-                   window (inference/pages.py)
+                   also the part of the past that reading keeps it in at most; "pages": in linear time, for
+                   documents past the window (inference/pages.py)
         cache      format of the keys and values, one of models.cache.FORMATS
         allocate   where the cache's storage comes from; memory when left out
         home       where the cache lies: on the model's "device", or, for a card without the room, in the "machine"'s

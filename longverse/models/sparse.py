@@ -45,8 +45,9 @@ class Sparse:
     """The dials, and what came of them.
 
     mass     share of the attention that the chosen blocks must hold, 0 .. 1, on average over the sampled queries
-    most     part of the past, 0 .. 1, that a query block attends to at most (never less than FEW blocks): where the
-             share asked for is spread over more, the heaviest are taken and less is kept
+    most     part of the past, 0 .. 1, that a query block of a prompt attends to at most, beside what is always kept
+             (never less than FEW blocks): where the share asked for is spread over more, the heaviest are taken and
+             less is kept
     least    chunks of fewer tokens, such as questions, are attended to exactly
     writing  set while the tokens of an answer are read, one by one: then every key is scored, and pages of values that
              weigh next to nothing are left out (kernels/cpu_decode.py); what they weigh is known, so every head of
@@ -93,7 +94,7 @@ class Sparse:
 
     def limit(self, blocks: int) -> int:
         """Of so many blocks of the past, how many a query block attends to at most, the first one aside."""
-        return max(FEW, int(self.most * blocks))
+        return max(FEW, round(self.most * blocks))
 
     def count(self, kept: Tensor, share: Tensor) -> None:
         """Take up what one layer chose: kept [G, query blocks, past blocks], measured share [G, query blocks]."""

@@ -131,7 +131,7 @@ def test_no_query_block_reads_more_of_the_past_than_allowed(path: str, monkeypat
         mixed, exact = read(cache, q, k, v, (700, 500, 300))
         assert len(kept) == 2  # the first chunk has no past
         for chosen in kept:
-            assert int(chosen.sum(-1).max()) <= max(sparse.FEW, int(most * chosen.shape[-1])) + 1  # and the first
+            assert int(chosen.sum(-1).max()) <= max(sparse.FEW, round(most * chosen.shape[-1])) + 1  # and the first
         found[mass, most] = (cache.sparse.density, cache.sparse.mass_kept, error(mixed, exact), kept[-1])
     free, half, third, few = (found[0.98, most] for most in (1.0, 0.5, 0.3, 0.01))
     for more, less in ((free, half), (half, third), (third, few)):
@@ -141,6 +141,23 @@ def test_no_query_block_reads_more_of_the_past_than_allowed(path: str, monkeypat
         assert bool((more[3].bool() | ~less[3].bool()).all())  # the heaviest stay
     assert int(few[3].sum(-1).min()) == sparse.FEW + 1
     assert found[0.5, 0.3][:2] == pytest.approx(found[0.5, 1.0][:2], abs=0.08)  # seldom wants more than a third
+
+
+@pytest.mark.parametrize("path", ["bfloat16", "float32", "torch"])
+def test_blocks_that_weigh_alike_are_taken_up_to_the_limit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.bfloat16 if path == "bfloat16" else torch.float32
+    q, k, v = heaped(dtype=dtype)
+    k[:] = 0
+    if path != "torch" and not compiled_fits(q, None):
+        pytest.skip(f"no kernel here for {path}")
+    if path == "torch":
+        monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(Sparse, "count", lambda self, one, share: kept.append(one.clone()))
+    cache = KVCache(1, 2, SIZE, TOTAL, dtype)
+    cache.sparse = Sparse(0.98, 0.5)
+    read(cache, q, k, v, (1200, 300))
+    assert set(kept[0].sum(-1).flatten().tolist()) == {1200 // 64 // 2 + 1}
 
 
 def test_short_chunks_and_single_tokens_are_exact() -> None:

@@ -26,18 +26,8 @@ def small_kernel() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     maker = (CacheForm(16, 1, "f32"), "f32", "choose_blocks")
     weights, share = np.empty((1, 5, 3), dtype=np.float32), np.empty((1, 1))
     args = (
-        0,
-        1,
-        np.zeros(1, dtype=np.int64),
-        64,
-        0.9,
-        4,
-        5,
-        weights,
-        weights,
-        np.empty((1, 1, 1), dtype=np.uint8),
-        share,
-    )
+        0, 1, np.zeros(1, dtype=np.int64), 64, 0.9, 4, 5, weights, weights, np.empty((1, 1, 1), dtype=np.uint8), share,
+    )  # fmt: skip
     return ("chunk_kernel", *maker), tuple(chunk_kernel(*maker).function.typeof_pyval(value) for value in args)
 
 

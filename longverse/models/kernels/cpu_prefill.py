@@ -389,7 +389,7 @@ def choose_blocks(rank, team, counter, past, mass, most, samples, top, total, ke
         # The threshold whose blocks hold what is needed, by halving: no sorting of thousands of blocks. At `low` they
         # do or are too many, at `high` neither.
         low, high = np.float32(0), np.float32(1)
-        count_low = np.int64(past_blocks - 1)
+        count_low, count_high = np.int64(past_blocks - 1), np.int64(0)
         for _ in range(24):
             middle = np.float32(0.5) * (low + high)
             held, count = np.float32(0), np.int64(0)
@@ -399,10 +399,13 @@ def choose_blocks(rank, team, counter, past, mass, most, samples, top, total, ke
             if held >= need or count > most:
                 low, count_low = middle, count
             else:
-                high = middle
-        least = low if count_low <= most else high
+                high, count_high = middle, count
+        room = most - count_high if count_low > most else count_low  # for those between the two, which weigh alike
         for block in range(past_blocks):
-            kept[head, query, block] = block == 0 or (mean[block] >= least if need > 0 else False)
+            between = low <= mean[block] < high and room > 0
+            kept[head, query, block] = block == 0 or (need > 0 and (mean[block] >= high or between))
+            if block > 0 and between:
+                room -= 1
         share = np.float64(0)
         for sample in range(choosing, samples):
             row_mass(top[head, query * samples + sample], total[head, query * samples + sample], weight)
