@@ -1,6 +1,7 @@
 """Probes on the way: they change no training, say what the tools of evaluation say, and end a stage by a clear rule."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def test_tensorboard_reads_what_a_run_writes(base: Path, tmp_path: Path) -> None
 
     plan, seen = measured(base), []
     run_recipe(plan, tmp_path, watch=Watch(step=seen.append, stop=lambda: len(seen) >= 4))
+    time.sleep(1.1)  # TensorBoard reads files by name: the second, the process, and a counter of which 10 is before 9
     run_recipe(plan, tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = events.Scalars("train/loss")
