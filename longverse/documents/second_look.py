@@ -23,8 +23,8 @@ from .words import asks_a_name_unmarked, groups, is_of_the_kind, points_back, su
 
 NEAREST = 2  # paragraphs nearest to the question in its words that are looked at beside the cited ones
 WIDE = 1024  # tokens of the paragraphs that are looked at where nothing was found
-ALIKE = 8  # paragraphs among which those are sought that a question may be about
 LEAST = 16  # tokens left of them that no paragraph is sought for any more
+ALIKE = 8  # paragraphs among which those are sought that a question may be about
 MOST = 2048  # tokens of a prompt: a document of one paragraph is not read again whole
 Pause = Callable[[], None]
 

@@ -45,7 +45,7 @@ class Layout:
         pages = getattr(session, "pages", None)
         piece = pages.chunk if pages is not None else engine_module.CHUNK
         how = pages if pages is not None else attention
-        if session.attention == "sparse":  # without an end where all of the past may be read: as it always was
+        if session.attention == "sparse":  # no limit is named where there is none: entries of before stay
             how = f"sparse {session.mass:g}" + (f" of {session.most:g}" if session.most < 1 else "")
         growing = row_counts(session.cache, 1)
         ends = {name: array for name, array in arrays.items() if name not in growing}

@@ -7,9 +7,9 @@ The rows of a chunk are cut into query blocks of about QUERY_TOKENS tokens, the 
 sampled tokens of each query block are scored against every key, which costs about a fiftieth of attending; from them
 come each block's share of the attention, and the fewest blocks that hold the share asked for, averaged over the
 samples, are attended to by the whole query block; but no more than a given part of the past, so that heads which look
-everywhere, whose sums change little by what is left out, do not take most of the time. The chunk itself, the past's
-last, broken block and its first block are always kept. One further token of each query block has no say and measures:
-what its attention keeps is what the statistics state.
+everywhere do not take most of the time. The chunk itself, the past's last, broken block and its first block are always
+kept. One further token of each query block has no say and measures: what its attention keeps is what the statistics
+state.
 
 In the line of MInference (Jiang et al. 2024, arXiv 2407.02490) and XAttention (Xu et al. 2025, arXiv 2503.16428), which
 estimate from the last queries and from antidiagonals. Not done: patterns per head, fixed beforehand.
@@ -29,7 +29,7 @@ from ..errors import UserError
 from .attention import folded_attention, merge
 
 BLOCK = 64  # keys
-FEW = 4  # of them are always worth reading
+FEW = 4  # of them may always be read, however small a part is allowed
 ITEM_ROWS = 96  # query blocks are whole numbers of so many rows, which the kernels deal with together
 QUERY_TOKENS = 128
 SAMPLES = (0.1, 0.35, 0.65, 0.9)  # where in its query block a sampled token stands

@@ -40,6 +40,16 @@ def read(
     return mixed.float(), reference_attention(q[:, :, begin:end].float(), k[:, :, :end], v[:, :, :end])
 
 
+def heaped_for(path: str, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, ...]:
+    """`heaped` as a path takes it: the compiled "bfloat16" or "float32", or "torch"; skips where there is none."""
+    q, k, v = heaped(dtype=torch.bfloat16 if path == "bfloat16" else torch.float32)
+    if path == "torch":
+        monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
+    elif not compiled_fits(q, None):
+        pytest.skip(f"no kernel here for {path}")
+    return q, k, v
+
+
 def error(mixed: torch.Tensor, exact: torch.Tensor) -> float:
     return ((mixed - exact).norm() / exact.norm()).item()
 
@@ -64,17 +74,12 @@ def test_the_whole_mass_is_exact_attention(format: str, chunks: tuple[int, ...],
 @pytest.mark.parametrize("path", ["bfloat16", "float32", "torch"])
 @pytest.mark.parametrize("format", ["full", "int8", "int4"])
 def test_the_dial_trades_blocks_for_mass(format: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype = torch.bfloat16 if path == "bfloat16" else torch.float32
-    q, k, v = heaped(dtype=dtype)
-    if path != "torch" and not compiled_fits(q, None):
-        pytest.skip(f"no kernel here for {path}")
-    if path == "torch":
-        monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
+    q, k, v = heaped_for(path, monkeypatch)
     monkeypatch.setattr(sparse, "STRETCH", 256)
     monkeypatch.setattr("longverse.models.kernels.chunk.SPARSE_BUFFER", 1 << 17)
     results = {}
     for mass in (0.5, 0.8, 0.95):
-        cache = KVCache(1, 2, SIZE, TOTAL, dtype, format=format)
+        cache = KVCache(1, 2, SIZE, TOTAL, q.dtype, format=format)
         cache.sparse = Sparse(mass=mass)
         mixed, exact = read(cache, q, k, v, (700, 500, 300))
         results[mass] = (cache.sparse.density, cache.sparse.mass_kept, error(mixed, exact))
@@ -114,18 +119,13 @@ def test_the_compiled_choice_is_that_of_the_definition(
 
 @pytest.mark.parametrize("path", ["bfloat16", "float32", "torch"])
 def test_no_query_block_reads_more_of_the_past_than_allowed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype = torch.bfloat16 if path == "bfloat16" else torch.float32
-    q, k, v = heaped(dtype=dtype)
-    if path != "torch" and not compiled_fits(q, None):
-        pytest.skip(f"no kernel here for {path}")
-    if path == "torch":
-        monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
+    q, k, v = heaped_for(path, monkeypatch)
     kept: list[torch.Tensor] = []
     count = Sparse.count
     monkeypatch.setattr(Sparse, "count", lambda self, one, share: (kept.append(one.clone()), count(self, one, share)))
     found = {}
     for mass, most in ((0.98, 1.0), (0.98, 0.5), (0.98, 0.3), (0.98, 0.01), (0.5, 0.3), (0.5, 1.0)):
-        cache = KVCache(1, 2, SIZE, TOTAL, dtype)
+        cache = KVCache(1, 2, SIZE, TOTAL, q.dtype)
         cache.sparse = Sparse(mass, most)
         kept.clear()
         mixed, exact = read(cache, q, k, v, (700, 500, 300))
@@ -145,16 +145,11 @@ def test_no_query_block_reads_more_of_the_past_than_allowed(path: str, monkeypat
 
 @pytest.mark.parametrize("path", ["bfloat16", "float32", "torch"])
 def test_blocks_that_weigh_alike_are_taken_up_to_the_limit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype = torch.bfloat16 if path == "bfloat16" else torch.float32
-    q, k, v = heaped(dtype=dtype)
+    q, k, v = heaped_for(path, monkeypatch)
     k[:] = 0
-    if path != "torch" and not compiled_fits(q, None):
-        pytest.skip(f"no kernel here for {path}")
-    if path == "torch":
-        monkeypatch.setattr(kernels, "unavailable", lambda: "this test asks for torch")
     kept: list[torch.Tensor] = []
     monkeypatch.setattr(Sparse, "count", lambda self, one, share: kept.append(one.clone()))
-    cache = KVCache(1, 2, SIZE, TOTAL, dtype)
+    cache = KVCache(1, 2, SIZE, TOTAL, q.dtype)
     cache.sparse = Sparse(0.98, 0.5)
     read(cache, q, k, v, (1200, 300))
     assert set(kept[0].sum(-1).flatten().tolist()) == {1200 // 64 // 2 + 1}
