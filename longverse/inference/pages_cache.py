@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.rope import RopePlan, rotate
+from ..models.memory import empty
+from ..models.rope import RopePlan
+from ..models.rowwise import rotate
 from .pages_attention import read_attention
 from .pages_choice import Far
 
@@ -87,7 +89,7 @@ class PageCache:
         names |= {"lows": blocks, "highs": blocks} if bounds else {}
         try:
             self._arrays = {
-                name: allocate(name, shape, dtype) if allocate else torch.empty(shape, dtype=dtype, device=device)
+                name: allocate(name, shape, dtype) if allocate else empty(shape, dtype, device)
                 for name, rows in names.items()
                 for shape in [(layers, 1, kv_heads, rows, head_dim)]
             }

@@ -10,15 +10,12 @@ data (https://huggingface.co/docs/safetensors).
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import mmap
 import os
 import pickle
 import secrets
 import struct
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
+from .memory import drop_pages
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -113,19 +111,6 @@ class replacing:
             os.replace(self.aside, self.target)
         else:
             self.aside.unlink(missing_ok=True)
-
-
-def drop_pages(tensor: Tensor) -> None:
-    """Give back the memory of a tensor that is a clean view of a mapped file; a later read fetches it again.
-
-    Only whole pages within the tensor are dropped, so its neighbours keep theirs. Never call it on a tensor of ordinary
-    memory: its values would be lost.
-    """
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    stop = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if stop > start and sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 class SafetensorsFile:

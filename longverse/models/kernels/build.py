@@ -143,6 +143,14 @@ def _chunk_pieces(cache: CacheForm, kind: str) -> dict[str, Any]:
     return bound
 
 
+@lru_cache(maxsize=8)
+def row_kernel(name: str) -> Any:
+    """A function of cpu_rows."""
+    from . import cpu_rows
+
+    return specialise(getattr(cpu_rows, name), name, ("row_kernel", name))
+
+
 @lru_cache(maxsize=4)
 def team(size: int) -> Team:
     """The threads of this process; as many as torch uses is the usual choice."""

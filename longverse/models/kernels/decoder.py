@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
+from ..memory import empty
 from ..network import CausalLM
 from ..packing import Packing
 from .arrays import LAYOUTS, array
@@ -28,6 +29,7 @@ from .one_token import budget_of, cache_arrays, cache_form
 WEIGHTS = ("auto", "full", "int8", "int4")
 GROUP = 32  # weights that share a scale
 ROWS = 2048  # of a matrix rounded at a time: bounds the memory beside it
+BLOCK = 32 << 20  # bytes of the arrays that rounded matrices are laid into
 COPY_LIMIT = 4 << 30  # bytes: "auto" makes no rounded copy beyond this
 GRID_ERROR = (
     0.01  # relative: weights that int4 gives back within this were on such a grid before; others lose about 0.08
@@ -56,6 +58,7 @@ class Decoder:
             config.qk_norm, config.qkv_bias, config.output_bias, config.mlp_bias,
         )  # fmt: skip
         self._held: list[Any] = []  # what the addresses point into
+        self._used = 0  # bytes of the last of them
         self.rows = np.zeros((len(layers), 7), dtype=np.int64)
         self.scales = np.zeros((len(layers), 7), dtype=np.int64)
         for n, of_layer in enumerate(matrices):
@@ -137,12 +140,21 @@ class Decoder:
             self._held.append(weight)
             return weight.data_ptr(), 0
         packing = Packing(layout, weight.shape[1], GROUP)
-        rows = torch.empty(weight.shape[0], *packing.row, dtype=packing.dtype)
-        scales = torch.empty(weight.shape[0], *packing.scales, dtype=torch.bfloat16)
+        rows = self._room(weight.shape[0], packing.row, packing.dtype)
+        scales = self._room(weight.shape[0], packing.scales, torch.bfloat16)
         for start in range(0, weight.shape[0], ROWS):
             rows[start : start + ROWS], scales[start : start + ROWS] = packing.quantize(weight[start : start + ROWS])
-        self._held += [rows, scales]
         return rows.data_ptr(), scales.data_ptr()
+
+    def _room(self, rows: int, row: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """[rows, *row] out of one large array: a matrix by itself is too small for large pages."""
+        size = rows * int(np.prod(row)) * dtype.itemsize
+        if not self._held or size > self._held[-1].numel() - self._used:
+            self._held.append(empty([max(size, BLOCK)], torch.uint8))
+            self._used = 0
+        part = self._held[-1][self._used : self._used + size]
+        self._used += -(-size // 64) * 64
+        return part.view(dtype).view(rows, *row)
 
 
 def settled(network: CausalLM, weights: str) -> str:

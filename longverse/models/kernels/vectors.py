@@ -52,6 +52,14 @@ def load_vector(b: ir.IRBuilder, base: Any, at: Any, vector: ir.VectorType) -> A
     return b.load(pointer_to(b, base, at, vector), align=1)
 
 
+def read_ahead(b: ir.IRBuilder, base: Any, at: Any, distance: int) -> None:
+    """Have the cache line `distance` bytes after base[at] brought near. It may lie past the array's end."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    place = b.gep(b.bitcast(b.gep(base, [at]), I8.as_pointer()), [I64(distance)])
+    b.call(function, (place, I32(0), I32(3), I32(1)))  # to be read, into the nearest cache, as data
+
+
 def variable(b: ir.IRBuilder, value: Any) -> Any:
     """A slot that holds `value` now; LLVM keeps it in a register."""
     slot = cgutils.alloca_once(b, value.type)
