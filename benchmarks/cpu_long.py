@@ -8,7 +8,8 @@ another --name); given again, the script goes on with what is missing. A process
 
     python benchmarks/cpu_long.py [--lengths 2000 8000 32000 64000] [--ours 131072 262144] [--limit 900]
                                   [--llama /path/to/python] [--only NAME ...] [--again] [--name cpu_long_amx]
-    python benchmarks/cpu_long.py --kernels      how near decode kernels come to the memory's speed
+    python benchmarks/cpu_long.py --kernels      how near decode kernels come to the memory's speed: cpu_kernels.json,
+                                                 with --name cpu_long_amx cpu_kernels_amx.json
 
 llama.cpp needs an interpreter with llama-cpp-python 0.3.36 (see llama_cpp_check.py), named with --llama.
 """
@@ -162,6 +163,7 @@ def kernel_speeds(
         count = min(tokens, tokens * 3 * 64 * 4 // (heads * size))
         for format in FORMATS:
             cache = KVCache(2, heads, size, count + 1, torch.bfloat16, format=format)
+            cache.expect(count)  # as a session does that will fill it
             for array in cache.storage().values():
                 array.zero_()
             cache.restore(count)
@@ -207,7 +209,7 @@ def main() -> None:
         print(
             table(["", "GB/s", "of plain reading"], [[r["what"], f"{r['gb']:.1f}", f"{r['share']:.0%}"] for r in rows])
         )
-        print(write_results("cpu_kernels", {"rows": rows}))
+        print(write_results(options.name.replace("long", "kernels"), {"rows": rows}))
         return None
     path = RESULTS / f"{options.name}.json"
     known: dict[str, Any] = json.loads(path.read_text()).get("rows", {}) if path.exists() else {}

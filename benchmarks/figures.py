@@ -229,9 +229,9 @@ def cpu_long(chinese: bool, name: str = "cpu_long") -> str:
     return f"{shown}\n\n{note}{machine_line(results, chinese)}\n"
 
 
-def cpu_kernels(chinese: bool) -> str:
+def cpu_kernels(chinese: bool, name: str = "cpu_kernels") -> str:
     """How near the kernels that write come to the memory's own speed."""
-    results = load("cpu_kernels")
+    results = load(name)
     rows = [[row["what"], f"{row['gb']:.1f}", f"{row['share']:.0%}"] for row in results["rows"]]
     return f"{table(['', 'GB/s', 'of plain reading'], rows)}\n\n{machine_line(results, chinese)}\n"
 
@@ -265,9 +265,9 @@ def sparse_quality(chinese: bool, name: str = "sparse_quality") -> str:
     return f"{table(['tokens', 'dial', *forms], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
-def pages_lengths(chinese: bool) -> str:
+def pages_lengths(chinese: bool, name: str = "pages_lengths") -> str:
     """Facts found past the window, and what reading costs."""
-    results = load("pages_lengths")
+    results = load(name)
     modes = [mode for mode in ("facts", "several", "hop") if mode in results["lengths"][0]]
     rows = []
     for record in sorted(results["lengths"], key=lambda record: record["length"]):
@@ -389,19 +389,23 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "cpu_long_amx": lambda chinese: cpu_long(chinese, "cpu_long_amx"),
     "cpu_long_avx2": lambda chinese: cpu_long(chinese, "cpu_long_avx2"),
     "cpu_kernels": cpu_kernels,
+    "cpu_kernels_amx": lambda chinese: cpu_kernels(chinese, "cpu_kernels_amx"),
     "kv_quality": kv_quality,
     "sparse_quality": sparse_quality,
     "sparse_quality_32k": lambda chinese: sparse_quality(chinese, "sparse_quality_32k"),
     "sparse_quality_32k_needles": lambda chinese: sparse_quality(chinese, "sparse_quality_32k_needles"),
     "sparse_quality_64k": lambda chinese: sparse_quality(chinese, "sparse_quality_64k"),
     "sparse_quality_64k_needles": lambda chinese: sparse_quality(chinese, "sparse_quality_64k_needles"),
+    "sparse_quality_64k_amx": lambda chinese: sparse_quality(chinese, "sparse_quality_64k_amx"),
     "pages_lengths": pages_lengths,
+    "pages_lengths_amx": lambda chinese: pages_lengths(chinese, "pages_lengths_amx"),
     "pages_variants": pages_variants,
     "pages_reports": pages_reports,
     "recipe_study": recipe_study,
     "plan_check": plan_check,
     "reopen": reopen,
     "reopen_256k": lambda chinese: reopen(chinese, "reopen_256k"),
+    "reopen_256k_amx": lambda chinese: reopen(chinese, "reopen_256k_amx"),
     "train_throughput": train_throughput,
     "first_light": first_light,
     "needle": needle,

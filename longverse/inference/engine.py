@@ -345,6 +345,7 @@ class Session:
         held = common_prefix(self.tokens, ids)
         self.cache.truncate(held)
         del self.tokens[held:]
+        self.cache.expect(len(ids))
         for begin, end in self._read_pieces(held, len(ids)):
             if cancelled is not None and cancelled():
                 return False
@@ -367,6 +368,7 @@ class Session:
         )  # fmt: skip
         held = stats.reused_tokens = self._begin(prompt, stats, sampling.max_new_tokens)
         stats.unread_tokens = len(prompt) - held
+        self.cache.expect(len(prompt))
         started = time.perf_counter()
         try:
             for begin, end in self._pieces(held, len(prompt)):

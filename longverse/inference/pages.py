@@ -327,6 +327,7 @@ class WorkingSet:
         layers, _, groups, _, size = cache.keys.shape
         kept, device = cache.keys.dtype, cache.keys.device
         self.held = KVCache(layers, groups, size, reach, angles.cos.dtype, device, kept=kept)
+        self.held.expect(reach)
         self.held.restore(self.begin)
         self.choose: Choose | None = None
         self.chosen = torch.zeros(layers, groups, count, dtype=torch.int64)

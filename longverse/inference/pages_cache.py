@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.memory import empty
+from ..models.memory import expect_rows
 from ..models.rope import RopePlan
 from ..models.rowwise import rotate
 from .pages_attention import read_attention
@@ -89,7 +89,7 @@ class PageCache:
         names |= {"lows": blocks, "highs": blocks} if bounds else {}
         try:
             self._arrays = {
-                name: allocate(name, shape, dtype) if allocate else empty(shape, dtype, device)
+                name: allocate(name, shape, dtype) if allocate else torch.empty(shape, dtype=dtype, device=device)
                 for name, rows in names.items()
                 for shape in [(layers, 1, kv_heads, rows, head_dim)]
             }
@@ -126,6 +126,11 @@ class PageCache:
         seen = keys.shape[2]
         keys = self.angles.rotate(keys.to(q.dtype), 0)
         return read_attention(self.angles.rotate(q, seen - q.shape[2]), keys, values.to(q.dtype))
+
+    def expect(self, tokens: int) -> None:
+        """As KVCache.expect."""
+        for name, rows in self.rows(tokens).items():
+            expect_rows(self._arrays[name], rows)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` as held, after every layer has appended them."""

@@ -33,7 +33,7 @@ from ..models.rope import RopePlan
 from ..models.shards import write_json
 from ..plan import CHUNK, ROUNDED, Rates, Shape
 
-VERSION = 5  # of the kernels' speed: rates that slower ones gave are measured anew
+VERSION = 6  # of the kernels' speed: rates that slower ones gave are measured anew
 WIDEST = 2048  # hidden size
 PAST = 8192  # tokens attended over
 AT_LEAST = 64 << 20  # bytes of weights and of cache, so that they come from memory and not from the processor's caches

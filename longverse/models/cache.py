@@ -22,7 +22,7 @@ from ..errors import UserError
 from . import kernels, packing
 from .attention import causal_attention, chunk_attention, folded_attention, merge
 from .compiled import compiled_fits
-from .memory import empty
+from .memory import expect_rows
 from .sparse import Sparse, sparse_attention
 
 FORMATS = ("full", "int8", "int4")
@@ -83,7 +83,7 @@ class KVCache:
         self._written: set[int] = set()  # the layers that hold its tokens
         self.sparse: Sparse | None = None  # when set, chunks of a prompt leave out most of the past
         self.packing = packing.Packing(format, head_dim) if format != "full" else None
-        allocate = allocate or (lambda name, shape, dtype: empty(shape, dtype, self._place(name)))
+        allocate = allocate or (lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=self._place(name)))
         shapes = self._shapes()
         try:
             self._storage = {name: allocate(name, shape, kind) for name, (shape, kind) in shapes.items()}
@@ -234,6 +234,12 @@ class KVCache:
         return 2 * heads * self.packing.bytes_per_row
 
     # ---- writing -------------------------------------------------------------------------------------------
+
+    def expect(self, tokens: int) -> None:
+        """Prepare memory for the first `tokens` tokens, which will be written soon. Not needed, but faster."""
+        for array in self._storage.values():
+            if array.shape[3] == self.capacity:
+                expect_rows(array, tokens)
 
     def begin_pass(self, layer: int, end: int) -> None:
         """Check the room, and notice when the pass before this one was broken off."""

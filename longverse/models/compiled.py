@@ -25,11 +25,7 @@ def compiled_fits(q: Tensor, keys: int | None) -> bool:
         return False
     if q.dtype == torch.float32:
         return keys is None or (keys >= MANY and platform.machine() in ("x86_64", "AMD64"))
-    if q.dtype != torch.bfloat16:
-        return False
-    from .kernels import chunk
-
-    return chunk.runs_here()
+    return q.dtype == torch.bfloat16 and kernels.bfloat16_runs_here()
 
 
 def attend_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

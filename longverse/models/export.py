@@ -291,6 +291,7 @@ def write_remote_code(folder: Path) -> None:
         done.add(module)
         home = package if (package / f"{module}.py").exists() else package.parent
         text = (home / f"{module}.py").read_text(encoding="utf-8")
+        text = text.replace("from .rowwise import", "from .rows import")  # torch alone, without our kernels
         text = re.sub(r"^(\s*from )\.\.(\w+ import)", r"\1.\2", text, flags=re.MULTILINE)
         waiting += re.findall(r"^\s*from \.(\w+) import", text, flags=re.MULTILINE)
         (folder / f"{module}.py").write_text(text, encoding="utf-8")

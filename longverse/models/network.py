@@ -4,7 +4,8 @@ Shapes: B batch, T tokens, C hidden size, H query heads, G key/value heads, D he
 
 Tensor names are Llama's (`model.layers.0.self_attn.q_proj.weight` ...), so XVERSE, Llama, Mistral, Yi and Qwen
 checkpoints load as they are. `modeling_xverse.py` puts the same modules behind transformers' classes; this file needs
-torch alone, which keeps the start of a command short.
+torch alone, which keeps the start of a command short. Norm, rotation and gate are the lines of `rows.py`, through
+`rowwise.py`, which has kernels for them on a CPU.
 
 Attention over the past belongs to whoever holds the past: the forward takes `attend(layer, q, k, v)`, which is
 `KVCache.attend` in the engine, causal attention in training, and transformers' caches in `generate`.

@@ -1,8 +1,8 @@
-"""What the network does between its products, row by row: norm, rotation and gate.
+"""`rows.py` as fast as a CPU allows: norm, rotation and gate, each in one pass.
 
-Each is a line of torch. On a CPU that multiplies bfloat16 those lines cost as much as the products, so while nothing is
-to be differentiated a kernel of ours (`kernels/cpu_rows.py`) does each in one pass: the same formula, computed in
-float32 and rounded once, where torch rounds in between.
+torch's lines cost as much as the products on a CPU that multiplies bfloat16. So while nothing is to be differentiated
+the kernels of `kernels/cpu_rows.py` run instead: the same formulas in float32, rounded once, where torch rounds in
+between. What a row comes to does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -10,56 +10,59 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels, rope
+from . import kernels, rows
 
-WHOLE = 32  # numbers of a row must be a multiple of this: two vectors of a kernel
+FEW = 1 << 14  # numbers that torch's calls are done with as soon
 ALONE = 1 << 20  # numbers that one thread is done with before others would have woken and ended
+WHOLE = 32  # a row's numbers must be a multiple of this: two vectors of a kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., C] over its root mean square, times weight [C] (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-    if not _compiled(x) or weight.dtype != x.dtype:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    """`rows.rms_norm`: x [..., C], weight [C]."""
+    if not _compiled(x, weight) or weight.shape != x.shape[-1:]:
+        return rows.rms_norm(x, weight, eps)
     x = x.contiguous()
     out = torch.empty_like(x)
-    _run("norm_rows", x.numel(), _rows(x), _bits(weight), _float32(eps), _rows(out))
+    _run("norm_rows", x.numel(), _by_row(x), _bits(weight), eps, _by_row(out))
     return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope.rotate`: x [B, heads, T, D] by cos, sin [B or 1, 1, T, D]."""
+    """`rows.rotate`: x [B, heads, T, D] by cos, sin [B or 1, 1, T, D]."""
     _, heads, tokens, size = x.shape
-    if not _compiled(x) or x.shape[0] != 1 or cos.shape != (1, 1, tokens, size) or cos.dtype != x.dtype:
-        return rope.rotate(x, cos, sin)
-    by_head = x.is_contiguous()
-    held = x if by_head else x.transpose(1, 2).contiguous()  # [1, T, heads, D], as the products leave it
+    one = (1, 1, tokens, size)  # the same positions in every row of a batch
+    if not _compiled(x, cos, sin) or cos.shape != one or sin.shape != one:
+        return rows.rotate(x, cos, sin)
+    turned = x.transpose(1, 2)
+    by_token = turned.is_contiguous()  # as the products leave it; a cache's part goes by head
+    held = turned if by_token else x.contiguous()
     out = torch.empty_like(held)
-    angles = (_rows(part.contiguous()) for part in (cos, sin))
-    _run("turn_rows", x.numel(), _rows(held), 1 if by_head else heads, *angles, _rows(out))
-    return out if by_head else out.transpose(1, 2)
+    angles = (_by_row(part.contiguous()) for part in (cos, sin))
+    _run("turn_rows", x.numel(), _by_row(held), heads if by_token else 1, *angles, _by_row(out))
+    return out.transpose(1, 2) if by_token else out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of one shape."""
-    if not _compiled(gate) or not (gate.is_contiguous() and up.is_contiguous()):
-        return F.silu(gate) * up
+    """`rows.swiglu`: gate and up of one shape."""
+    if not _compiled(gate, up) or gate.shape != up.shape or not (gate.is_contiguous() and up.is_contiguous()):
+        return rows.swiglu(gate, up)
     out = torch.empty_like(gate)
-    _run("gate_rows", 2 * gate.numel(), *(_bits(part).reshape(-1) for part in (gate, up, out)))
+    _run("gate_rows", 2 * gate.numel(), *(_bits(part).reshape(-1) for part in (gate, up, out)))  # twice a norm's work
     return out
 
 
-def _compiled(x: Tensor) -> bool:
-    """Whether our kernels do it. Nothing of them is imported where they do not."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not torch.is_inference_mode_enabled():
-        return False
-    if kernels.unavailable() or not x.numel() or x.shape[-1] % WHOLE:
-        return False
-    from .kernels import chunk
-
-    return chunk.runs_here()
+def _compiled(x: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels take x. Nothing of them is imported where they do not."""
+    return (
+        all(part.dtype == torch.bfloat16 and part.device.type == "cpu" for part in (x, *others))
+        and x.numel() >= FEW
+        and x.shape[-1] % WHOLE == 0
+        and torch.is_inference_mode_enabled()
+        and not torch.compiler.is_compiling()
+        and kernels.bfloat16_runs_here()
+    )
 
 
 def _run(name: str, numbers: int, *args: Any) -> None:
@@ -68,11 +71,11 @@ def _run(name: str, numbers: int, *args: Any) -> None:
 
     from .kernels.build import row_kernel, team
 
-    kernel = row_kernel(name)
+    given = [np.float32(arg) if isinstance(arg, float) else arg for arg in args]
     if numbers <= ALONE:
-        kernel(0, 1, np.zeros(1, dtype=np.int64), *args)
+        row_kernel(name)(0, 1, np.zeros(1, dtype=np.int64), *given)
     else:
-        team(torch.get_num_threads()).run(kernel, *args)
+        team(torch.get_num_threads()).run(row_kernel(name), *given)
 
 
 def _bits(x: Tensor) -> Any:
@@ -81,11 +84,5 @@ def _bits(x: Tensor) -> Any:
     return array(x)
 
 
-def _rows(x: Tensor) -> Any:
+def _by_row(x: Tensor) -> Any:
     return _bits(x).reshape(-1, x.shape[-1])
-
-
-def _float32(x: float) -> Any:
-    import numpy as np
-
-    return np.float32(x)

@@ -37,7 +37,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ti
     from longverse.models.kernels import chunk
 
     kind: Tiles = request.param
-    runs = {"amx": chunk.amx_runs_here, "bf16": chunk.runs_here}.get(kind.name, lambda: True)
+    runs = {"amx": chunk.amx_runs_here, "bf16": kernels.bfloat16_runs_here}.get(kind.name, lambda: True)
     if not runs():
         pytest.skip(f"this processor has no {kind.name} products")
     monkeypatch.setattr(chunk, "tiles_for", lambda q: kind.name)

@@ -116,6 +116,19 @@ def test_rounded_weights_are_those_of_the_packing() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_rounded_weights_are_the_same_wherever_they_lie(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many to a block, or in blocks too small for some of them."""
+    from longverse.models.kernels import decoder
+
+    network = random_network(tiny_config(num_key_value_heads=2))
+    _, together = both(network, weights)
+    monkeypatch.setattr(decoder, "BLOCK", 3000)
+    _, apart = both(network, weights)
+    assert torch.equal(together, apart)
+
+
+@needs_kernels
 def test_a_bfloat16_network_over_an_int8_cache_stays_within_their_rounding() -> None:
     network = random_network(tiny_config(num_key_value_heads=2)).bfloat16()
     theirs, ours = both(network, "int8", "int8")

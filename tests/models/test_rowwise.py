@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longverse.models import kernels, rope, rowwise
+from longverse.models import kernels, rope, rows, rowwise
 from longverse.models.network import CausalLM, NetworkConfig
 from tests.helpers import tiny_config
 
@@ -17,12 +17,11 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def compiled() -> None:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowwise, "FEW", 1)
     if kernels.unavailable():
         pytest.skip(f"needs the kernels: {kernels.unavailable()}")
-    from longverse.models.kernels import chunk
-
-    if not chunk.runs_here():
+    if not kernels.bfloat16_runs_here():
         pytest.skip("needs a processor with AVX-512 BF16")
 
 
@@ -37,7 +36,7 @@ def assert_rounded(found: Tensor, exact: Tensor, room: float = 0.0) -> None:
     assert (off <= exact.abs() * (2**-8 + 2e-4) + room + 1e-30).all(), float((off - exact.abs() * 2**-8).max())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lead=st.sampled_from([(1, 1), (1, 7), (2, 300), (1, 2100), (1, 5, 3)]), size=st.sampled_from([32, 96, 576]),
     times=st.sampled_from([1e-3, 1.0, 1e4]), eps=st.sampled_from([1e-6, 1e-5]),
@@ -50,17 +49,17 @@ def test_norm(lead: tuple[int, ...], size: int, times: float, eps: float) -> Non
     assert_rounded(found, F.rms_norm(x.double(), (size,), weight.double(), eps))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    heads=st.integers(1, 5), tokens=st.sampled_from([1, 2, 33, 4200]), size=st.sampled_from([32, 64, 128]),
-    by_head=st.booleans(), part=st.booleans(),
+    batch=st.integers(1, 2), heads=st.integers(1, 5), tokens=st.sampled_from([1, 2, 33, 4200]),
+    size=st.sampled_from([32, 64, 128]), by_head=st.booleans(), part=st.booleans(),
 )  # fmt: skip
-def test_rotation(heads: int, tokens: int, size: int, by_head: bool, part: bool) -> None:
+def test_rotation(batch: int, heads: int, tokens: int, size: int, by_head: bool, part: bool) -> None:
     """Of both layouts that occur, of a part of a cache, and by angles that are a part of a table."""
     if by_head:
-        x = drawn(1, heads, tokens + 3, size)[:, :, 3:] if part else drawn(1, heads, tokens, size)
+        x = drawn(batch, heads, tokens + 3, size)[:, :, 3:] if part else drawn(batch, heads, tokens, size)
     else:
-        x = drawn(1, tokens, heads, size).transpose(1, 2)
+        x = drawn(batch, tokens, heads, size).transpose(1, 2)
     cos, sin = (drawn(1, 1, tokens + 9, size, seed=seed)[:, :, 5 : 5 + tokens] for seed in (1, 2))
     with torch.inference_mode():
         found = rowwise.rotate(x, cos, sin)
@@ -68,8 +67,10 @@ def test_rotation(heads: int, tokens: int, size: int, by_head: bool, part: bool)
     assert_rounded(found, exact, room=1e-6 * float(x.double().abs().max()) * 4)
 
 
-@settings(max_examples=20, deadline=None)
-@given(rows=st.sampled_from([1, 31, 900]), size=st.sampled_from([32, 160]), times=st.sampled_from([0.1, 3.0, 60.0]))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.sampled_from([1, 31, 900]), size=st.sampled_from([32, 160, 1600]), times=st.sampled_from([0.1, 3.0, 60.0])
+)
 def test_gate(rows: int, size: int, times: float) -> None:
     gate, up = drawn(1, rows, size, times=times), drawn(1, rows, size, seed=1)
     with torch.inference_mode():
@@ -94,19 +95,36 @@ def test_what_is_no_number_stays_none() -> None:
     assert all(x[0, n].isfinite().all() for x in found for n in (0, 2, 3))
 
 
-@pytest.mark.parametrize("case", ["odd size", "batch", "float32", "gradients"])
+@pytest.mark.parametrize("case", ["odd size", "few", "float32", "mixed", "gradients", "compiling"])
 def test_what_the_kernels_do_not_take_is_torchs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rowwise, "_run", lambda *args: pytest.fail("a kernel ran"))
+    if case == "few":
+        monkeypatch.setattr(rowwise, "FEW", 10_000)
+    if case == "compiling":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     size = 40 if case == "odd size" else 64
-    x, angles = drawn(2 if case == "batch" else 1, 3, 6, size), drawn(1, 1, 6, size, seed=1)
+    x, other = drawn(1, 3, 6, size), drawn(1, 1, 6, size, seed=1)
     if case == "float32":
-        x, angles = x.float(), angles.float()
+        x = x.float()
+    if case in ("float32", "mixed"):
+        other = other.float()
+    up, weight = other.expand_as(x), other[0, 0, 0]
     with torch.inference_mode(case != "gradients"):
-        assert torch.equal(rowwise.rotate(x, angles, angles), rope.rotate(x, angles, angles))
-        if case != "batch":
-            assert torch.equal(rowwise.swiglu(x, x), F.silu(x) * x)
-            weight = torch.ones(size, dtype=x.dtype)
-            assert torch.equal(rowwise.rms_norm(x, weight, 1e-5), F.rms_norm(x, (size,), weight, 1e-5))
+        assert torch.equal(rowwise.rotate(x, other, other), rows.rotate(x, other, other))
+        assert torch.equal(rowwise.swiglu(x, up), rows.swiglu(x, up))
+        if case != "mixed":
+            assert torch.equal(rowwise.rms_norm(x, weight, 1e-5), rows.rms_norm(x, weight, 1e-5))
+
+
+def test_sizes_that_do_not_fit_are_torchs_mistakes() -> None:
+    x = drawn(1, 2, 6, 64)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="shape"):
+            rowwise.rms_norm(x, drawn(32), 1e-5)
+        with pytest.raises(RuntimeError, match="size"):
+            rowwise.swiglu(x, drawn(1, 2, 5, 64))
+        with pytest.raises(RuntimeError, match="size"):
+            rowwise.rotate(x, drawn(1, 1, 6, 64), drawn(1, 1, 5, 64))
 
 
 def test_a_network_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,12 +139,7 @@ def test_a_network_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         exact = network(ids)
         rounded = copy.deepcopy(network).to(BF16)
         found = rounded(ids)
-        monkeypatch.setenv("LONGVERSE_KERNELS", "torch")
-        kernels.unavailable.cache_clear()
-        try:
-            plain = rounded(ids)
-        finally:
-            monkeypatch.undo()
-            kernels.unavailable.cache_clear()
+        monkeypatch.setattr(rowwise, "FEW", 1 << 60)
+        plain = rounded(ids)
     assert not torch.equal(found, plain)
     assert (found - exact).norm() < 1.1 * (plain - exact).norm()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import sparse as sparse_module
 from ..sparse import Sparse, sampled_tokens
-from . import unavailable
+from . import bfloat16_runs_here
 from .arrays import LAYOUTS, array
 from .build import CacheForm, chunk_kernel, team
 from .one_token import cache_arrays, cache_form
@@ -36,15 +36,9 @@ class Held(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def runs_here() -> bool:
-    """Whether the processor has what the kernel for bfloat16 is made of."""
-    return not unavailable() and torch.cpu._is_avx512_bf16_supported()
-
-
-@lru_cache(maxsize=1)
 def amx_runs_here() -> bool:
     """Whether there are AMX tiles for bfloat16, and the system lets this process use them (it is asked here)."""
-    if not (runs_here() and torch.cpu._is_amx_tile_supported()):
+    if not (bfloat16_runs_here() and torch.cpu._is_amx_tile_supported()):
         return False
     from llvmlite.binding import get_host_cpu_features  # by which LLVM goes
 

@@ -3,7 +3,7 @@
 
 torch makes several passes of a norm, a rotation or a gate, each with a temporary the size of its input, and together
 they take as long as the products, where those run on AMX tiles. Here a row is read once, computed in float32 and
-rounded once. `rowwise.py` has the same in plain torch, and decides which runs.
+rounded once. `rows.py` has the same in plain torch; `rowwise.py` decides which runs.
 
 Compiled by `team.specialise`; all threads of a team share out the rows. Numbers are bits of bfloat16, as uint16; rows
 are whole vectors of LANES numbers.
@@ -20,6 +20,7 @@ from .vectors import (
     I16,
     I64,
     LANES,
+    LOG2_E,
     VF,
     VI,
     call,
@@ -28,14 +29,12 @@ from .vectors import (
     filled,
     fma,
     intrinsic,
-    load_vector,
+    load_bf16,
     pointer_to,
     splat,
     sum_of_all,
     variable,
 )  # fmt: skip
-
-LOG2_E = 1.4426950408889634
 
 
 def norm_rows(rank, team, counter, x, weight, eps, out):
@@ -71,7 +70,7 @@ def sum_of_squares(typing: Any, x: Any, at: Any, n: Any) -> Any:
         x = data_of(context, b, signature, args, 0)
         total = variable(b, filled(0.0))
         with cgutils.for_range(b, b.sdiv(args[2], I64(LANES)), intp=I64) as loop:
-            vector = _load(b, x, b.add(args[1], b.mul(loop.index, I64(LANES))))
+            vector = load_bf16(b, x, b.add(args[1], b.mul(loop.index, I64(LANES))))
             b.store(fma(b, vector, vector, b.load(total)), total)
         return sum_of_all(b, b.load(total))
 
@@ -88,8 +87,8 @@ def scale_row(typing: Any, x: Any, at: Any, n: Any, factor: Any, weight: Any, ou
         with cgutils.for_range(b, b.sdiv(args[2], I64(LANES)), intp=I64) as loop:
             i = b.mul(loop.index, I64(LANES))
             place = b.add(args[1], i)
-            scaled = b.fmul(_load(b, x, place), factor, ("fast",))
-            _store(b, b.fmul(scaled, _load(b, weight, i), ("fast",)), out, place)
+            scaled = b.fmul(load_bf16(b, x, place), factor, ("fast",))
+            _store(b, b.fmul(scaled, load_bf16(b, weight, i), ("fast",)), out, place)
         return context.get_dummy_value()
 
     return types.void(x, types.int64, types.int64, types.float32, weight, out), emit
@@ -104,12 +103,14 @@ def turn_row(typing: Any, x: Any, at: Any, n: Any, cos: Any, sin: Any, turn: Any
         with cgutils.for_range(b, b.sdiv(args[2], I64(LANES)), intp=I64) as loop:
             i = b.mul(loop.index, I64(LANES))
             one, other = (b.add(base, i) for base in (args[1], b.add(args[1], args[2])))
-            first, second = _load(b, x, one), _load(b, x, other)
-            turned = b.fmul(second, _load(b, sin, b.add(args[5], i)), ("fast",))
-            _store(b, b.fsub(b.fmul(first, _load(b, cos, b.add(args[5], i)), ("fast",)), turned, ("fast",)), out, one)
+            first, second = load_bf16(b, x, one), load_bf16(b, x, other)
+            turned = b.fmul(second, load_bf16(b, sin, b.add(args[5], i)), ("fast",))
+            _store(
+                b, b.fsub(b.fmul(first, load_bf16(b, cos, b.add(args[5], i)), ("fast",)), turned, ("fast",)), out, one
+            )
             i = b.add(args[2], i)
-            turned = b.fmul(first, _load(b, sin, b.add(args[5], i)), ("fast",))
-            _store(b, fma(b, second, _load(b, cos, b.add(args[5], i)), turned), out, other)
+            turned = b.fmul(first, load_bf16(b, sin, b.add(args[5], i)), ("fast",))
+            _store(b, fma(b, second, load_bf16(b, cos, b.add(args[5], i)), turned), out, other)
         return context.get_dummy_value()
 
     return types.void(x, types.int64, types.int64, cos, sin, types.int64, out), emit
@@ -123,12 +124,12 @@ def gate_row(typing: Any, gate: Any, up: Any, at: Any, n: Any, out: Any) -> Any:
         gate, up, out = (data_of(context, b, signature, args, i) for i in (0, 1, 4))
         with cgutils.for_range(b, b.sdiv(args[3], I64(LANES)), intp=I64) as loop:
             place = b.add(args[2], b.mul(loop.index, I64(LANES)))
-            g = _load(b, gate, place)
+            g = load_bf16(b, gate, place)
             # Of exp(-|g|), which never overflows: sigmoid is 1 / (1 + it), or for negative g it / (1 + it).
             small = exp2(b, b.fmul(call(b, "llvm.fabs", g), filled(-LOG2_E), ("fast",)))
             above = b.select(b.fcmp_ordered(">=", g, filled(0.0)), filled(1.0), small)
             below = _inverse(b, b.fadd(small, filled(1.0), ("fast",)))
-            product = b.fmul(b.fmul(g, above, ("fast",)), b.fmul(_load(b, up, place), below, ("fast",)), ("fast",))
+            product = b.fmul(b.fmul(g, above, ("fast",)), b.fmul(load_bf16(b, up, place), below, ("fast",)), ("fast",))
             _store(b, product, out, place)
         return context.get_dummy_value()
 
@@ -142,14 +143,8 @@ def _inverse(b: ir.IRBuilder, x: Any) -> Any:
     return b.call(function, (x, filled(0.0), I16(-1)))
 
 
-def _load(b: ir.IRBuilder, base: Any, at: Any) -> Any:
-    """LANES numbers as floats."""
-    bits = b.zext(load_vector(b, base, at, ir.VectorType(I16, LANES)), VI)
-    return b.bitcast(b.shl(bits, _every(16)), VF)
-
-
 def _store(b: ir.IRBuilder, x: Any, base: Any, at: Any) -> None:
-    """Floats rounded to the nearest, ties to even."""
+    """LANES floats, rounded as `simd.float_to_bf16` does."""
     bits = b.bitcast(x, VI)
     odd = b.and_(b.lshr(bits, _every(16)), _every(1))
     rounded = b.lshr(b.add(bits, b.add(odd, _every(0x7FFF))), _every(16))

@@ -30,6 +30,7 @@ WEIGHTS = ("auto", "full", "int8", "int4")
 GROUP = 32  # weights that share a scale
 ROWS = 2048  # of a matrix rounded at a time: bounds the memory beside it
 BLOCK = 32 << 20  # bytes of the arrays that rounded matrices are laid into
+LINE = 64  # bytes of a cache line, at whose beginning each of them begins
 COPY_LIMIT = 4 << 30  # bytes: "auto" makes no rounded copy beyond this
 GRID_ERROR = (
     0.01  # relative: weights that int4 gives back within this were on such a grid before; others lose about 0.08
@@ -58,7 +59,7 @@ class Decoder:
             config.qk_norm, config.qkv_bias, config.output_bias, config.mlp_bias,
         )  # fmt: skip
         self._held: list[Any] = []  # what the addresses point into
-        self._used = 0  # bytes of the last of them
+        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0  # the open block, and its bytes in use
         self.rows = np.zeros((len(layers), 7), dtype=np.int64)
         self.scales = np.zeros((len(layers), 7), dtype=np.int64)
         for n, of_layer in enumerate(matrices):
@@ -147,13 +148,16 @@ class Decoder:
         return rows.data_ptr(), scales.data_ptr()
 
     def _room(self, rows: int, row: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """[rows, *row] out of one large array: a matrix by itself is too small for large pages."""
+        """[rows, *row], not yet written, out of a block of many: most matrices are too small for large pages."""
         size = rows * int(np.prod(row)) * dtype.itemsize
-        if not self._held or size > self._held[-1].numel() - self._used:
-            self._held.append(empty([max(size, BLOCK)], torch.uint8))
-            self._used = 0
-        part = self._held[-1][self._used : self._used + size]
-        self._used += -(-size // 64) * 64
+        if size > BLOCK:
+            part = empty(size)
+        else:
+            if size > self._block.numel() - self._used:
+                self._block, self._used = empty(BLOCK), 0
+            part = self._block[self._used : self._used + size]
+            self._used += -(-size // LINE) * LINE
+        self._held.append(part)
         return part.view(dtype).view(rows, *row)
 
 

@@ -31,6 +31,7 @@ from .vectors import (
     I32,
     I64,
     LANES,
+    LOG2_E,
     VF,
     VI,
     all_literal,
@@ -41,6 +42,7 @@ from .vectors import (
     fma,
     intrinsic,
     largest_of_all,
+    load_bf16,
     load_vector,
     pointer_to,
     read_ahead,
@@ -321,7 +323,7 @@ def exponentials(typing: Any, x: Any, row: Any, n: Any, top: Any) -> Any:
         total = variable(b, filled(0.0))
         with cgutils.for_range(b, b.sdiv(args[2], I64(LANES)), intp=I64) as loop:
             at = b.mul(loop.index, I64(LANES))
-            power = b.fmul(b.fsub(load_vector(b, first, at, VF), top, ("fast",)), filled(1.4426950408889634), ("fast",))
+            power = b.fmul(b.fsub(load_vector(b, first, at, VF), top, ("fast",)), filled(LOG2_E), ("fast",))
             value = exp2(b, power)
             b.store(value, pointer_to(b, first, at, VF), align=1)
             b.store(b.fadd(value, b.load(total), ("fast",)), total)
@@ -391,9 +393,10 @@ def _element(b: ir.IRBuilder, layout: str, size: Any, group: int, row: Any, part
 
 def _ask_for(b: ir.IRBuilder, layout: str, size: int, rows: Any, row: Any) -> None:
     """Ask for what lies AHEAD of a row."""
-    width = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}[layout]  # bits of an element
-    for line in range(0, size * width // 8, 64):
-        read_ahead(b, rows, _element(b, layout, size, size, row, I64(0)), AHEAD + line)
+    first = _element(b, layout, size, size, row, I64(0))
+    stored = size // 2 if layout == "int4" else size
+    for line in range(0, stored * (4 if layout == "f32" else ELEMENT[layout].width // 8), 64):
+        read_ahead(b, rows, first, AHEAD + line)
 
 
 def _levels(b: ir.IRBuilder, layout: str, group: int, rows: Any, at: Any) -> list[Any]:
@@ -411,8 +414,7 @@ def _levels(b: ir.IRBuilder, layout: str, group: int, rows: Any, at: Any) -> lis
         if layout == "f32":
             vectors.append(load_vector(b, rows, here, VF))
         elif layout == "bf16":
-            raw = b.zext(load_vector(b, rows, here, ir.VectorType(I16, LANES)), VI)
-            vectors.append(b.bitcast(b.shl(raw, ir.Constant(VI, [16] * LANES)), VF))
+            vectors.append(load_bf16(b, rows, here))
         else:
             vectors.append(b.sitofp(b.sext(load_vector(b, rows, here, ir.VectorType(I8, LANES)), VI), VF))
     return vectors

@@ -17,6 +17,7 @@ LANES = 16
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VF = ir.VectorType(F32, LANES)
 VI = ir.VectorType(I32, LANES)
+LOG2_E = 1.4426950408889634
 LOWEST = ir.Constant(VF, [-3e38] * LANES)
 # 2 ** x for 0 <= x < 1, to 2e-7: a polynomial, the highest power first.
 POWER_OF_TWO = (0.00187623, 0.00899258, 0.0558236, 0.24015453, 0.69315297, 0.99999993)
@@ -50,6 +51,12 @@ def pointer_to(b: ir.IRBuilder, base: Any, at: Any, kind: Any) -> Any:
 
 def load_vector(b: ir.IRBuilder, base: Any, at: Any, vector: ir.VectorType) -> Any:
     return b.load(pointer_to(b, base, at, vector), align=1)
+
+
+def load_bf16(b: ir.IRBuilder, base: Any, at: Any) -> Any:
+    """LANES bfloat16 numbers, given as bits, as floats."""
+    bits = b.zext(load_vector(b, base, at, ir.VectorType(I16, LANES)), VI)
+    return b.bitcast(b.shl(bits, ir.Constant(VI, [16] * LANES)), VF)
 
 
 def read_ahead(b: ir.IRBuilder, base: Any, at: Any, distance: int) -> None:
