@@ -150,12 +150,17 @@ class _Bench:
         def forward() -> None:
             network.model(chunk, positions, CHUNK, nothing)
 
-        forward()  # a process beside this one compiles kernels now, while this one waits
-        worked, passed = time.process_time(), time.perf_counter()
         seconds = _typical(forward)
+        self._watch(chunk[0])
+        return 2.0 * self.shape.layers * self.shape.layer_weights * CHUNK / seconds
+
+    def _watch(self, chunk: Tensor) -> None:
+        """Notice how much of the processor this process gets, by products, which use all threads all the time."""
+        matrix = torch.randn(self.shape.hidden, self.shape.mlp).to(self.dtype)
+        worked, passed = time.process_time(), time.perf_counter()
+        _typical(lambda: chunk @ matrix)
         self.worked += time.process_time() - worked
         self.passed += time.perf_counter() - passed
-        return 2.0 * self.shape.layers * self.shape.layer_weights * CHUNK / seconds
 
     def attention(self, form: str) -> float | None:
         """Operations a second of a chunk's attention over PAST tokens."""
