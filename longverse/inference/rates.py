@@ -137,18 +137,17 @@ class _Bench:
         return self.networks[form]
 
     def linear(self, form: str) -> float | None:
-        """Operations a second of a chunk through the layers, everything but attention counted in."""
+        """Operations a second of a chunk through the layers, with all that comes with it but the attention over a past:
+        norms, gates, writing into a cache, the chunk's look at itself."""
         network = self.network(form)
         if network is None:
             return None
         chunk = torch.randn(1, CHUNK, self.shape.hidden).to(self.dtype)
-        positions = torch.arange(CHUNK)[None]
-
-        def nothing(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return q
+        positions, cache = torch.arange(CHUNK)[None], self._cache("full", self.shape.layers)
 
         def forward() -> None:
-            network.model(chunk, positions, CHUNK, nothing)
+            cache.restore(0)
+            network.model(chunk, positions, CHUNK, cache.attend)
 
         seconds = _typical(forward)
         self._watch(chunk[0])
