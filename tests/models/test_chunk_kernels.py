@@ -172,7 +172,7 @@ def test_log_sums_of_blocks(tiles: Tiles, kept: torch.dtype) -> None:
         rows = q.double().reshape(groups, share * tokens, size)
         scores = rows @ keys[layer, 0, :, :end].double().transpose(1, 2) * size**-0.5
         expected = scores.unflatten(2, (blocks, 64)).logsumexp(-1)
-        near = 1e-5 * max(1.0, sharpness)  # large products that cancel leave their rounding behind
+        near = 1e-4 if tiles.name == "amx" else 1e-5  # whose powers of two are within 8e-5 (amx.py), one and all alike
         torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=near)
 
     check()
