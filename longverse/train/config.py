@@ -31,6 +31,7 @@ from longverse.train.new import NewModel
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS = ("lora", "full")
 PRECISIONS = ("auto", "bf16", "fp32")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
 WEIGHTINGS = ("token", "sample", "answer")
 ALSO = ("embeddings", "norms")
@@ -252,6 +253,7 @@ class Recipe:
     model      embedded name, folder, .gguf file or hub id
     method     lora (with `lora`) or full
     precision  auto (bf16 where the hardware multiplies it), bf16, fp32
+    optimizer  adamw, or muon: that for the matrices of the layers, AdamW for all else
     probe      what is measured on the way, see Probe
     clip       norm to which gradients are clipped, 0 for never
     save_every steps between checkpoints; `keep` newest are kept
@@ -266,6 +268,7 @@ class Recipe:
     method: str = "lora"
     lora: Lora = field(default_factory=Lora)
     precision: str = "auto"
+    optimizer: str = "adamw"
     seed: int = 0
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -288,6 +291,7 @@ class Recipe:
             raise UserError(f"Two stages are called {min(twice)!r}: give each its own name.")
         _one_of(self.method, METHODS, "Method")
         _one_of(self.precision, PRECISIONS, "Precision")
+        _one_of(self.optimizer, OPTIMIZERS, "Optimizer")
         for key, least in (("weight_decay", 0), ("clip", 0), ("save_every", 1), ("keep", 1), ("sequence", 1)):
             _at_least(getattr(self, key), least, key)
         for key in ("beta1", "beta2"):
@@ -347,6 +351,8 @@ class Recipe:
             values.pop(key)
         if not self.probe.patience:
             values.pop("probe")
+        if self.optimizer == "adamw":  # as before there was a choice
+            values.pop("optimizer")
         for number, stage in enumerate(values["stages"]):
             for key in ("micro_tokens", "recompute_above", "offload"):
                 stage.pop(key)

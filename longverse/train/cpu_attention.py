@@ -1,6 +1,9 @@
-"""Causal attention for training on CPU in bfloat16, forward and backward, built from matrix products.
+"""Causal attention for training on CPU in bfloat16, forward and backward.
 
 Shapes: H query heads, G key/value heads, g = H / G, T tokens, D head size, n of a document, b queries of a block.
+
+`tile_attention` is for processors with AMX tiles and calls a kernel for all documents at once. `causal_attention` is
+for the others, and what the kernel is compared with; it is built from matrix products.
 
 Processors with bfloat16 instructions multiply matrices several times faster than torch's CPU flash kernel attends
 (its inner products run in float32). So a block of b queries of the g heads that share a key is one matrix [g * b, D];
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -25,14 +28,82 @@ import torch
 from torch import Tensor
 
 from longverse.models.checkpoint import cpu_has_bfloat16
+from longverse.models.kernels import bfloat16_runs_here
 
 ROWS = 384  # g * b: rows of one block of scores
 PARTS = 2  # each document and key/value head is dealt out in so many parts
 
 
 def fast_here(q: Tensor) -> bool:
-    """Whether this path beats the flash kernel: bfloat16 on a processor that multiplies it."""
+    """Whether these paths beat the flash kernel: bfloat16 on a processor that multiplies it."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and cpu_has_bfloat16()
+
+
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int]) -> Tensor:
+    """The faster of the two here, where `fast_here`. Arguments and result as in `causal_attention`."""
+    if tiles_here(q):
+        return tile_attention(q, k, v, list(bounds))[0]  # type: ignore[no-any-return]
+    return causal_attention(q, k, v, list(bounds))  # type: ignore[no-any-return]
+
+
+def tiles_here(q: Tensor) -> bool:
+    """Whether `tile_attention` takes such queries. What it needs is imported only where it may."""
+    if not bfloat16_runs_here():
+        return False
+    from longverse.models.kernels import training
+
+    return training.runs_here(q)
+
+
+@torch.library.custom_op("longverse::tile_attention", mutates_args=())
+def tile_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
+    """As `causal_attention`; beside the result the log-sums of all rows, from which the backward pass makes the weights
+    anew."""
+    from longverse.models.kernels import training
+
+    return training.attend(q, k, v, tuple(bounds))
+
+
+@tile_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
+    from longverse.models.kernels import training
+
+    rows = len(training.layout(tuple(bounds), q.shape[1] // k.shape[1]).rows)
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2), q.new_empty(
+        k.shape[1], rows, dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("longverse::tile_attention_backward", mutates_args=())
+def tile_attention_backward(
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, bounds: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from that of the result `out`, all shaped like q, k and v."""
+    from longverse.models.kernels import training
+
+    return training.backward(slope, q, k, v, out, log_sums, tuple(bounds))
+
+
+@tile_attention_backward.register_fake
+def _(
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, bounds: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _keep_tiles(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.bounds = inputs[3]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _tiles_backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    q, k, v, out, log_sums = ctx.saved_tensors
+    return (*tile_attention_backward(slope, q, k, v, out, log_sums, ctx.bounds), None)
+
+
+tile_attention.register_autograd(_tiles_backward, setup_context=_keep_tiles)
 
 
 @torch.library.custom_op("longverse::causal_attention", mutates_args=())

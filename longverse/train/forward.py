@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longverse.models.network import Attend, CausalLM, NetworkConfig
-from longverse.train.cpu_attention import causal_attention
+from longverse.train.cpu_attention import causal_attention, tile_attention
 from longverse.train.loss import token_nll, weighted_nll
 from longverse.train.rows import Row, document_attention
 
@@ -27,6 +27,7 @@ from longverse.train.rows import Row, document_attention
 # input: kept, it is not computed twice.
 _ATTENTION_OPS = (
     causal_attention._opoverload,
+    tile_attention._opoverload,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,

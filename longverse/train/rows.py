@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longverse.data.packing import pack
 from longverse.models.network import Attend
-from longverse.train.cpu_attention import causal_attention, fast_here
+from longverse.train.cpu_attention import attend_documents, fast_here
 from longverse.train.examples import Example
 
 
@@ -122,7 +122,7 @@ def document_attention(bounds: tuple[int, ...]) -> Attend:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # q [1, H, T, D]; k, v [1, G, T, D]
         if fast_here(q):
-            return causal_attention(q, k, v, list(bounds))
+            return attend_documents(q, k, v, bounds)
         if len(lengths) > 1 and flash_fits(q):
             if not starts:
                 starts.append(torch.tensor(bounds, dtype=torch.int32, device=q.device))

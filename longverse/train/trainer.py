@@ -31,6 +31,7 @@ from longverse.train import parallel
 from longverse.train.config import Recipe, Stage
 from longverse.train.examples import Mixture
 from longverse.train.forward import LossModel, training_flops
+from longverse.train.muon import Muon
 from longverse.train.parallel import Ranks
 from longverse.train.rows import make_rows
 from longverse.train.state import save_state, trained
@@ -72,17 +73,19 @@ OnStep = Callable[[StepReport], None]
 
 
 def make_optimizer(model: LossModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101). Norms and biases, all that has one dimension, decay not."""
-    parameters = list(trained(model.network).values())
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), or with it Muon for the matrices of the layers. Norms and
+    biases, all that has one dimension, decay not."""
+    parameters = trained(model.network)
+    vectors = [p for p in parameters.values() if p.ndim <= 1]
+    matrices = [p for name, p in parameters.items() if p.ndim > 1 and "layers." in name]
+    tables = [p for name, p in parameters.items() if p.ndim > 1 and "layers." not in name]
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": matrices, "weight_decay": recipe.weight_decay, "muon": recipe.optimizer == "muon"},
+        {"params": tables, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=1.0, betas=(recipe.beta1, recipe.beta2), eps=1e-8
-    )
+    kind = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
+    return kind([group for group in groups if group["params"]], lr=1.0, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
 
 
 def train_stage(

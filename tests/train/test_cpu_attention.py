@@ -1,6 +1,7 @@
-"""The CPU attention of training against the float32 definition."""
+"""The CPU attention of training, from matrix products and on AMX tiles, against the float32 definition."""
 
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,9 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longverse.models.attention import reference_attention
+from longverse.models.kernels.chunk import amx_runs_here
 from longverse.train import cpu_attention
-from longverse.train.cpu_attention import causal_attention
+from longverse.train.cpu_attention import attend_documents, causal_attention, tile_attention
 from longverse.train.rows import document_attention
+
+tiles_alone = pytest.mark.skipif(not amx_runs_here(), reason="this processor has no AMX tiles for bfloat16")
+
+
+@contextmanager
+def on_threads(number):  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def inputs(heads: int, kv_heads: int, tokens: int, size: int, seed: int) -> list[torch.Tensor]:
@@ -49,17 +63,63 @@ def definition(bounds):  # type: ignore[no-untyped-def]
 def test_result_and_gradients_are_the_definitions(group, kv_heads, lengths, size, rows, threads, seed):  # type: ignore[no-untyped-def]
     bounds = [0, *itertools.accumulate(lengths)]
     data = inputs(group * kv_heads, kv_heads, bounds[-1], size, seed)
-    before, held = torch.get_num_threads(), cpu_attention.ROWS
+    held = cpu_attention.ROWS
     try:
-        torch.set_num_threads(threads)
         cpu_attention.ROWS = rows
-        ours = with_gradients(lambda q, k, v: causal_attention(q, k, v, bounds), *data)
+        with on_threads(threads):
+            ours = with_gradients(lambda q, k, v: causal_attention(q, k, v, bounds), *data)
     finally:
         cpu_attention.ROWS = held
-        torch.set_num_threads(before)
+    check(ours, bounds, data)
+
+
+def check(ours, bounds, data):  # type: ignore[no-untyped-def]
     exact = with_gradients(definition(bounds), *(x.float() for x in data))
     for mine, true in zip(ours, exact, strict=True):
         assert (mine - true).norm() <= 0.02 * true.norm() + 1e-3  # bfloat16 keeps eight bits
+
+
+@tiles_alone
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1, 32), (4, 4, 32), (9, 3, 64), (3, 3, 48)]),  # each needs a kernel of its own
+    lengths=st.lists(
+        st.one_of(st.integers(1, 300), st.sampled_from([21, 22, 63, 64, 65, 128])), min_size=1, max_size=5
+    ),
+    scale=st.sampled_from([0.2, 1.0, 6.0]),
+    threads=st.sampled_from([1, 2, 3]),
+    by_token=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_on_tiles_result_and_gradients_are_the_definitions(heads, lengths, scale, threads, by_token, seed):  # type: ignore[no-untyped-def]
+    bounds = [0, *itertools.accumulate(lengths)]
+    q, k, v, slope = inputs(heads[0], heads[1], bounds[-1], heads[2], seed)
+    data = [q * scale, k, v, slope]
+    if by_token:  # as projections leave them
+        data = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in data]
+    with on_threads(threads):
+        ours = with_gradients(lambda q, k, v: tile_attention(q, k, v, bounds)[0], *data)
+    check(ours, bounds, data)
+
+
+@tiles_alone
+def test_on_tiles_documents_touch_no_other_and_threads_give_the_same_bits_every_time():
+    data = inputs(9, 3, 700, 64, 3)
+    with on_threads(2):
+        runs = [with_gradients(lambda q, k, v: tile_attention(q, k, v, [0, 300, 700])[0], *data) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    parts = [[x[:, :, :300] for x in data], [x[:, :, 300:] for x in data]]
+    with on_threads(2):
+        alone = [with_gradients(lambda q, k, v: tile_attention(q, k, v, [0, q.shape[2]])[0], *part) for part in parts]
+    for together, first, second in zip(runs[0], *alone, strict=True):
+        assert torch.allclose(together, torch.cat([first, second], 2), rtol=1e-2, atol=1e-4)  # threads share otherwise
+
+
+@tiles_alone
+def test_on_tiles_every_last_number_is_finite_where_scores_are_huge():
+    data = [x * 40 for x in inputs(4, 4, 200, 32, 5)]
+    ours = with_gradients(lambda q, k, v: tile_attention(q, k, v, [0, 70, 200])[0], *data)
+    assert all(torch.isfinite(x).all() for x in ours)
 
 
 def test_same_bits_every_time_and_torch_keeps_its_threads():
@@ -75,13 +135,18 @@ def test_operator_is_what_torch_expects_of_one():
     arguments = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), [0, 20, 60])
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(causal_attention, arguments, test_utils=names)
+    if amx_runs_here():
+        torch.library.opcheck(tile_attention, arguments, test_utils=names)
 
 
 def test_rows_take_it_for_bfloat16_alone(monkeypatch):
     monkeypatch.setattr(cpu_attention, "cpu_has_bfloat16", lambda: True)
     q, k, v, _ = inputs(4, 2, 50, 8, 2)
     attend = document_attention((0, 20, 50))
-    assert torch.equal(attend(0, q, k, v), causal_attention(q, k, v, [0, 20, 50]))
+    assert torch.equal(attend(0, q, k, v), attend_documents(q, k, v, [0, 20, 50]))
+    blocks = causal_attention(q, k, v, [0, 20, 50])
+    assert torch.equal(attend(0, q, k, v), blocks) or amx_runs_here()
+    assert (attend(0, q, k, v).float() - blocks.float()).norm() < 0.01 * blocks.float().norm()
     exact = definition([0, 20, 50])(q.float(), k.float(), v.float())
     assert torch.allclose(attend(0, q.float(), k.float(), v.float()), exact, atol=1e-5)
     with pytest.raises(AssertionError):

@@ -18,6 +18,7 @@ DYNAMIC = {"rope": "dynamic:2:64", "steps": 4, "batch": 5, "micro_tokens": 300, 
 
 
 METHODS = ("lora", "full")
+MUON = {"method": "full", "optimizer": "muon"}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     half = {**single, "method": "lora", "precision": "bf16"}  # frozen bf16 weights beside trained float32 ones
     run(1, [(half, folder / "alone" / "bf16", None)])
     jobs.append((half, folder / "bf16", None))
+    run(1, [({**single, **MUON}, folder / "alone" / "muon", None)])
+    jobs.append(({**single, **MUON}, folder / "muon", None))
     run(2, [*jobs, ({**double, "sequence": 2}, folder / "cut", 1), (double, folder / "back", None)])
     run(1, [(double, folder / "cut", None)])
     return folder
@@ -66,6 +69,13 @@ def test_two_ranks_train_as_one(runs: Path, method: str, degree: int) -> None:
 @pytest.mark.slow
 def test_two_ranks_train_frozen_bfloat16_as_one(runs: Path) -> None:
     assert losses(runs / "bf16") == pytest.approx(losses(runs / "alone" / "bf16"), rel=2e-2)
+
+
+@pytest.mark.slow
+def test_two_ranks_turn_whole_matrices_as_one_does(runs: Path) -> None:
+    assert losses(runs / "muon") == pytest.approx(losses(runs / "alone" / "muon"), rel=2e-3)
+    for (name, a), b in zip(result(runs / "muon").items(), result(runs / "alone" / "muon").values(), strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=2e-2, msg=name)
 
 
 @pytest.mark.slow

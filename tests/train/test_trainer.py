@@ -60,10 +60,14 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in read_log(out / "log.jsonl")]
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_learns(base: Path, tmp_path: Path, method: str) -> None:
+WAYS = [("lora", "adamw"), ("full", "adamw"), ("full", "muon")]
+
+
+@pytest.mark.parametrize(("method", "optimizer"), WAYS)
+def test_learns(base: Path, tmp_path: Path, method: str, optimizer: str) -> None:
     rate = 1e-2 if method == "lora" else 3e-3
-    plan = recipe(base / "model", base / "m.jsonl", {"steps": 25, "learning_rate": rate}, method=method)
+    stage = {"steps": 25, "learning_rate": rate}
+    plan = recipe(base / "model", base / "m.jsonl", stage, method=method, optimizer=optimizer)
     end, _ = run(plan, tmp_path)
     assert end.steps == 25
     assert not end.interrupted
@@ -71,10 +75,10 @@ def test_learns(base: Path, tmp_path: Path, method: str) -> None:
     assert sum(found[-5:]) < 0.6 * sum(found[:5])
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("method", "optimizer"), WAYS)
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
-def test_resumes_bit_for_bit(base: Path, tmp_path: Path, method: str, kill_at: int) -> None:
-    plan = recipe(base / "model", base / "m.jsonl", method=method)
+def test_resumes_bit_for_bit(base: Path, tmp_path: Path, method: str, optimizer: str, kill_at: int) -> None:
+    plan = recipe(base / "model", base / "m.jsonl", method=method, optimizer=optimizer)
     _, whole = run(plan, tmp_path / "whole")
 
     def kill(report: Any) -> None:
