@@ -359,9 +359,9 @@ def plan_check(chinese: bool) -> str:
     return f"{table(header, rows)}\n\n{machine_line(results, chinese)}\n"
 
 
-def train_throughput(chinese: bool) -> str:
+def train_throughput(chinese: bool, name: str = "train_throughput") -> str:
     """A step of training beside transformers' Trainer."""
-    results = load("train_throughput")
+    results = load(name)
     rows = [
         [f"{row['tokens']:,}", *(f"{row[side]['tokens_per_second']:.0f}" for side in ("ours", "trainer")),
          f"{row['tokens_per_second_ratio']:.2f}",
@@ -407,6 +407,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "reopen_256k": lambda chinese: reopen(chinese, "reopen_256k"),
     "reopen_256k_amx": lambda chinese: reopen(chinese, "reopen_256k_amx"),
     "train_throughput": train_throughput,
+    "train_throughput_amx": lambda chinese: train_throughput(chinese, "train_throughput_amx"),
     "first_light": first_light,
     "needle": needle,
     "smol_facts": smol_facts,

@@ -2,13 +2,14 @@
 
     python benchmarks/train_throughput.py --tokens 1024 2048 --steps 3
     python benchmarks/train_throughput.py --loss            our loss against F.linear_cross_entropy and the plain one
+    python benchmarks/train_throughput.py --attention       attention's ways on this processor, forward and backward
 
 LoRA of rank 16 on all projections of smol, in bf16 where the processor multiplies it, else in float32; one conversation
 a step, labels on its last answers, AdamW. Both sides get the same ids and labels; Trainer gets activation checkpointing
 as ours does above `--recompute-above` tokens. Each side runs in a process of its own, in turn, so that peaks are its
 own; both losses are kept beside the speeds. Seconds are given twice: by the clock, and of processor time, which other
 programs on the machine disturb less.
-Writes benchmarks/results/train_throughput.json (or train_loss.json) with the machine in it.
+Writes benchmarks/results/train_throughput.json (or train_loss.json, train_attention.json) with the machine in it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +191,46 @@ def one_loss(name: str, vocabulary: int, size: int, labels: int) -> None:
     print(json.dumps({"way": name, "seconds": min(times), "peak_bytes": peak() - before, "loss": value}))
 
 
+def attention_paths() -> list[dict[str, Any]]:
+    """Milliseconds of attention in bfloat16 with the shape of smol's layers: torch's flash kernel, products of blocks,
+    and AMX tiles where there are any. The ways take turns."""
+    import torch
+
+    from longverse.train import cpu_attention, rows
+
+    torch.manual_seed(0)
+    found = []
+    for lengths in ([128] * 32, [2048], [8192]):
+        bounds = tuple(sum(lengths[:n]) for n in range(len(lengths) + 1))
+        q, k, v, slope = (torch.randn(1, bounds[-1], n, 64).bfloat16().transpose(1, 2) for n in (9, 3, 3, 9))
+        ways = {
+            "torch": partial(rows.plain_attention(lengths), 0),
+            "blocks": lambda q, k, v, at=bounds: cpu_attention.causal_attention(q, k, v, list(at)),
+        }
+        if cpu_attention.tiles_here(q):
+            ways["tiles"] = lambda q, k, v, at=bounds: cpu_attention.tile_attention(q, k, v, list(at))[0]
+        best = {name: [1e9, 1e9] for name in ways}
+        for _ in range(4):
+            for name, way in ways.items():
+                given = [x.detach().requires_grad_() for x in (q, k, v)]
+                times = [time.perf_counter()]
+                out = way(*given)
+                times.append(time.perf_counter())
+                out.backward(slope)
+                times.append(time.perf_counter())
+                best[name] = [min(best[name][n], (times[n + 1] - times[n]) * 1e3) for n in range(2)]
+        found += [{"lengths": lengths, "way": name, "ms": best[name]} for name in ways]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--recompute-above", type=int, default=2048)
     parser.add_argument("--loss", action="store_true")
+    parser.add_argument("--attention", action="store_true")
+    parser.add_argument("--name", default="train_throughput", help="what the result file is called")
     parser.add_argument("--side", choices=["ours", "trainer"], help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.side:
@@ -209,6 +245,14 @@ def main() -> None:
             for row in rows
         ]
         print(table(["way", "seconds", "MB", "loss"], cells))
+        return
+    if asked.attention:
+        rows = attention_paths()
+        print(write_results("train_attention", {"heads": [9, 3, 64], "rows": rows}))
+        cells = [
+            [f"{len(r['lengths'])} of {r['lengths'][0]:,}", r["way"], *(f"{ms:.1f}" for ms in r["ms"])] for r in rows
+        ]
+        print(table(["documents", "way", "forward, ms", "backward, ms"], cells))
         return
     rows, cells = [], []
     for tokens in asked.tokens:
@@ -231,7 +275,7 @@ def main() -> None:
             speeds = [f"{found[name]:.0f}" for name in ("tokens_per_second", "tokens_per_cpu_second")]
             cells.append([f"{tokens:,}", side_name, *speeds, f"{found['peak'] / 1e9:.2f}", f"{found['losses'][0]:.3f}"])
         print(table(["tokens", "side", "tok/s", "tok/s of processor time", "peak GB", "first loss"], cells), flush=True)
-    print(write_results("train_throughput", {"dtype": number(), "steps": asked.steps, "rows": rows}))
+    print(write_results(asked.name, {"dtype": number(), "steps": asked.steps, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ def document_attention(bounds: tuple[int, ...]) -> Attend:
     a mask would only throw away."""
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
     starts: list[Tensor] = []  # int32 [documents + 1] on the card, made when the first layer asks
+    plain = plain_attention(lengths)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # q [1, H, T, D]; k, v [1, G, T, D]
         if fast_here(q):
@@ -127,6 +128,15 @@ def document_attention(bounds: tuple[int, ...]) -> Attend:
             if not starts:
                 starts.append(torch.tensor(bounds, dtype=torch.int32, device=q.device))
             return flash_documents(q, k, v, starts[0], max(lengths))
+        return plain(layer, q, k, v)
+
+    return attend
+
+
+def plain_attention(lengths: list[int]) -> Attend:
+    """The same by torch's own calls, of documents of these lengths."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = q.shape[1] != k.shape[1]
         if len(lengths) == 1:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

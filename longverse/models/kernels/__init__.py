@@ -3,7 +3,8 @@
 `simd.py` and `team.py` hold the tools, `compiler.py` the process that compiles, `arrays.py` tensors as kernels see
 them. `cpu_decode.py` is one token's attention and decoder, `build.py` what binds them to a model and a cache.
 `cpu_prefill.py` is many tokens' attention over `f32.py`, `bf16.py` or `amx.py`, called by `chunk.py`; `cpu_rows.py` is
-what a network does between its products, called by `rowwise.py`. They need numba, which compiles them once for this
+what a network does between its products, called by `rowwise.py`. `cpu_training.py` is attention of training, forward
+and backward, over `amx_training.py`, called by `training.py`. They need numba, which compiles them once for this
 processor and keeps the result on disk, so no compiler has to be installed. `gpu_decode.py` and `split_k.py` are one
 token's attention on a card, in Triton. Nothing here is imported before it is used.
 """
