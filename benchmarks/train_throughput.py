@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--recompute-above", type=int, default=2048)
     parser.add_argument("--loss", action="store_true")
     parser.add_argument("--attention", action="store_true")
-    parser.add_argument("--name", default="train_throughput", help="what the result file is called")
+    parser.add_argument("--name", help="another name for the result file")
     parser.add_argument("--side", choices=["ours", "trainer"], help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.side:
@@ -239,7 +239,7 @@ def main() -> None:
         return
     if asked.loss:
         rows = loss_paths()
-        print(write_results("train_loss", {"rows": rows}))
+        print(write_results(asked.name or "train_loss", {"rows": rows}))
         cells = [
             [row["way"], f"{row['seconds']:.2f}", f"{row['peak_bytes'] / 1e6:.0f}", f"{row['loss']:.3f}"]
             for row in rows
@@ -248,7 +248,7 @@ def main() -> None:
         return
     if asked.attention:
         rows = attention_paths()
-        print(write_results("train_attention", {"heads": [9, 3, 64], "rows": rows}))
+        print(write_results(asked.name or "train_attention", {"heads": [9, 3, 64], "rows": rows}))
         cells = [
             [f"{len(r['lengths'])} of {r['lengths'][0]:,}", r["way"], *(f"{ms:.1f}" for ms in r["ms"])] for r in rows
         ]
@@ -275,7 +275,7 @@ def main() -> None:
             speeds = [f"{found[name]:.0f}" for name in ("tokens_per_second", "tokens_per_cpu_second")]
             cells.append([f"{tokens:,}", side_name, *speeds, f"{found['peak'] / 1e9:.2f}", f"{found['losses'][0]:.3f}"])
         print(table(["tokens", "side", "tok/s", "tok/s of processor time", "peak GB", "first loss"], cells), flush=True)
-    print(write_results(asked.name, {"dtype": number(), "steps": asked.steps, "rows": rows}))
+    print(write_results(asked.name or "train_throughput", {"dtype": number(), "steps": asked.steps, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -253,7 +253,8 @@ class Recipe:
     model      embedded name, folder, .gguf file or hub id
     method     lora (with `lora`) or full
     precision  auto (bf16 where the hardware multiplies it), bf16, fp32
-    optimizer  adamw, or muon: that for the matrices of the layers, AdamW for all else
+    optimizer  adamw, or for method full muon: that for the matrices of the layers, AdamW for all else. beta1 and beta2
+               are AdamW's; Muon's steps are of one size, whatever that of the gradient is
     probe      what is measured on the way, see Probe
     clip       norm to which gradients are clipped, 0 for never
     save_every steps between checkpoints; `keep` newest are kept
@@ -292,6 +293,8 @@ class Recipe:
         _one_of(self.method, METHODS, "Method")
         _one_of(self.precision, PRECISIONS, "Precision")
         _one_of(self.optimizer, OPTIMIZERS, "Optimizer")
+        if self.optimizer == "muon" and self.method != "full":
+            raise UserError("Muon turns whole matrices, which method lora does not train: write optimizer: adamw.")
         for key, least in (("weight_decay", 0), ("clip", 0), ("save_every", 1), ("keep", 1), ("sequence", 1)):
             _at_least(getattr(self, key), least, key)
         for key in ("beta1", "beta2"):
@@ -351,8 +354,6 @@ class Recipe:
             values.pop(key)
         if not self.probe.patience:
             values.pop("probe")
-        if self.optimizer == "adamw":  # as before there was a choice
-            values.pop("optimizer")
         for number, stage in enumerate(values["stages"]):
             for key in ("micro_tokens", "recompute_above", "offload"):
                 stage.pop(key)
@@ -367,5 +368,8 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """16 hex digits; equal for recipes that train alike."""
-        text = json.dumps(self.what_counts(), sort_keys=True)
+        values = self.what_counts()
+        if self.optimizer == "adamw":  # the only one when checkpoints of older runs were written
+            values.pop("optimizer")
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

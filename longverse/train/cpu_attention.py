@@ -5,8 +5,8 @@ Shapes: H query heads, G key/value heads, g = H / G, T tokens, D head size, n of
 `tile_attention` is for processors with AMX tiles and calls a kernel for all documents at once. `causal_attention` is
 for the others, and what the kernel is compared with; it is built from matrix products.
 
-Processors with bfloat16 instructions multiply matrices several times faster than torch's CPU flash kernel attends
-(its inner products run in float32). So a block of b queries of the g heads that share a key is one matrix [g * b, D];
+Processors with bfloat16 instructions but without tiles multiply matrices faster than torch's CPU flash kernel attends.
+So in `causal_attention` a block of b queries of the g heads that share a key is one matrix [g * b, D];
 its scores against all earlier keys [g * b, end] stay in the processor's cache, and softmax and both products run over
 them at once. Scores are held in bfloat16, as transformers' eager attention holds them; sums are float32. The backward
 pass computes the scores anew (Dao et al. 2022, arXiv 2205.14135, without its inner blocks over keys).
@@ -35,11 +35,14 @@ PARTS = 2  # each document and key/value head is dealt out in so many parts
 
 
 def fast_here(q: Tensor) -> bool:
-    """Whether these paths beat the flash kernel: bfloat16 on a processor that multiplies it."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and cpu_has_bfloat16()
+    """Whether these paths beat the flash kernel: bfloat16 on a processor that multiplies it. Where that has AMX only
+    the tiles do: torch's own calls use them too."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not cpu_has_bfloat16():
+        return False
+    return tiles_here(q) or not torch.cpu._is_amx_tile_supported()
 
 
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int]) -> Tensor:
+def fastest_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int]) -> Tensor:
     """The faster of the two here, where `fast_here`. Arguments and result as in `causal_attention`."""
     if tiles_here(q):
         return tile_attention(q, k, v, list(bounds))[0]  # type: ignore[no-any-return]
@@ -53,6 +56,13 @@ def tiles_here(q: Tensor) -> bool:
     from longverse.models.kernels import training
 
     return training.runs_here(q)
+
+
+def tile_bytes(tokens: int, heads: int, kv_heads: int, size: int) -> int:
+    """What the backward pass of `tile_attention` takes for a row of so many tokens, beside what autograd keeps."""
+    from longverse.models.kernels import training
+
+    return training.working_bytes(tokens, heads, kv_heads, size, torch.get_num_threads())
 
 
 @torch.library.custom_op("longverse::tile_attention", mutates_args=())
@@ -162,7 +172,8 @@ def causal_attention_backward(
 
 @causal_attention_backward.register_fake
 def _(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

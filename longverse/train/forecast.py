@@ -13,9 +13,11 @@ from torch import Tensor
 from longverse.errors import UserError
 from longverse.inference.engine import free_on_card
 from longverse.train.config import Recipe, Stage
+from longverse.train.cpu_attention import tile_bytes, tiles_here
 from longverse.train.examples import Example, Mixture
 from longverse.train.forward import LossModel
 from longverse.train.loss import loss_chunk
+from longverse.train.muon import is_turned
 from longverse.train.parallel import Ranks
 from longverse.train.rows import Row, make_row
 from longverse.train.state import trained
@@ -82,8 +84,13 @@ def forecast(model: LossModel, mixture: Mixture, stage: Stage, recipe: Recipe, r
         activations = part * per_token
     # A chunk of logits: as they come, in float32 and as gradients (train/loss.py).
     activations += loss_chunk(ranks.device) * shape.vocab_size * 8
+    products = torch.bfloat16 if model.autocast else model.network.dtype
+    if tiles_here(torch.empty(0, shape.head_dim, dtype=products, device=ranks.device)):
+        heads, kv_heads = (max(1, n // ranks.sequence) for n in (shape.num_heads, shape.num_kv_heads))
+        activations += tile_bytes(widest, heads, kv_heads, shape.head_dim)
     parameters = sum(p.numel() * p.element_size() for p in [*model.network.parameters(), *model.network.buffers()])
-    moments = sum(p.numel() * 12 for p in trained(model.network).values())  # gradient and two moments in float32
+    muon = recipe.optimizer == "muon"  # gradient and two moments in float32, or one
+    moments = sum(p.numel() * (8 if muon and is_turned(name, p) else 12) for name, p in trained(model.network).items())
     result = Forecast(
         stage.steps,
         total,

@@ -11,8 +11,6 @@ Embeddings and head are tables of rows, of which few have a gradient; they, norm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +23,24 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of its odd polynomial, Jordan's
 RMS = 0.2  # of an AdamW step's elements, about
 
 
+def is_turned(name: str, weight: Tensor) -> bool:
+    """Whether Muon takes this weight of a network."""
+    return weight.ndim > 1 and ".layers." in name
+
+
 class Muon(torch.optim.AdamW):
     """Groups with `muon: True` hold matrices. They have one moment, `exp_avg`; others have AdamW's two."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update. Gradients of Muon's matrices are taken: AdamW passes over what has none."""
+        assert closure is None
         for group in self.param_groups:
             for matrix in group["params"] if group.get("muon") else ():
                 if matrix.grad is not None:
                     self._turn(matrix, matrix.grad, group["lr"], group["weight_decay"])
                     matrix.grad = None
-        return super().step(closure)
+        super().step()
 
     def _turn(self, matrix: Tensor, slope: Tensor, rate: float, decay: float) -> None:
         state = self.state[matrix]
@@ -50,7 +54,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T [m, n], float32: singular values between 0.7 and 1.2."""
+    """About U V^T of a matrix U S V^T [m, n], float32: singular values from 0.6 to 1.2, but for those that were below a
+    two hundredth of all together (of the root of their squares' sum), which stay smaller."""
     flat = matrix.shape[0] <= matrix.shape[1]
     x = matrix.float() if flat else matrix.float().T
     x = x / (x.norm() + 1e-7)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longverse.data.packing import pack
 from longverse.models.network import Attend
-from longverse.train.cpu_attention import attend_documents, fast_here
+from longverse.train.cpu_attention import fast_here, fastest_attention
 from longverse.train.examples import Example
 
 
@@ -123,7 +123,7 @@ def document_attention(bounds: tuple[int, ...]) -> Attend:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # q [1, H, T, D]; k, v [1, G, T, D]
         if fast_here(q):
-            return attend_documents(q, k, v, bounds)
+            return fastest_attention(q, k, v, bounds)
         if len(lengths) > 1 and flash_fits(q):
             if not starts:
                 starts.append(torch.tensor(bounds, dtype=torch.int32, device=q.device))

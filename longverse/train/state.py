@@ -54,7 +54,8 @@ def save_state(
     infos = {f"weight/{name}": TensorInfo(tuple(p.shape), p.dtype) for name, p in parameters.items()}
     if optimizer is not None:
         for moment in MOMENTS:
-            infos |= {f"{moment}/{name}": TensorInfo(tuple(p.shape), p.dtype) for name, p in parameters.items()}
+            held = [(name, p) for name, p in parameters.items() if moment in optimizer.state.get(p, {})]
+            infos |= {f"{moment}/{name}": TensorInfo(tuple(p.shape), p.dtype) for name, p in held}
     rng = torch.get_rng_state()
     infos["rng"] = TensorInfo(tuple(rng.shape), rng.dtype)
     writer = None
@@ -107,7 +108,8 @@ def _tensors(
     for moment in MOMENTS:
         for name, parameter in parameters.items():
             held = optimizer.state.get(parameter, {}).get(moment)
-            yield f"{moment}/{name}", torch.zeros_like(parameter) if held is None else held
+            if held is not None:
+                yield f"{moment}/{name}", held
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -157,11 +159,13 @@ def load_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer 
         with torch.no_grad():
             write_whole(parameter, file.get(f"weight/{name}"))
     torch.set_rng_state(file.get("rng").clone())
-    if optimizer is None or steps == 0 or f"exp_avg/{next(iter(parameters))}" not in file.infos:
+    if optimizer is None or steps == 0:
         return
     for name, parameter in parameters.items():
         moments = {}
         for moment in MOMENTS:
-            moments[moment] = torch.zeros_like(parameter)
-            write_whole(moments[moment], file.get(f"{moment}/{name}"))
-        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+            if f"{moment}/{name}" in file.infos:
+                moments[moment] = torch.zeros_like(parameter)
+                write_whole(moments[moment], file.get(f"{moment}/{name}"))
+        if moments:
+            optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}

@@ -31,7 +31,7 @@ from longverse.train import parallel
 from longverse.train.config import Recipe, Stage
 from longverse.train.examples import Mixture
 from longverse.train.forward import LossModel, training_flops
-from longverse.train.muon import Muon
+from longverse.train.muon import Muon, is_turned
 from longverse.train.parallel import Ranks
 from longverse.train.rows import make_rows
 from longverse.train.state import save_state, trained
@@ -77,8 +77,8 @@ def make_optimizer(model: LossModel, recipe: Recipe) -> torch.optim.AdamW:
     biases, all that has one dimension, decay not."""
     parameters = trained(model.network)
     vectors = [p for p in parameters.values() if p.ndim <= 1]
-    matrices = [p for name, p in parameters.items() if p.ndim > 1 and "layers." in name]
-    tables = [p for name, p in parameters.items() if p.ndim > 1 and "layers." not in name]
+    matrices = [p for name, p in parameters.items() if is_turned(name, p)]
+    tables = [p for name, p in parameters.items() if p.ndim > 1 and not is_turned(name, p)]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay, "muon": recipe.optimizer == "muon"},
         {"params": tables, "weight_decay": recipe.weight_decay},

@@ -1,11 +1,13 @@
 """Recipes: unknown keys, impossible values, schedules, fingerprints."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from longverse.data.config import build
 from longverse.errors import UserError
+from longverse.train.belonging import _difference
 from longverse.train.config import Recipe, Stage
 
 GOOD = {"model": "smol", "stages": [{"name": "a", "data": [{"messages": "m.jsonl"}], "steps": 5, "warmup": 1}]}
@@ -33,6 +35,8 @@ def changed(stage: dict | None = None, **top: object) -> dict:
         (changed(lora={"rank": 0}), "at least 1"),
         (changed(stages=[GOOD["stages"][0]] * 2), "Two stages"),
         (changed(stages=[]), "at least one stage"),
+        (changed(method="full", optimizer="moun"), "did you mean 'muon'"),
+        (changed(method="lora", optimizer="muon"), "optimizer: adamw"),
     ],
 )
 def test_refuses(values: dict, said: str) -> None:
@@ -67,6 +71,18 @@ def test_fingerprint_leaves_out_what_changes_no_weight() -> None:
     recipe = build(Recipe, GOOD)
     assert recipe.fingerprint() == build(Recipe, changed({"micro_tokens": 99}, save_every=3)).fingerprint()
     assert recipe.fingerprint() != build(Recipe, changed({"learning_rate": 1e-5})).fingerprint()
+    assert recipe.fingerprint() == "cd55b2ae92c5f309"  # what checkpoints in the world have
+
+
+def test_another_optimizer_is_said_both_ways() -> None:
+    adamw, muon = (build(Recipe, changed(method="full", optimizer=name)) for name in ("adamw", "muon"))
+    kept = {
+        recipe.optimizer: json.loads(json.dumps(recipe.to_dict())) for recipe in (adamw, muon)
+    }  # as run.json has it
+    assert _difference({"recipe": kept["adamw"]}, muon) == "optimizer: adamw then, muon now"
+    assert _difference({"recipe": kept["muon"]}, adamw) == "optimizer: muon then, adamw now"
+    older = {key: value for key, value in kept["adamw"].items() if key != "optimizer"}
+    assert _difference({"recipe": older}, adamw) == ""
 
 
 @pytest.mark.parametrize(

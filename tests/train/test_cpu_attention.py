@@ -3,6 +3,7 @@
 import itertools
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from longverse.models.attention import reference_attention
 from longverse.models.kernels.chunk import amx_runs_here
 from longverse.train import cpu_attention
-from longverse.train.cpu_attention import attend_documents, causal_attention, tile_attention
-from longverse.train.rows import document_attention
+from longverse.train.cpu_attention import causal_attention, tile_attention
+from longverse.train.rows import document_attention, plain_attention
 
 tiles_alone = pytest.mark.skipif(not amx_runs_here(), reason="this processor has no AMX tiles for bfloat16")
 
@@ -120,6 +121,8 @@ def test_on_tiles_every_last_number_is_finite_where_scores_are_huge():
     data = [x * 40 for x in inputs(4, 4, 200, 32, 5)]
     ours = with_gradients(lambda q, k, v: tile_attention(q, k, v, [0, 70, 200])[0], *data)
     assert all(torch.isfinite(x).all() for x in ours)
+    exact = definition([0, 70, 200])(*(x.float() for x in data[:3]))
+    assert (ours[0] - exact).norm() < 0.02 * exact.norm()
 
 
 def test_same_bits_every_time_and_torch_keeps_its_threads():
@@ -139,15 +142,60 @@ def test_operator_is_what_torch_expects_of_one():
         torch.library.opcheck(tile_attention, arguments, test_utils=names)
 
 
-def test_rows_take_it_for_bfloat16_alone(monkeypatch):
+@pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=tiles_alone)])
+def test_rows_take_it_for_bfloat16_alone(monkeypatch, tiles):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(cpu_attention, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_attention, "tiles_here", lambda q: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     q, k, v, _ = inputs(4, 2, 50, 8, 2)
-    attend = document_attention((0, 20, 50))
-    assert torch.equal(attend(0, q, k, v), attend_documents(q, k, v, [0, 20, 50]))
-    blocks = causal_attention(q, k, v, [0, 20, 50])
-    assert torch.equal(attend(0, q, k, v), blocks) or amx_runs_here()
-    assert (attend(0, q, k, v).float() - blocks.float()).norm() < 0.01 * blocks.float().norm()
-    exact = definition([0, 20, 50])(q.float(), k.float(), v.float())
+    attend, bounds = document_attention((0, 20, 50)), [0, 20, 50]
+    chosen = tile_attention(q, k, v, bounds)[0] if tiles else causal_attention(q, k, v, bounds)
+    assert torch.equal(attend(0, q, k, v), chosen)
+    exact = definition(bounds)(q.float(), k.float(), v.float())
     assert torch.allclose(attend(0, q.float(), k.float(), v.float()), exact, atol=1e-5)
     with pytest.raises(AssertionError):
         assert torch.equal(attend(0, q, k, v).float(), exact)
+
+
+def test_where_there_are_tiles_and_no_kernel_torch_attends_itself(monkeypatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(cpu_attention, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_attention, "bfloat16_runs_here", lambda: False)  # as LONGVERSE_KERNELS=torch does
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    q, k, v, _ = inputs(4, 2, 50, 8, 2)
+    assert not cpu_attention.fast_here(q)
+    assert torch.equal(document_attention((0, 20, 50))(0, q, k, v), plain_attention([20, 30])(0, q, k, v))
+
+
+@tiles_alone
+def test_what_the_kernels_cannot_take_they_refuse():  # type: ignore[no-untyped-def]
+    q, k, v, _ = inputs(4, 2, 50, 32, 2)
+    for odd in (
+        (q, k, v.float(), [0, 50]),
+        (q[:, :3], k, v, [0, 50]),
+        (q, k, v, [0, 40]),
+        (q, k[:, :, :40], v, [0, 50]),
+    ):
+        with pytest.raises(AssertionError):
+            tile_attention(*odd)
+
+
+@tiles_alone
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=6),
+    of_head=st.integers(1, 5),
+    heads=st.integers(1, 5),
+    threads=st.integers(1, 40),
+)
+def test_every_block_is_dealt_once_and_sums_are_few(lengths, of_head, heads, threads):  # type: ignore[no-untyped-def]
+    from longverse.models.kernels.training import layout, shares
+
+    bounds = (0, *itertools.accumulate(lengths))
+    items, slots = shares(bounds, of_head, heads, threads)
+    blocks = [(n, block) for n, length in enumerate(lengths) for block in range(-(-length // 64))]
+    assert sorted(map(tuple, items[:, :3])) == [(head, *block) for head in range(heads) for block in blocks]
+    assert (slots[items[:, 3], 0] == items[:, 0]).all()
+    assert len(slots) <= heads + threads - 1
+    assert slots[:, 1].max() < threads
+    where = layout(bounds, of_head)
+    assert (np.sort(where.rows[where.rows >= 0]) == np.arange(bounds[-1] * of_head)).all()

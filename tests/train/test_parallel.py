@@ -43,8 +43,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     half = {**single, "method": "lora", "precision": "bf16"}  # frozen bf16 weights beside trained float32 ones
     run(1, [(half, folder / "alone" / "bf16", None)])
     jobs.append((half, folder / "bf16", None))
-    run(1, [({**single, **MUON}, folder / "alone" / "muon", None)])
-    jobs.append(({**single, **MUON}, folder / "muon", None))
+    full = {**single, "method": "full", "precision": "bf16"}
+    run(1, [({**single, **MUON}, folder / "alone" / "muon", None), (full, folder / "alone" / "full-bf16", None)])
+    jobs += [({**single, **MUON}, folder / "muon", None)]
+    jobs += [({**full, "sequence": degree}, folder / f"full-bf16-{degree}", None) for degree in (1, 2)]
     run(2, [*jobs, ({**double, "sequence": 2}, folder / "cut", 1), (double, folder / "back", None)])
     run(1, [(double, folder / "cut", None)])
     return folder
@@ -69,6 +71,13 @@ def test_two_ranks_train_as_one(runs: Path, method: str, degree: int) -> None:
 @pytest.mark.slow
 def test_two_ranks_train_frozen_bfloat16_as_one(runs: Path) -> None:
     assert losses(runs / "bf16") == pytest.approx(losses(runs / "alone" / "bf16"), rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", [1, 2])
+def test_two_ranks_train_all_weights_by_bfloat16_products_as_one(runs: Path, degree: int) -> None:
+    """On a processor with AMX tiles through their kernel."""
+    assert losses(runs / f"full-bf16-{degree}") == pytest.approx(losses(runs / "alone" / "full-bf16"), rel=2e-2)
 
 
 @pytest.mark.slow

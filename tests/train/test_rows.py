@@ -126,7 +126,8 @@ def test_the_base_follows_each_documents_own_length() -> None:
     assert torch.equal(cos[:, :100], own)
 
 
-def test_recomputing_does_not_attend_twice() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputing_does_not_attend_twice(autocast: bool) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -134,12 +135,14 @@ def test_recomputing_does_not_attend_twice() -> None:
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             name = str(func)
-            self.attended += "attention_for_cpu" in name and "backward" not in name
+            self.attended += "backward" not in name and any(
+                op in name for op in ("attention_for_cpu", "tile_attention", "causal_attention")
+            )
             self.projected += name in ("aten.silu.default", "aten.silu_.default")
             return func(*args, **(kwargs or {}))
 
     network = random_network(tiny_config())
-    model, row = LossModel(network).train(), make_row(examples(1), "token")
+    model, row = LossModel(network, autocast).train(), make_row(examples(1), "token")
     with Count() as count:
         model(row, recompute=True).backward()
     assert count.attended == network.config.num_layers

@@ -13,6 +13,7 @@ import torch
 
 from longverse.errors import UserError
 from longverse.models.checkpoint import load
+from longverse.models.shards import SafetensorsFile
 from longverse.train.config import Recipe
 from longverse.train.examples import Conversations, Mixture
 from longverse.train.forward import LossModel
@@ -93,6 +94,22 @@ def test_resumes_bit_for_bit(base: Path, tmp_path: Path, method: str, optimizer:
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     for (name, a), b in zip(trained(whole.network).items(), trained(resumed.network).values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_muon_keeps_one_moment_of_a_matrix_before_and_after_a_resume(base: Path, tmp_path: Path) -> None:
+    plan = recipe(base / "model", base / "m.jsonl", method="full", optimizer="muon")
+    run(plan, tmp_path)
+    held = SafetensorsFile(latest(tmp_path / "checkpoints")[0] / "state.safetensors").infos  # type: ignore[index]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert f"exp_avg/{name}" in held
+    assert f"exp_avg_sq/{name}" not in held
+    assert "exp_avg_sq/lm_head.weight" in held
+    network = load(plan.model, dtype="float32").network
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    optimizer = make_optimizer(LossModel(network), plan)
+    load_state(latest(tmp_path / "checkpoints")[0], network, optimizer, 6)  # type: ignore[index]
+    assert set(optimizer.state[network.get_parameter(name)]) == {"step", "exp_avg"}
 
 
 def test_a_stop_writes_a_checkpoint_and_loses_nothing(base: Path, tmp_path: Path) -> None:

@@ -146,18 +146,12 @@ def _chunk_pieces(cache: CacheForm, kind: str) -> dict[str, Any]:
 @lru_cache(maxsize=8)
 def training_kernel(size: int, heads: int, name: str) -> Any:
     """A function of cpu_training for heads of D = size, `heads` query heads of each key/value head."""
-    from . import cpu_training
+    from . import cpu_prefill, cpu_training
 
-    form = CacheForm(size, heads, "bf16")
-    pieces = _chunk_pieces(form, "amx")
     bound: dict[str, Any] = {"SIZE": size, "HEADS": heads, "WORDS": size // 2}
-    bound |= {piece: pieces[piece] for piece in ("copy_row", "clear_row", "pair_values")}
-    bound["copy_rows"] = pieces["lay_keys"]
-    bound |= {
-        "turn_values": pieces["lay_values"],
-        "turn_queries": pieces["lay_tile"],
-        "take_columns": pieces["take_tile"],
-    }
+    bound["TILE_ROWS"] = cpu_training.TILE_ROWS  # in cpu_prefill another's, unless it is bound
+    for piece in ("pair_values", "copy_row", "clear_row", "copy_rows", "turn_values", "turn_queries", "take_columns"):
+        bound[piece] = specialise(getattr(cpu_prefill, piece), **bound)
     for piece in ("gather_rows", "gather_keys", "lay_rows"):
         bound[piece] = specialise(getattr(cpu_training, piece), **bound)
     maker = ("training_kernel", size, heads, name)

@@ -136,14 +136,15 @@ def attend_documents(
 
 
 def attend_backward(
-    rank, team, counter, rows, seen, blocks, documents, items, down, q, k, v, out, slope, log_sums,
+    rank, team, counter, rows, seen, blocks, documents, items, slots, down, q, k, v, out, slope, log_sums,
     queries, slopes, query_pairs, slope_pairs, keys, values, turned, means, sums, dq, dk, dv,
 ):  # fmt: skip
     """The slopes of q, k and v from `slope`, that of out.
 
-    items     int64 [m, 3]: document, block of it, which thread it is for
+    items     int64 [m, 4]: head, document, block of it, and in which of sums its rows are added up
+    slots     int64 [n, 2]: of each of sums its head and its thread
     queries, slopes, query_pairs, slope_pairs  int32 [G, R * WORDS];  keys, values, turned int32 [G, B * BLOCK * WORDS];
-    means     float32 [G, R];  sums float32 [team, G, R * D]: to work in
+    means     float32 [G, R];  sums float32 [n, R * D]: to work in
     dq, dk, dv  as q, k and v, written
     """
     heads, laid = queries.shape[0], BLOCK * WORDS
@@ -173,20 +174,20 @@ def attend_backward(
         gather_keys(k, head, blocks[block], block_rows)
         copy_rows(block_rows, keys[head, here])
         turn_values(block_rows, turned[head, here])
-    mine = sums[rank].reshape(-1)
-    for i in range(mine.size):
-        mine[i] = np.float32(0)
+    for slot in range(len(slots)):
+        if slots[slot, 1] == rank:
+            for i in range(sums.shape[1]):
+                sums[slot, i] = np.float32(0)
     meet(counter, team)
     scale = np.float32(1.4426950408889634) * down
     key_sums, value_sums = np.empty(BLOCK * SIZE, dtype=np.float32), np.empty(BLOCK * SIZE, dtype=np.float32)
     limits = np.empty(GROUP, dtype=np.int32)
     begin_tiles()
-    for head in range(heads):
-        for index in range(len(items)):
-            if items[index, 2] != rank:
-                continue
-            document = documents[items[index, 0]]
-            block, at = document[2] + items[index, 1], items[index, 1] * BLOCK
+    for index in range(len(items)):
+        head, slot = items[index, 0], items[index, 3]
+        if slots[slot, 1] == rank:
+            document = documents[items[index, 1]]
+            block, at = document[2] + items[index, 2], items[index, 2] * BLOCK
             for i in range(BLOCK * SIZE):
                 key_sums[i] = value_sums[i] = np.float32(0)
             # The first row that sees the block is its first token's own; the group that it is in begins before it.
@@ -195,7 +196,7 @@ def attend_backward(
                     backward_unit(
                         SIZE, 0, scale, queries[head], slopes[head], query_pairs[head], slope_pairs[head], row,
                         keys[head], values[head], turned[head], block, limits, log_sums[head], means[head],
-                        sums[rank, head], key_sums, value_sums,
+                        sums[slot], key_sums, value_sums,
                     )  # fmt: skip
                 else:
                     for r in range(GROUP):
@@ -203,7 +204,7 @@ def attend_backward(
                     backward_unit(
                         SIZE, 1, scale, queries[head], slopes[head], query_pairs[head], slope_pairs[head], row,
                         keys[head], values[head], turned[head], block, limits, log_sums[head], means[head],
-                        sums[rank, head], key_sums, value_sums,
+                        sums[slot], key_sums, value_sums,
                     )  # fmt: skip
             for r in range(blocks[block, 1]):
                 key, value = dk[blocks[block, 0] + r, head], dv[blocks[block, 0] + r, head]
@@ -213,14 +214,15 @@ def attend_backward(
     end_tiles()
     meet(counter, team)
     flat = dq.reshape(-1, SIZE)
-    tile = np.empty(16 * SIZE, dtype=np.float32)
+    tile, held = np.empty(16 * SIZE, dtype=np.float32), np.empty(16 * SIZE, dtype=np.float32)
     for index in range(rank, heads * groups * (GROUP // 16), team):
         head, first = index // (groups * (GROUP // 16)), index % (groups * (GROUP // 16)) * 16
-        held = sums[0, head, first * SIZE : (first + 16) * SIZE]
-        for one in range(1, team):
-            added = sums[one, head, first * SIZE : (first + 16) * SIZE]
-            for i in range(16 * SIZE):
-                held[i] += added[i]
+        for i in range(16 * SIZE):
+            held[i] = np.float32(0)
+        for slot in range(len(slots)):
+            if slots[slot, 0] == head:
+                for i in range(16 * SIZE):
+                    held[i] += sums[slot, first * SIZE + i]
         for i in range(0, SIZE, 16):
             transpose_words(held.reshape(-1, 16), i, 0, tile, i, SIZE)
         for r in range(16):

@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .amx import DEPTH, ITEM_TILES, TILE_ROWS
+from .amx_training import GROUP
 from .arrays import array
+from .bf16 import BLOCK
 from .build import team, training_kernel
 from .chunk import amx_runs_here
 
-DEPTH = 32  # as amx.DEPTH
+FEW = 4  # layouts that are held: the layers of a row share one, and a long row's takes megabytes
 
 
 class Layout(NamedTuple):
@@ -37,13 +40,9 @@ def runs_here(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and amx_runs_here()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=FEW)
 def layout(bounds: tuple[int, ...], of_head: int) -> Layout:
     """bounds: where documents begin, and T; of_head: h."""
-    from .amx import ITEM_TILES, TILE_ROWS
-    from .amx_training import GROUP
-    from .bf16 import BLOCK
-
     rows, seen, blocks, documents, items = [], [], [], [], []
     first_row = first_block = 0
     for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
@@ -63,37 +62,51 @@ def layout(bounds: tuple[int, ...], of_head: int) -> Layout:
     return Layout(*(np.asarray(x, dtype=np.int64) for x in (*tables, documents, [item[1:] for item in items])))
 
 
-@lru_cache(maxsize=64)
-def shares(bounds: tuple[int, ...], of_head: int, threads: int) -> np.ndarray:
-    """int64 [blocks, 3]: document, block of it, and the thread that adds up what its keys get. The dearest are dealt
-    first, each to the thread that has least."""
-    from .amx_training import GROUP
-    from .bf16 import BLOCK
+@lru_cache(maxsize=FEW)
+def shares(bounds: tuple[int, ...], of_head: int, heads: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """`items` and `slots` of the backward pass. All blocks of all heads stand in a line, which is cut where each thread
+    gets as much to do; so a thread has sums of few heads, and all threads together of heads + threads - 1 at most."""
+    costs, items = [], []
+    for head in range(heads):
+        for number, (_, padded, _, whole) in enumerate(layout(bounds, of_head).documents):
+            for block in range(int(whole)):
+                costs.append(int(padded) - block * BLOCK * of_head // GROUP * GROUP + GROUP)
+                items.append((head, number, block))
+    middles = np.cumsum(costs) - np.array(costs) / 2
+    thread = np.minimum((middles * threads / sum(costs)).astype(np.int64), threads - 1)
+    slots = list(dict.fromkeys((item[0], int(own)) for item, own in zip(items, thread, strict=True)))
+    places = {slot: n for n, slot in enumerate(slots)}
+    dealt = [(*item, places[item[0], int(own)]) for item, own in zip(items, thread, strict=True)]
+    return np.array(dealt, dtype=np.int64), np.array(slots, dtype=np.int64)
 
-    items = []
-    for number, (_, padded, _, whole) in enumerate(layout(bounds, of_head).documents):
-        for block in range(whole):
-            items.append([int(padded - block * BLOCK * of_head // GROUP * GROUP), number, block])
-    items.sort(key=lambda item: (-item[0], item[1:]))
-    loads, dealt = [0] * threads, []
-    for cost, number, block in items:
-        thread = loads.index(min(loads))
-        loads[thread] += cost + GROUP
-        dealt.append((number, block, thread))
-    return np.array(dealt, dtype=np.int64)
+
+def working_bytes(tokens: int, heads: int, kv_heads: int, size: int, threads: int) -> int:
+    """About what `backward` takes beside its arguments and results, at most."""
+    size += -size % DEPTH
+    sums = min(kv_heads + threads - 1, kv_heads * threads) * (heads // kv_heads) * 4
+    return tokens * size * (sums + 8 * heads + 6 * kv_heads)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]) -> None:
+    assert amx_runs_here(), "no AMX tiles here, or nobody may use them"
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+    assert k.shape == v.shape
+    assert q.shape[0] == k.shape[0] == 1
+    assert q.shape[1] % k.shape[1] == 0
+    assert q.shape[2:] == k.shape[2:]
+    assert bounds[0] == 0 < bounds[-1] == q.shape[2]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """q [1, H, T, D], k and v [1, G, T, D] in bfloat16: the attention of each query within its document, up to itself,
     [1, H, T, D]; and the log-sums [G, rows] that `backward` wants."""
-    from .bf16 import BLOCK
-
+    _check(q, k, v, bounds)
     own, down = q.shape[-1], np.float32(q.shape[-1] ** -0.5)
     q, k, v = (_by_token(x) for x in (q, k, v))
     heads, size, of_head = k.shape[1], q.shape[2], q.shape[1] // k.shape[1]
     where, threads = layout(bounds, of_head), team(torch.get_num_threads())
     rows, blocks = len(where.rows), len(where.blocks) * BLOCK
-    out, log_sums = torch.empty_like(q), torch.empty(heads, rows)
+    out, log_sums = torch.empty_like(q), torch.empty(heads, rows, dtype=torch.float32)
     threads.run(
         training_kernel(size, of_head, "attend_documents"), np.zeros(1, dtype=np.int64), *where, down,
         *map(array, (q, k, v)), _words(heads, rows, size), *(_words(heads, blocks, size) for _ in range(2)),
@@ -106,19 +119,19 @@ def backward(
     slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, bounds: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The slopes of q, k and v from that of `attend`'s result `out`, all shaped like q, k and v."""
-    from .bf16 import BLOCK
-
+    _check(q, k, v, bounds)
     own, down = q.shape[-1], np.float32(q.shape[-1] ** -0.5)
     slope, q, k, v, out = (_by_token(x) for x in (slope, q, k, v, out))
     heads, size, of_head = k.shape[1], q.shape[2], q.shape[1] // k.shape[1]
     where, threads = layout(bounds, of_head), team(torch.get_num_threads())
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     rows, blocks = len(where.rows), len(where.blocks) * BLOCK
-    sums = torch.empty(threads.size, heads, rows * size)
+    items, slots = shares(bounds, of_head, heads, threads.size)
+    sums, means = (torch.empty(n, m, dtype=torch.float32) for n, m in ((len(slots), rows * size), (heads, rows)))
     threads.run(
-        training_kernel(size, of_head, "attend_backward"), *where[:4], shares(bounds, of_head, threads.size), down,
+        training_kernel(size, of_head, "attend_backward"), *where[:4], items, slots, down,
         *map(array, (q, k, v, out, slope, log_sums)), *(_words(heads, rows, size) for _ in range(4)),
-        *(_words(heads, blocks, size) for _ in range(3)), array(torch.empty(heads, rows)), array(sums),
+        *(_words(heads, blocks, size) for _ in range(3)), array(means), array(sums),
         *map(array, (dq, dk, dv)),
     )  # fmt: skip
     return _by_head(dq, own), _by_head(dk, own), _by_head(dv, own)
