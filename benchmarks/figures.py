@@ -372,6 +372,16 @@ def train_throughput(chinese: bool, name: str = "train_throughput") -> str:
     return f"{table(header, rows)}\n\n{results['dtype']}. {machine_line(results, chinese)}\n"
 
 
+def compare_runs(chinese: bool) -> str:
+    """Losses of runs of one recipe with one optimizer and another."""
+    results = load("compare_runs")
+    names = list(results["runs"])
+    rows = [
+        [row["stage"], f"{row['step']:,}", *(f"{row['losses'][name]:.2f}" for name in names)] for row in results["rows"]
+    ]
+    return f"{table(['stage', 'around step', *names], rows)}\n"
+
+
 def reopen(chinese: bool, name: str = "reopen") -> str:
     """A long document read, kept and opened again."""
     results = load(name)
@@ -408,6 +418,7 @@ WRITERS: dict[str, Callable[[bool], str]] = {
     "reopen_256k_amx": lambda chinese: reopen(chinese, "reopen_256k_amx"),
     "train_throughput": train_throughput,
     "train_throughput_amx": lambda chinese: train_throughput(chinese, "train_throughput_amx"),
+    "compare_runs": compare_runs,
     "first_light": first_light,
     "needle": needle,
     "smol_facts": smol_facts,

@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes of a matrix's momentum the nearest matrix whose
 singular values are all alike, so that a step turns every direction as far, also those that gradients seldom point in.
-Its length is that of an AdamW step (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both. On `tiny` it
-learns to look back in four fifths of the steps (docs/recipe.md).
+Its length is that of an AdamW step (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both. `tiny`
+looks back after 900 steps of its recipe, by AdamW after 1,000 (docs/recipe.md).
 
 Embeddings and head are tables of rows, of which few have a gradient; they, norms and biases stay with AdamW.
 """
