@@ -50,6 +50,7 @@ from longverse.train.new import read_texts
 FACTS_SEED = 7_000_003
 SCORED = 256  # tokens whose loss is compared at every length
 DEPTHS = (0.1, 0.4, 0.6, 0.9)
+SPELT = 4  # more tokens than the answer's own, in which a model may spell the same words
 FAR = 1 << 24  # the window is what is studied, so none is enforced
 
 
@@ -146,15 +147,16 @@ def made_facts(model: Engine, text: Path, length: int, count: int) -> float:
         example = source.get(number)
         begin, end, _ = example.spans[0]  # the first question's answer
         prompt, answer = example.ids[:begin].tolist(), example.ids[begin:end].tolist()
-        ended = answer[-1] in model.tokenizer.eos_ids
-        said = model.session(end).complete(prompt, Sampling(max_new_tokens=len(answer))).tokens
-        right += said == (answer[:-1] if ended else answer)
+        if answer[-1] in model.tokenizer.eos_ids:
+            answer = answer[:-1]
+        said = model.session(end + SPELT).complete(prompt, Sampling(max_new_tokens=len(answer) + SPELT)).text
+        right += said.strip() == model.tokenizer.decode(answer).strip()
     return right / count
 
 
 def made_texts(run: Path) -> dict[str, Path]:
     """Texts by language, where the run was trained on facts made on the way: then its own kind of facts is asked for,
-    new ones. A model of two million weights knows no other questions."""
+    new ones. A model of a few million weights knows no other questions."""
     stages = json.loads((run / "run.json").read_text())["recipe"]["stages"]
     if not any(source.get("made") == "facts" for stage in stages for source in stage["data"]):
         return {}
