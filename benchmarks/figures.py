@@ -76,10 +76,12 @@ def needle(chinese: bool) -> str:
     return f"{table([*first, *(f'{n // 1000}K' for n in lengths)], rows)}\n\n{machine_line(results, chinese)}\n"
 
 
-def _share(cell: dict[str, Any] | None, chinese: bool) -> str:
+def _shares(cell: dict[str, Any] | None, names: tuple[str, ...], chinese: bool) -> str:
+    """Shares of one cell and of how many: `92 → 98 % of 52`."""
     if not cell:
         return "–"
-    return f"{100 * cell['right']:.0f} %（{cell['of']}）" if chinese else f"{100 * cell['right']:.0f} % of {cell['of']}"
+    shares = " → ".join(f"{100 * cell[name]:.0f}" for name in names)
+    return f"{shares} %（{cell['of']}）" if chinese else f"{shares} % of {cell['of']}"
 
 
 def smol_facts(chinese: bool) -> str:
@@ -92,7 +94,7 @@ def smol_facts(chinese: bool) -> str:
         if cell["model"] != "smol":
             continue
         for language, found in sorted(cell["found"].items()):
-            cells = [_share(found.get(sort), chinese) for sort in order]
+            cells = [_shares(found.get(sort), ("right", "in_the_end"), chinese) for sort in order]
             length = f"{cell['length']:,}" + (f", {cell['rope']}" if cell["rope"] else "")
             rows.append([length, names[language][chinese], *cells])
     header = ["token 数", "语言"] if chinese else ["tokens", "language"]

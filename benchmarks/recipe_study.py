@@ -1,7 +1,7 @@
 """The model card's claims on a small model: what does each step of the recipe bring, at many times the base window?
 
     longverse extend build/tiny/base --recipe recipes/tiny_cpu.yaml --out runs/tiny          (first)
-    python benchmarks/recipe_study.py runs/tiny --window 2048 --factors 1 2 4 8 16
+    python benchmarks/recipe_study.py runs/tiny --window 2048 --factors 1 2 4 8 16 64
 
 Variants, all from the stages that the run kept (--base, --cpt, --sft name them; the last three when left out, and for
 a run of adapters the model it began with, the first and the last stage):
@@ -15,9 +15,10 @@ a run of adapters the model it began with, the first and the last stage):
                          transformers' dynamic RoPE does it
 
 For each: the loss of the same last 256 tokens with more and more text before them; the loss by position in the longest
-text; the share of invented facts found (four depths, two languages; for a run that was trained on facts made on the
-way, new ones of that kind); the loss of short texts. A variant and length that is done is kept in RUN/study.jsonl, so a
-run that was stopped goes on. Writes benchmarks/results/recipe_study.json
+text of at most 16 times the window; the share of invented facts found (four depths, two languages; for a run that was
+trained on facts made on the way, new ones of that kind, several in a document); the loss of short texts. Past 8 times
+the window fewer texts are read. A variant and length that is done is kept in RUN/study.jsonl, so a run that was stopped
+goes on. Writes benchmarks/results/recipe_study.json
 (--name gives another name) with the claims judged, and with matplotlib the pictures beside it.
 """
 
@@ -29,6 +30,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ from longverse.train.new import read_texts
 FACTS_SEED = 7_000_003
 SCORED = 256  # tokens whose loss is compared at every length
 DEPTHS = (0.1, 0.4, 0.6, 0.9)
+ASKED = 4  # facts of one document that are asked for, where they are of the training's kind
+CURVE = 16  # multiples of the base window: the longest text whose loss is shown by position
 SPELT = 4  # more tokens than the answer's own, in which a model may spell the same words
 FAR = 1 << 24  # the window is what is studied, so none is enforced
 
@@ -83,12 +87,14 @@ class Places:
         return cls((base, None), (str(stages[cpt] / "model"), None), (str(stages[sft] / "model"), None))
 
 
-def engine(place: tuple[str, Path | None], rope: str | None = None, stock: bool = False) -> Engine:
-    """The plain model, without what its name may bring along, in float32."""
+def engine(
+    place: tuple[str, Path | None], rope: str | None = None, stock: bool = False, dtype: str = "float32"
+) -> Engine:
+    """The plain model, without what its name may bring along."""
     name, adapter = place
     opened = open_model(name)
     shape = NetworkConfig.from_dict(opened.config)
-    network = build(shape, opened.tensors, torch.float32, torch.device("cpu"), opened.form)
+    network = build(shape, opened.tensors, getattr(torch, dtype), torch.device("cpu"), opened.form)
     if adapter is not None:
         merge_adapter(network, adapter)
     if rope is not None:
@@ -102,20 +108,21 @@ def engine(place: tuple[str, Path | None], rope: str | None = None, stock: bool 
 
 def variants(places: Places, window: int, factor: int, asked: argparse.Namespace) -> Iterator[tuple[str, Engine]]:
     """What is studied at `factor` times the base window."""
-    yield "base", engine(places.base)
-    yield "abf", engine(places.base, f"abf:{asked.theta:g}")
+    made = partial(engine, dtype=asked.dtype)
+    yield "base", made(places.base)
+    yield "abf", made(places.base, f"abf:{asked.theta:g}")
     if factor > 1:
-        yield "ntk", engine(places.base, f"ntk:{factor}")
-        yield "linear", engine(places.base, f"linear:{factor}")
-        yield "yarn", engine(places.base, f"yarn:{factor}:{window}")
-    yield "abf+cpt", engine(places.cpt)
-    final = engine(places.sft)
+        yield "ntk", made(places.base, f"ntk:{factor}")
+        yield "linear", made(places.base, f"linear:{factor}")
+        yield "yarn", made(places.base, f"yarn:{factor}:{window}")
+    yield "abf+cpt", made(places.cpt)
+    final = made(places.sft)
     dynamic = final.network.config.rope
     if dynamic.kind == "dynamic":
-        yield "abf+cpt+ntk", engine(places.cpt, f"dynamic:{dynamic.factor:g}:{dynamic.original_window}")
+        yield "abf+cpt+ntk", made(places.cpt, f"dynamic:{dynamic.factor:g}:{dynamic.original_window}")
     yield "abf+cpt+ntk+sft" if dynamic.kind == "dynamic" else "abf+cpt+sft", final
     if dynamic.kind == "dynamic":
-        yield "stock", engine(places.sft, stock=True)
+        yield "stock", made(places.sft, stock=True)
 
 
 def measure(
@@ -123,35 +130,40 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of one variant at one length."""
     backend = EngineBackend(model)
-    length, texts, repeats = factor * asked.window, asked.texts, asked.repeats
+    length, repeats = factor * asked.window, asked.repeats
+    texts = max(1, asked.texts * 8 // max(8, factor))
     row: dict[str, Any] = {"length": length}
     row["loss"] = loss_by_length(backend, ids, lengths=[length], scored=SCORED, texts=texts).mean
-    row["short_loss"] = loss_by_position(backend, ids, length=2 * SCORED, texts=4 * texts, blocks=1).mean
+    row["short_loss"] = loss_by_position(backend, ids, length=2 * SCORED, texts=4 * asked.texts, blocks=1).mean
     if curve:
         found = loss_by_position(backend, ids, length=length, texts=texts, blocks=16)
         row["curve"] = [(begin, end, round(loss, 4)) for begin, end, loss, _ in found.blocks]
     if made:
-        count = max(4, 4 * repeats // max(1, factor // 4))
+        count = max(1, 4 * repeats // max(1, factor // 4))
         found_by = {language: made_facts(model, path, length, count) for language, path in made.items()}
-        return row | {"found_en": found_by["en"], "found_zh": found_by["zh"], "facts": 2 * count}
+        shares = {f"found_{language}": right / of for language, (right, of) in found_by.items()}
+        return row | shares | {"facts": sum(of for _, of in found_by.values()), "documents": 2 * count}
     result = run_needle(backend, NeedleSettings((length,), DEPTHS, ("en", "zh"), repeats=repeats))
     return row | {"found_en": result.found("en"), "found_zh": result.found("zh"), "facts": len(result.trials)}
 
 
-def made_facts(model: Engine, text: Path, length: int, count: int) -> float:
-    """The share of facts found that were put into stretches of a text: one a stretch is asked for, and the answer must
-    be the same to the last token."""
+def made_facts(model: Engine, text: Path, length: int, count: int) -> tuple[int, int]:
+    """How many facts are found of how many, in `count` stretches of a text that they were put into. ASKED of a stretch
+    are asked for at most, one after another as in training, the true answers of those before in between; an answer must
+    be the same to the last letter."""
     source = Made("facts", model.tokenizer, model.chat, length * 31 // 32, length, FACTS_SEED, (str(text),))
-    right = 0
+    right = of = 0
     for number in range(count):
         example = source.get(number)
-        begin, end, _ = example.spans[0]  # the first question's answer
-        prompt, answer = example.ids[:begin].tolist(), example.ids[begin:end].tolist()
-        if answer[-1] in model.tokenizer.eos_ids:
-            answer = answer[:-1]
-        said = model.session(end + SPELT).complete(prompt, Sampling(max_new_tokens=len(answer) + SPELT)).text
-        right += said.strip() == model.tokenizer.decode(answer).strip()
-    return right / count
+        session = model.session(len(example.ids) + SPELT)
+        for begin, end, _ in example.spans[:ASKED]:  # each an answer
+            prompt, answer = example.ids[:begin].tolist(), example.ids[begin:end].tolist()
+            if answer[-1] in model.tokenizer.eos_ids:
+                answer = answer[:-1]
+            said = session.complete(prompt, Sampling(max_new_tokens=len(answer) + SPELT)).text
+            right += said.strip() == model.tokenizer.decode(answer).strip()
+            of += 1
+    return right, of
 
 
 def made_texts(run: Path) -> dict[str, Path]:
@@ -236,12 +248,20 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="held-out text, its end is read [novels of $LONGVERSE_SHARED]")
     parser.add_argument("--texts", type=int, default=4, help="stretches of text a loss is the mean of")
     parser.add_argument("--repeats", type=int, default=4, help="facts at each depth and language")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="what is computed in")
     parser.add_argument("--name", default="recipe_study")
     asked = parser.parse_args()
     places = Places.find(asked.run, (asked.base, asked.cpt, asked.sft))
     factors = sorted(asked.factors)
+    longest = max([factor for factor in factors if factor <= CURVE], default=factors[0])
     ids = held_out(asked.text or shared() / "corpora" / "en_novels.jsonl.gz", engine(places.base), asked, factors[-1])
-    settings = {"window": asked.window, "texts": asked.texts, "repeats": asked.repeats, "theta": asked.theta}
+    settings = {
+        "window": asked.window,
+        "texts": asked.texts,
+        "repeats": asked.repeats,
+        "theta": asked.theta,
+        "dtype": asked.dtype,
+    }
     settings |= {"stages": [str(place) for place in (places.base, places.cpt, places.sft)]}
     made = made_texts(asked.run)
     settings["facts"] = "as in training" if made else "needle"
@@ -252,7 +272,7 @@ def main() -> None:
         for name, model in variants(places, asked.window, factor, asked):
             row = done.get((name, factor))
             if row is None:
-                figures = measure(model, ids, factor, asked, factor == factors[-1], made)
+                figures = measure(model, ids, factor, asked, factor == longest, made)
                 row = {"variant": name, "factor": factor, **figures}
                 with journal.open("a") as file:
                     file.write(json.dumps({**row, "settings": settings}) + "\n")
@@ -309,7 +329,7 @@ def tables(rows: list[dict[str, Any]], claims: list[dict[str, Any]], factors: li
 
 
 def pictures(rows: list[dict[str, Any]], path: Path) -> None:
-    """PATH.png: loss and facts by length, and loss by position in the longest text."""
+    """PATH.png: loss and facts by length, and loss by position in the longest text that has it."""
     try:
         import matplotlib
     except ImportError:
@@ -323,7 +343,7 @@ def pictures(rows: list[dict[str, Any]], path: Path) -> None:
         lengths = [row["length"] for row in own]
         axes[0].plot(lengths, [row["loss"] for row in own], marker="o", label=name)
         axes[1].plot(lengths, [_share(row) for row in own], marker="o", label=name)
-        if (curve := own[-1].get("curve")) is not None:
+        for curve in [row["curve"] for row in own if "curve" in row]:
             axes[2].plot([(begin + end) / 2 for begin, end, _ in curve], [loss for *_, loss in curve], label=name)
     titles = ("loss of the same last tokens, nats", "facts found, both languages", "loss by position, nats")
     for panel, title, x in zip(axes, titles, ("tokens read", "tokens read", "position"), strict=True):

@@ -34,6 +34,8 @@ class Prompts:
     places: tuple[tuple[int, ...] | None, ...] = ()
     made_index: Index | None = None
     follows: bool = False  # whether the question follows earlier turns, without which it may not be understood
+    # Of each question, what its prompt holds of each of its `places`, where that is not the whole paragraph.
+    parts: tuple[tuple[str, ...] | None, ...] = ()
 
     @cached_property
     def index(self) -> Index:
@@ -135,7 +137,8 @@ def cited(session: Session, prompts: Prompts, number: int, answer: str, ids: Seq
 
 def attended_by(session: Session, prompts: Prompts, number: int, ids: Sequence[int]) -> Attended | None:
     """Where the tokens of that answer looked, with offsets into the answer as it is shown: stripped."""
-    attended = attend_to(session, prompts.ids[number], ids, prompts.index, prompts.places[number])
+    parts = prompts.parts[number] if prompts.parts else None
+    attended = attend_to(session, prompts.ids[number], ids, prompts.index, prompts.places[number], parts)
     return stripped(session, attended, ids)
 
 

@@ -59,18 +59,21 @@ def token_spans(engine: Engine, prompt: Sequence[int], texts: Sequence[str]) -> 
 
 
 def attend_to(
-    session: Session, prompt: Sequence[int], answer: Sequence[int], index: Index, places: Sequence[int] | None = None
-) -> Attended | None:
+    session: Session, prompt: Sequence[int], answer: Sequence[int], index: Index, places: Sequence[int] | None = None,
+    parts: Sequence[str] | None = None,
+) -> Attended | None:  # fmt: skip
     """What an answer's tokens attended to, over the paragraphs of an index whose documents stand in the prompt, in its
     order. None where there is nothing to look at: an empty answer, attention that is not exact over one cache, or a
     tokenizer whose tokens cannot be spelled. `answer` are the ids that the session just gave for `prompt`, `places` the
-    index's paragraphs in it where it does not hold all of them."""
+    index's paragraphs in it where it does not hold all of them, `parts` what it holds of each of these where that is
+    not all of it (one may then stand among them several times)."""
     if not answer or type(session) is not Session or session.tokens[: len(prompt) - 1] != list(prompt[:-1]):
         return None
     engine = session.engine
     try:
         shown = range(len(index.places)) if places is None else places
-        spans = token_spans(engine, prompt, [index.places[place][1].text for place in shown])
+        texts = parts if parts is not None else [index.places[place][1].text for place in shown]
+        spans = token_spans(engine, prompt, texts)
     except UserError:
         return None
     heads = RETRIEVAL_HEADS.get(engine.name)
@@ -90,10 +93,11 @@ def attend_to(
     logprobs = trace(session, prompt, answer, spans, heads, note)
     shares /= total
     values, columns = shares.topk(min(KEPT, shares.shape[1]))
-    rows = [
-        {shown[column]: value for column, value in zip(c, v, strict=True)}
-        for c, v in zip(columns.tolist(), values.tolist(), strict=True)
-    ]
+    rows: list[dict[int, float]] = []
+    for c, v in zip(columns.tolist(), values.tolist(), strict=True):
+        rows.append({})
+        for column, value in zip(c, v, strict=True):
+            rows[-1][shown[column]] = rows[-1].get(shown[column], 0.0) + value
     offsets, _ = token_offsets(engine.tokenizer.token_bytes(token) or b"" for token in answer)
     return Attended(rows, offsets, float(logprobs.mean()))
 

@@ -25,6 +25,7 @@ _STOP = (
     " will would yes yet you your yours document text say says said state states stated according give find exact"
     " sentence answer question new called"
 )
+RAREST = 0.9  # of the rarity of the rarest word: what is counted as rare as that
 NEIGHBOURS = 8  # paragraphs before and after one in which its names may stand
 STOP = frozenset(_STOP.split())
 # Grammar: a pair with one of them says little.
@@ -221,6 +222,11 @@ def _pairs(run: str) -> list[str]:
     return [a + b for a, b in pairwise(run) if a not in _STOP_HAN and b not in _STOP_HAN]
 
 
+def has_han(text: str) -> bool:
+    """Whether anything of a text is Chinese."""
+    return _HAN_RUN.search(text) is not None
+
+
 def is_han(word: str) -> bool:
     """Whether a term is Chinese."""
     return _HAN_RUN.match(word) is not None
@@ -319,11 +325,20 @@ class Index:
             reached += weight * self.coverage(group, held)
         return reached / total if total else 1.0
 
-    def told_elsewhere(self, wanted: Sequence[tuple[str, ...]], held: frozenset[str]) -> list[tuple[str, ...]]:
+    def told_elsewhere(
+        self, wanted: Sequence[tuple[str, ...]], held: frozenset[str], *, of_the_same: bool = False
+    ) -> list[tuple[str, ...]]:
         """The groups of a question of which a passage lacks words that the documents have together in another sentence,
         beside a word that the passage does hold: what they say in these words they say there. Words that stand nowhere
-        may be the asker's own for something."""
+        may be the asker's own for something.
+
+        of_the_same   only beside the rarest word that question and passage share: beside a commoner one they may stand
+                      by chance
+        """
         shared = {word for group in wanted for word in group} & held
+        if of_the_same:
+            rarest = max(map(self.rarity, shared), default=0.0)
+            shared = {word for word in shared if self.rarity(word) >= RAREST * rarest}
         beside = {place for word in shared for place in self.postings.get(word, ())}
         found = []
         for group in wanted:

@@ -364,6 +364,33 @@ def test_a_passage_about_another_ship_answers_nothing() -> None:
         assert cite(question, said, index, Attended([{0: 0.5}], [0], -0.02)).found is found
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "place", "found"),
+    [
+        # Said of it in other words: that others are spoken of in the question's words is no reason to refuse.
+        ("When does the bell of the Lime Walk school ring?", "Lessons at the Lime Walk school begin at 8:20.", 0, True),
+        # But one that shares nothing with the question but a name is about something else, where others are.
+        ("When does the bell of Lime Walk ring?", "Lime Walk was paved in 1850.", 3, False),
+        # Nor is one that shares nothing at all, however sure the model copied it,
+        ("When does the bell of the Lime Walk school ring?", "At noon the frost had gone.", 0, False),
+        # nor one about another one, though the one that is asked for stands near by.
+        ("How far is the Lime Walk school from the mill?", "From the Old Wharf to the mill it is 9 miles.", 4, False),
+        ("How far is the Old Wharf from the mill?", "From the Old Wharf to the mill it is 9 miles.", 4, True),
+    ],
+)
+def test_what_is_said_in_other_words(question: str, answer: str, place: int, found: bool) -> None:
+    texts = (
+        "At noon the frost had gone. Lessons at the Lime Walk school begin at 8:20.",
+        "The bell of the Old Wharf school rings at 9:10.",
+        "He heard the bell ring in the school of the village.",
+        "Lime Walk was paved in 1850.",
+        "From the Old Wharf to the mill it is 9 miles.",
+        "The bell of Garden Walk rings no more.",
+    )
+    index = Index([decode("\n\n".join(texts).encode(), "r.txt")])
+    assert cite(question, answer, index, Attended([{place: 0.7}], [0], -0.02)).found is found
+
+
 def test_questions_without_words_of_their_own_are_not_refused(index: Index) -> None:
     assert cite("What is it about?", "The curator of the Denton museum is Delia Mitchell.", index).found
     assert not cite("What is it about?", "", index).found

@@ -139,39 +139,64 @@ def test_the_nearest_paragraphs_are_taken_while_they_fit(engine: Engine) -> None
     for text, count in (("\n\n".join([long, *short]), None), (long, 1)):
         document = decode(text.encode(), "a.md")
         prompts = ask.prepare(engine, document, [question], 16)
-        places = second_look.widely(engine, prompts, 0)
-        texts = [prompts.index.places[place][1].text for place in places]
-        assert places == tuple(sorted(places))
+        passages = second_look.widely(engine, prompts, 0)
+        places, texts = [one.place for one in passages], [one.text for one in passages]
+        assert texts == [prompts.index.places[place][1].text for place in places]
+        assert places == sorted(places)
         if count is not None:
             assert len(places) == count
         else:  # the long one has no room, those behind it have
             tokens = [len(engine.tokenizer.encode(text)) for text in texts]
             assert second_look.WIDE - second_look.LEAST - max(tokens) < sum(tokens) <= second_look.WIDE
         chosen = replace(prompts, places=((0, len(prompts.index.places) - 1),))  # nothing but what was selected is read
-        assert set(second_look.widely(engine, chosen, 0)) <= {0, len(prompts.index.places) - 1}
+        assert {one.place for one in second_look.widely(engine, chosen, 0)} <= {0, len(prompts.index.places) - 1}
+
+
+def test_the_nearest_sentences_name_what_is_asked_about(engine: Engine) -> None:
+    """Those with the question's names first, whatever else others share with it; in the documents' order."""
+    text = (
+        "He went to the school when the bell rang, at what time nobody knew. The Lime Walk school begins lessons at"
+        " nine.\n\nThe bell of the Old Wharf school rings at ten. It was late.\n\nLime is a stone."
+    )
+    question = "At what time does the bell of the Lime Walk school ring?"
+    prompts = ask.prepare(engine, decode(text.encode(), "a.txt"), [question], 16)
+    nearest = second_look.closest(prompts, 0, 1)
+    assert nearest == (second_look.Passage(0, "The Lime Walk school begins lessons at nine."),)
+    three = second_look.closest(prompts, 0, 3)
+    assert three[0] in nearest or three[1] in nearest
+    assert [one.place for one in three] == sorted(one.place for one in three)
+    assert "It was late." not in [one.text for one in second_look.closest(prompts, 0, 9)]  # shares no word
+    chosen = replace(prompts, places=((1,),))  # nothing but what was selected is read
+    assert {one.place for one in second_look.closest(chosen, 0, 9)} == {1}
+
+
+def test_a_sentence_of_a_long_paragraph_is_found(engine: Engine) -> None:
+    """No paragraph of it fits a second look; its sentences do, and their attention counts for the paragraph."""
+    story = " ".join(f"On day {n} they went down to the mill and back." for n in range(190))
+    fact = "Ada Hill always carries a snuffbox of ebony."
+    document = decode(f"{story} {fact} {story}".encode(), "long.txt")
+    question = "What is the snuffbox of Ada Hill made of?"
+    prompts = ask.prepare(engine, document, [question], 32)
+    session = engine.session(prompts.planned_tokens)
+    session.read(prompts.ids[0])
+    refused = "The text does not say."
+    found = second_look.checked(session, prompts, 0, refused, engine.tokenizer.encode(refused), SAMPLING)
+    assert (found.first, found.borne_out) == (refused, True)
+    assert "ebony" in found.answer
+    assert found.citations[0].text == fact
+    assert found.signals["attention"] > 0.2
 
 
 def test_where_no_second_look_is_taken(engine: Engine) -> None:
-    """Not for numbered paragraphs, a later turn that needs the ones before, or a passage that is the whole of a long
-    document."""
-    sentences = " ".join(f"The mill number {n} stands in a town." for n in range(190))
-    document = decode(f"{sentences} The owner of the brewery is Ada Hill.".encode(), "long.md")
+    """Not for numbered paragraphs, nor a later turn that needs the ones before, nor once it was stopped."""
     question, wrong = "Who is the owner of the brewery?", "The owner of the brewery is Tom Nobody of Nowhere."
-    prompts = ask.prepare(engine, document, [question], 16)
-    assert len(prompts.ids[0]) > second_look.MOST
-    session = engine.session(prompts.planned_tokens)
-    session.read(prompts.ids[0])
     ids = engine.tokenizer.encode(wrong)
-    for told in (prompts, replace(prompts, numbered=True), replace(prompts, follows=True)):
-        cited = second_look.checked(session, told, 0, wrong, ids, SAMPLING)
-        assert cited.found
-        assert not cited.borne_out
-        assert (cited.first, cited.answer) == ("", wrong)
-
     short = decode(b"The owner of the brewery is Ada Hill.", "short.txt")
     prompts = ask.prepare(engine, short, [question], 16)
     session = engine.session(prompts.planned_tokens)
     session.read(prompts.ids[0])
+    numbered = second_look.checked(session, replace(prompts, numbered=True), 0, wrong, ids, SAMPLING)
+    assert (numbered.borne_out, numbered.first, numbered.answer) == (False, "", wrong)
     stopped = second_look.checked(session, prompts, 0, wrong, ids, SAMPLING, cancelled=lambda: True)
     assert (stopped.first, stopped.answer) == ("", wrong)
     pauses: list[int] = []
