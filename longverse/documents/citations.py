@@ -39,7 +39,7 @@ from .words import (
 REPAIRED = 0.8  # least likeness (difflib's ratio) of a quotation with slips
 SUPPORTED = 0.75  # least share of an answer's own words that its passage must hold
 SAID = 0.8  # share of the question's words from which a passage is about what was asked; below, in other words at most
-HINTED = 0.25  # share of the question's words below which a passage is about something else
+HINTED = 0.25  # share of the question's words below which a passage without its names is about something else
 SURE = 0.9  # share of the question's words in a passage that is shown whatever the model answered
 NOT_FOUND = {"en": "Not found in the document.", "zh": "文档中没有找到。"}
 _REFERENCE = re.compile(r"\s*[\[【]\s*(\d{1,6}(?:\s*[,，、;–-]\s*\d{1,6})*)\s*[\]】]")
@@ -151,7 +151,7 @@ def cite(
         chosen = chosen or _candidates(sentence, asked, index, shares, read)[:1]
         numbers = []
         for place in chosen:
-            citation, signals = _passage(sentence, question, index, place)
+            citation, signals = _passage(sentence, question, index, place, of_all=read is None)
             signals |= {"attention": shares.get(place, 0.0)} if attended is not None else {}
             if citation not in found:
                 found.append(citation)
@@ -165,7 +165,7 @@ def cite(
     if found and asked and (refused or not speaks_of(best)):
         # The answer leads nowhere, and a passage may hold the question's words all the same: then that is shown.
         for place in index.nearest(asked, 3, among=read):
-            citation, signals = _passage(answer, question, index, place)
+            citation, signals = _passage(answer, question, index, place, of_all=read is None)
             if signals["asked"] >= SURE and signals["kind"] and not signals["strangers"]:
                 return Cited(answer, (citation,), ((len(answer), (1,)),), True, best | signals)
     return Cited(answer, tuple(found), tuple(marks), bool(found) and not refused and speaks_of(best), best)
@@ -183,9 +183,9 @@ def speaks_of(signals: dict[str, float]) -> bool:
     All names and numbers of the question must stand in it, its headings or its section (of Chinese, which marks no
     names, its paragraph must have what the documents say elsewhere in these words), and where a number or a time is
     asked for it must have one. Beyond that it holds most of the question's rare words; or it is said in other words
-    (a quarter of it in its own), words that the documents do not use elsewhere for it. Then the answer must be a
-    passage that the model copied with attention and assurance, and names of the question that it lacks must stand in
-    its paragraph or be pointed back to. The limits were set on generated reports (benchmarks/citations.py) and on
+    (with its names or a quarter of its own), words that the documents do not use elsewhere for it. Then the answer must
+    be a passage that the model copied with attention and assurance, and names of the question that it lacks must stand
+    in its paragraph or be pointed back to. The limits were set on generated reports (benchmarks/citations.py) and on
     invented facts in novels and laws (benchmarks/smol_facts.py, other seeds than it reports).
     """
     if signals.get("strangers", 1.0) or not signals.get("kind", 1.0):
@@ -193,7 +193,7 @@ def speaks_of(signals: dict[str, float]) -> bool:
     if signals["asked"] >= SAID:
         return True
     copied = signals["verified"] and signals["answer"] >= SUPPORTED
-    if not copied or signals["asked"] < HINTED or signals["elsewhere"] or signals["apart"]:
+    if not copied or not signals["hinted"] or signals["elsewhere"] or signals["apart"]:
         return False
     if "attention" in signals:
         return signals["attention"] >= 0.1 and signals["logprob"] >= -0.4
@@ -216,8 +216,11 @@ def _candidates(
     return sorted(places, key=lambda place: (-score(place), place))
 
 
-def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Citation, dict[str, float]]:
-    """The passage of one paragraph that a sentence of an answer rests on, its status, and what tells for it."""
+def _passage(
+    sentence: str, question: str, index: Index, place: int, *, of_all: bool
+) -> tuple[Citation, dict[str, float]]:
+    """The passage of one paragraph that a sentence of an answer rests on, its status, and what tells for it. of_all:
+    the model had all paragraphs before it."""
     number, paragraph = index.places[place]
     document = index.documents[number]
     quoted = _QUOTE.search(sentence)
@@ -238,8 +241,9 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
     # The subject may stand in the sentence before: the paragraph counts.
     elsewhere: list[tuple[str, ...]] = []
     if share < SURE:
-        # A passage that has more of the question than names is likely about it, in other words. Chinese marks no names.
-        more = not has_han(question) and bool((asked - names(question)) & said)
+        # One that the model chose of everything, with more of the question in it than names, is likely about it, in
+        # other words. Chinese marks no names.
+        more = of_all and not has_han(question) and bool((asked - names(question)) & said)
         elsewhere = index.told_elsewhere(groups(question), index.words[place], of_the_same=more)
     supported = min(index.coverage(own, held), index.coverage(own, said) + 0.25)  # the headings add a quarter at most
     # A few words in quotation marks bear out themselves and not what is said around them.
@@ -264,6 +268,7 @@ def _passage(sentence: str, question: str, index: Index, place: int) -> tuple[Ci
                 + sum(is_han(g[0]) for g in elsewhere)
                 + has_another_name(question, " \n ".join((*paragraph.heading, paragraph.text)))
             ),
+            "hinted": float(share >= HINTED or (bool(names(question)) and names(question) <= held)),
             "apart": float(
                 not names(question) <= held | index.words[place] and not points_back(paragraph.text[start:end])
             ),

@@ -83,7 +83,7 @@ def second_look(
         return None
     greedy = Sampling(max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
     looked: set[tuple[Passage, ...]] = {()}
-    for passages in ever_less(engine, prompts, number, first):
+    for passages, few in ever_less(engine, prompts, number, first):
         if passages in looked:
             continue
         looked.add(passages)
@@ -108,8 +108,10 @@ def second_look(
         found = cited(apart, alone, 0, text, written)
         if not found.borne_out or not (first.found or brings_what_is_asked(question, found)):
             continue
-        # Chinese marks no names: after nothing was found, a passage in other words may be about anybody.
-        if has_han(question) and not first.found and found.signals.get("asked", 0.0) < SAID:
+        # Of three sentences a small model takes one, whatever is asked; and Chinese marks no names, so that after
+        # nothing was found a passage in other words may be about anybody.
+        own_words = few or (has_han(question) and not first.found)
+        if own_words and found.signals.get("asked", 0.0) < SAID:
             continue
         return found
     return None
@@ -130,16 +132,16 @@ class Passage:
     text: str
 
 
-def ever_less(engine: Engine, prompts: Prompts, number: int, first: Cited) -> Iterator[tuple[Passage, ...]]:
+def ever_less(
+    engine: Engine, prompts: Prompts, number: int, first: Cited
+) -> Iterator[tuple[tuple[Passage, ...], bool]]:
     """What is looked at, one after another: the paragraphs that an answer cites with those nearest to the question in
-    its words, then the cited ones; where nothing was found, the nearest, more of them. Then a few sentences, and
-    fewer."""
-    if first.found:
-        yield from narrowly(prompts, number, first)
-    else:
-        yield widely(engine, prompts, number)
+    its words, then the cited ones; where nothing was found, the nearest, more of them. Then a few sentences, and fewer:
+    whether it is these."""
+    for passages in narrowly(prompts, number, first) if first.found else (widely(engine, prompts, number),):
+        yield passages, False
     for count in SENTENCES:
-        yield closest(prompts, number, count)
+        yield closest(prompts, number, count), True
 
 
 def narrowly(prompts: Prompts, number: int, first: Cited) -> Iterator[tuple[Passage, ...]]:
