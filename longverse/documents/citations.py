@@ -27,7 +27,6 @@ from .words import (
     can_answer,
     groups,
     has_another_name,
-    has_han,
     is_han,
     names,
     normalise,
@@ -242,9 +241,9 @@ def _passage(
     elsewhere: list[tuple[str, ...]] = []
     if share < SURE:
         # One that the model chose of everything, with more of the question in it than names, is likely about it, in
-        # other words. Chinese marks no names.
-        more = of_all and not has_han(question) and bool((asked - names(question)) & said)
-        elsewhere = index.told_elsewhere(groups(question), index.words[place], of_the_same=more)
+        # other words.
+        likely = of_all and bool((asked - names(question)) & said)
+        elsewhere = index.told_elsewhere(groups(question), index.words[place], of_the_same=likely)
     supported = min(index.coverage(own, held), index.coverage(own, said) + 0.25)  # the headings add a quarter at most
     # A few words in quotation marks bear out themselves and not what is said around them.
     whole = quoted is None or sentence.strip(_AROUND) == quoted[1].strip(_AROUND)
