@@ -148,20 +148,18 @@ def measure(
 
 
 def made_facts(model: Engine, text: Path, length: int, count: int) -> tuple[int, int]:
-    """How many facts are found of how many, in `count` stretches of a text that they were put into. ASKED of a stretch
-    are asked for at most, one after another as in training, the true answers of those before in between; an answer must
-    be the same to the last letter."""
+    """How many facts are found of how many, in `count` stretches of a text that they were put into: ASKED of each at
+    most, every one in a conversation of its own; an answer must be the same to the last letter."""
     source = Made("facts", model.tokenizer, model.chat, length * 31 // 32, length, FACTS_SEED, (str(text),))
     right = of = 0
     for number in range(count):
-        example = source.get(number)
-        session = model.session(len(example.ids) + SPELT)
-        for begin, end, _ in example.spans[:ASKED]:  # each an answer
-            prompt, answer = example.ids[:begin].tolist(), example.ids[begin:end].tolist()
-            if answer[-1] in model.tokenizer.eos_ids:
-                answer = answer[:-1]
-            said = session.complete(prompt, Sampling(max_new_tokens=len(answer) + SPELT)).text
-            right += said.strip() == model.tokenizer.decode(answer).strip()
+        story = source.story(number)
+        session = model.session(len(source.get(number).ids) + SPELT)
+        for question, answer in story.asked[:ASKED]:
+            prompt = model.chat.encode([{"role": "user", "content": story.prompt(question)}])
+            written = len(model.tokenizer.encode(answer)) + SPELT
+            said = session.complete(prompt, Sampling(max_new_tokens=written)).text
+            right += said.strip() == answer.strip()
             of += 1
     return right, of
 

@@ -18,6 +18,7 @@ import itertools
 import math
 import random
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ OPEN = {
     ),
 }
 WORDS = {"en": re.compile(r"\b[a-z]{4,9}\b"), "zh": re.compile(r"[\u4e00-\u9fff]{2,3}")}
+
+
+@dataclass(frozen=True)
+class Story:
+    """A text with facts in it, how the first question is put below it, and the questions with their answers."""
+
+    text: str
+    frame: str
+    asked: tuple[tuple[str, str], ...]
+
+    def prompt(self, question: str) -> str:
+        return fill(self.frame, documents=self.text, question=question)
 
 
 class Made:
@@ -99,7 +112,14 @@ class Made:
     def get(self, index: int) -> Example:
         """Example `index`, of a length drawn evenly from the stage's least to its greatest."""
         rng, target = self._begin(index)
-        return self._copy(rng, target, index) if self.kind == "copy" else self._facts(rng, target, index)
+        if self.kind == "copy":
+            return self._copy(rng, target, index)
+        ids, spans = self._encoded(self._story(rng, target))
+        return Example(np.array(ids, dtype=np.int64), tuple(spans), f"facts {index}")
+
+    def story(self, index: int) -> Story:
+        """What example `index` of facts is made of: for asking its questions one by one."""
+        return self._story(*self._begin(index))
 
     def length(self, index: int) -> int:
         """About how many tokens example `index` has, without making it."""
@@ -118,7 +138,7 @@ class Made:
         # That the run begins again cannot be known the first time.
         return Example(ids, ((size + 2, target, 1.0),), f"copy {index}")
 
-    def _facts(self, rng: random.Random, target: int, index: int) -> Example:
+    def _story(self, rng: random.Random, target: int) -> Story:
         language, text, words = rng.choice(self._texts)
         start = rng.randrange(max(1, len(text) - 6 * target))
         maker = FactMaker(language, "train", rng, text[start : start + 6 * target])
@@ -131,24 +151,29 @@ class Made:
             ]
         frame = prompt("stated_facts", language, rng) if rng.random() < 0.6 else "{documents}\n\n{question}"
         size = target * (1 if language == "zh" else 3)
-        ids, spans = self._tell(rng, text[start : start + size], facts, frame, language)
+        told = _tell(rng, text[start : start + size], facts, frame, language)
         for _ in range(3):  # towards the target, then within the limit
-            if 0.9 * target <= len(ids) <= target:
+            length = len(self._encoded(told)[0])
+            if 0.9 * target <= length <= target:
                 break
-            size = max(0, int(size * 0.97 * target / len(ids)))
-            ids, spans = self._tell(rng, text[start : start + size], facts, frame, language)
-        while len(ids) > self.high:
+            size = max(0, int(size * 0.97 * target / length))
+            told = _tell(rng, text[start : start + size], facts, frame, language)
+        while len(self._encoded(told)[0]) > self.high:
             if size > 60:
                 size = size * 3 // 4
             elif len(facts) > 1 or size:
                 size, facts = 0, facts[: max(1, len(facts) - 1)]
             else:
                 frame, facts = "{documents}\n\n{question}", [_open_fact(rng, language, words)]
-            ids, spans = self._tell(rng, text[start : start + size], facts, frame, language)
-        return Example(np.array(ids, dtype=np.int64), tuple(spans), f"facts {index}")
+            told = _tell(rng, text[start : start + size], facts, frame, language)
+        return told
 
-    def _tell(self, rng: random.Random, text: str, facts: list[Told], frame: str, language: str) -> Any:
-        return encode_conversation(_conversation(rng, text, facts, frame, language), self.chat)
+    def _encoded(self, told: Story) -> Any:
+        messages: list[dict[str, Any]] = []
+        for n, (question, answer) in enumerate(told.asked):
+            messages.append({"role": "user", "content": question if n else told.prompt(question)})
+            messages.append({"role": "assistant", "content": answer})
+        return encode_conversation(messages, self.chat)
 
 
 def _open_fact(rng: random.Random, language: str, words: list[str]) -> Told:
@@ -173,13 +198,9 @@ def _beginning(path: Path) -> str:
     return "\n".join(parts)
 
 
-def _conversation(rng: random.Random, text: str, facts: list[Told], frame: str, language: str) -> list[dict[str, Any]]:
+def _tell(rng: random.Random, text: str, facts: list[Told], frame: str, language: str) -> Story:
     sentences = [part for part in re.split(SENTENCE, text)[1:] if part]
     for sentence, _, _ in facts:
         sentences.insert(rng.randint(0, len(sentences)), sentence + ("" if language == "zh" else " "))
-    messages = []
-    for n, (_, question, answer) in enumerate(rng.sample(facts, len(facts))):
-        content = question if n else fill(frame, documents="".join(sentences), question=question)
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": answer})
-    return messages
+    order = rng.sample(facts, len(facts))
+    return Story("".join(sentences), frame, tuple((question, answer) for _, question, answer in order))
