@@ -15,11 +15,17 @@ a run of adapters the model it began with, the first and the last stage):
                          transformers' dynamic RoPE does it
 
 For each: the loss of the same last 256 tokens with more and more text before them; the loss by position in the longest
-text of at most 16 times the window; the share of invented facts found (four depths, two languages; for a run that was
-trained on facts made on the way, new ones of that kind, several in a document); the loss of short texts. Past 8 times
-the window fewer texts are read. A variant and length that is done is kept in RUN/study.jsonl, so a run that was stopped
-goes on. Writes benchmarks/results/recipe_study.json
-(--name gives another name) with the claims judged, and with matplotlib the pictures beside it.
+text of at most 8 times the window; the share of invented facts found (four depths, two languages; for a run that was
+trained on facts made on the way, new ones of that kind, one a document); the loss of short texts. A variant and length
+that is done is kept in RUN/study.jsonl, so a run that was stopped goes on.
+
+From AT_ONCE times the window on, a run with facts of its own is asked in another way, which takes a sixth of the time:
+every document goes through the training's attention in one piece, in bfloat16, and a fact is found when every token of
+its answer is the likeliest; all facts of a document count. `stock`, which means something only token by token, is left
+out there, and so are at more than FEW times the window all but FAR_VARIANTS.
+
+Writes benchmarks/results/recipe_study.json (--name gives another name) with the claims judged, and with matplotlib the
+pictures beside it.
 """
 
 from __future__ import annotations
@@ -30,11 +36,12 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from common import RESULTS, table, write_results
 
 from longverse.evaluation.engine_backend import EngineBackend
@@ -46,14 +53,19 @@ from longverse.models.adapters import is_adapter, merge_adapter
 from longverse.models.checkpoint import build, open_model
 from longverse.models.network import NetworkConfig
 from longverse.models.rope import RopePlan, Rotary
+from longverse.train.examples import Example
 from longverse.train.made import Made
 from longverse.train.new import read_texts
+from longverse.train.rows import Row, document_attention, make_row
 
 FACTS_SEED = 7_000_003
 SCORED = 256  # tokens whose loss is compared at every length
 DEPTHS = (0.1, 0.4, 0.6, 0.9)
-ASKED = 4  # facts of one document that are asked for, where they are of the training's kind
-CURVE = 16  # multiples of the base window: the longest text whose loss is shown by position
+AT_ONCE = 16  # multiples of the base window from which documents are read in one piece
+FACTS = 16  # of such a document at most
+FEW = 16  # multiples past which only FAR_VARIANTS are measured
+FAR_VARIANTS = ("base", "abf", "yarn", "abf+cpt+sft", "abf+cpt+ntk+sft")
+CURVE = 8  # multiples of the base window: the longest text whose loss is shown by position
 SPELT = 4  # more tokens than the answer's own, in which a model may spell the same words
 FAR = 1 << 24  # the window is what is studied, so none is enforced
 
@@ -87,14 +99,12 @@ class Places:
         return cls((base, None), (str(stages[cpt] / "model"), None), (str(stages[sft] / "model"), None))
 
 
-def engine(
-    place: tuple[str, Path | None], rope: str | None = None, stock: bool = False, dtype: str = "float32"
-) -> Engine:
-    """The plain model, without what its name may bring along."""
+def engine(place: tuple[str, Path | None], rope: str | None = None, stock: bool = False) -> Engine:
+    """The plain model, without what its name may bring along, in float32."""
     name, adapter = place
     opened = open_model(name)
     shape = NetworkConfig.from_dict(opened.config)
-    network = build(shape, opened.tensors, getattr(torch, dtype), torch.device("cpu"), opened.form)
+    network = build(shape, opened.tensors, torch.float32, torch.device("cpu"), opened.form)
     if adapter is not None:
         merge_adapter(network, adapter)
     if rope is not None:
@@ -108,21 +118,20 @@ def engine(
 
 def variants(places: Places, window: int, factor: int, asked: argparse.Namespace) -> Iterator[tuple[str, Engine]]:
     """What is studied at `factor` times the base window."""
-    made = partial(engine, dtype=asked.dtype)
-    yield "base", made(places.base)
-    yield "abf", made(places.base, f"abf:{asked.theta:g}")
+    yield "base", engine(places.base)
+    yield "abf", engine(places.base, f"abf:{asked.theta:g}")
     if factor > 1:
-        yield "ntk", made(places.base, f"ntk:{factor}")
-        yield "linear", made(places.base, f"linear:{factor}")
-        yield "yarn", made(places.base, f"yarn:{factor}:{window}")
-    yield "abf+cpt", made(places.cpt)
-    final = made(places.sft)
+        yield "ntk", engine(places.base, f"ntk:{factor}")
+        yield "linear", engine(places.base, f"linear:{factor}")
+        yield "yarn", engine(places.base, f"yarn:{factor}:{window}")
+    yield "abf+cpt", engine(places.cpt)
+    final = engine(places.sft)
     dynamic = final.network.config.rope
     if dynamic.kind == "dynamic":
-        yield "abf+cpt+ntk", made(places.cpt, f"dynamic:{dynamic.factor:g}:{dynamic.original_window}")
+        yield "abf+cpt+ntk", engine(places.cpt, f"dynamic:{dynamic.factor:g}:{dynamic.original_window}")
     yield "abf+cpt+ntk+sft" if dynamic.kind == "dynamic" else "abf+cpt+sft", final
     if dynamic.kind == "dynamic":
-        yield "stock", made(places.sft, stock=True)
+        yield "stock", engine(places.sft, stock=True)
 
 
 def measure(
@@ -133,14 +142,19 @@ def measure(
     length, repeats = factor * asked.window, asked.repeats
     texts = max(1, asked.texts * 8 // max(8, factor))
     row: dict[str, Any] = {"length": length}
-    row["loss"] = loss_by_length(backend, ids, lengths=[length], scored=SCORED, texts=texts).mean
+    # First, of the float32 weights: reading in one piece rounds them.
     row["short_loss"] = loss_by_position(backend, ids, length=2 * SCORED, texts=4 * asked.texts, blocks=1).mean
+    if made and factor >= AT_ONCE:
+        row["loss"] = loss_at_once(model, ids, length, texts)
+    else:
+        row["loss"] = loss_by_length(backend, ids, lengths=[length], scored=SCORED, texts=texts).mean
     if curve:
         found = loss_by_position(backend, ids, length=length, texts=texts, blocks=16)
         row["curve"] = [(begin, end, round(loss, 4)) for begin, end, loss, _ in found.blocks]
     if made:
-        count = max(1, 4 * repeats // max(1, factor // 4))
-        found_by = {language: made_facts(model, path, length, count) for language, path in made.items()}
+        count = 8 * repeats if factor == 1 else max(1, 4 * repeats // max(1, factor // 4))
+        find = facts_at_once if factor >= AT_ONCE else made_facts
+        found_by = {language: find(model, path, length, count) for language, path in made.items()}
         shares = {f"found_{language}": right / of for language, (right, of) in found_by.items()}
         return row | shares | {"facts": sum(of for _, of in found_by.values()), "documents": 2 * count}
     result = run_needle(backend, NeedleSettings((length,), DEPTHS, ("en", "zh"), repeats=repeats))
@@ -148,20 +162,53 @@ def measure(
 
 
 def made_facts(model: Engine, text: Path, length: int, count: int) -> tuple[int, int]:
-    """How many facts are found of how many, in `count` stretches of a text that they were put into: ASKED of each at
-    most, every one in a conversation of its own; an answer must be the same to the last letter."""
+    """How many facts are found of how many, in `count` stretches of a text that they were put into: one of each is
+    asked for, and the answer must be the same to the last letter."""
     source = Made("facts", model.tokenizer, model.chat, length * 31 // 32, length, FACTS_SEED, (str(text),))
-    right = of = 0
+    right = 0
     for number in range(count):
         story = source.story(number)
-        session = model.session(len(source.get(number).ids) + SPELT)
-        for question, answer in story.asked[:ASKED]:
-            prompt = model.chat.encode([{"role": "user", "content": story.prompt(question)}])
-            written = len(model.tokenizer.encode(answer)) + SPELT
-            said = session.complete(prompt, Sampling(max_new_tokens=written)).text
-            right += said.strip() == answer.strip()
+        question, answer = story.asked[0]
+        prompt = model.chat.encode([{"role": "user", "content": story.prompt(question)}])
+        written = len(model.tokenizer.encode(answer)) + SPELT
+        said = model.session(len(prompt) + written).complete(prompt, Sampling(max_new_tokens=written)).text
+        right += said.strip() == answer.strip()
+    return right, count
+
+
+def facts_at_once(model: Engine, text: Path, length: int, count: int) -> tuple[int, int]:
+    """The same in one piece: all facts of a stretch, one after another, the true answers before each in between."""
+    source = Made("facts", model.tokenizer, model.chat, length * 31 // 32, length, FACTS_SEED, (str(text),), FACTS)
+    right = of = 0
+    for number in range(count):
+        example = source.get(number)
+        row = make_row([example], "token")
+        likeliest = (scores(model, row).argmax(-1) == row.targets).tolist()
+        at = 0
+        for begin, end, _ in example.spans:
+            right += all(likeliest[at : at + end - begin])
+            at += end - begin
             of += 1
     return right, of
+
+
+def loss_at_once(model: Engine, ids: list[int], length: int, texts: int) -> float:
+    """The loss of a text's last tokens in one piece, of stretches that end SCORED tokens apart."""
+    losses = []
+    for number in range(texts):
+        end = len(ids) - number * SCORED
+        part = np.array(ids[end - length : end], dtype=np.int64)
+        row = make_row([Example(part, ((length - SCORED, length, 1.0),), "text")], "token")
+        losses.append(float(F.cross_entropy(scores(model, row), row.targets)))
+    return sum(losses) / len(losses)
+
+
+@torch.inference_mode()
+def scores(model: Engine, row: Row) -> torch.Tensor:
+    """Logits float32 [N, V] of the labelled places of a row, computed in bfloat16."""
+    network = model.network.to(torch.bfloat16)
+    hidden = network.model(row.ids, row.positions, row.rope_length, document_attention(row.bounds))
+    return network.lm_head(hidden[0, row.places]).float()
 
 
 def made_texts(run: Path) -> dict[str, Path]:
@@ -246,20 +293,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="held-out text, its end is read [novels of $LONGVERSE_SHARED]")
     parser.add_argument("--texts", type=int, default=4, help="stretches of text a loss is the mean of")
     parser.add_argument("--repeats", type=int, default=4, help="facts at each depth and language")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="what is computed in")
     parser.add_argument("--name", default="recipe_study")
     asked = parser.parse_args()
     places = Places.find(asked.run, (asked.base, asked.cpt, asked.sft))
     factors = sorted(asked.factors)
     longest = max([factor for factor in factors if factor <= CURVE], default=factors[0])
     ids = held_out(asked.text or shared() / "corpora" / "en_novels.jsonl.gz", engine(places.base), asked, factors[-1])
-    settings = {
-        "window": asked.window,
-        "texts": asked.texts,
-        "repeats": asked.repeats,
-        "theta": asked.theta,
-        "dtype": asked.dtype,
-    }
+    settings = {"window": asked.window, "texts": asked.texts, "repeats": asked.repeats, "theta": asked.theta}
     settings |= {"stages": [str(place) for place in (places.base, places.cpt, places.sft)]}
     made = made_texts(asked.run)
     settings["facts"] = "as in training" if made else "needle"
@@ -268,6 +308,8 @@ def main() -> None:
     done = {(row["variant"], row["factor"]): row for row in read_rows(journal) if row.pop("settings") == settings}
     for factor in factors:
         for name, model in variants(places, asked.window, factor, asked):
+            if (made and factor >= AT_ONCE and name == "stock") or (factor > FEW and name not in FAR_VARIANTS):
+                continue
             row = done.get((name, factor))
             if row is None:
                 figures = measure(model, ids, factor, asked, factor == longest, made)

@@ -38,7 +38,7 @@ from .words import (
 REPAIRED = 0.8  # least likeness (difflib's ratio) of a quotation with slips
 SUPPORTED = 0.75  # least share of an answer's own words that its passage must hold
 SAID = 0.8  # share of the question's words from which a passage is about what was asked; below, in other words at most
-HINTED = 0.25  # share of the question's words below which a passage without its names is about something else
+HINTED = 0.18  # share of the question's words below which a passage without its names is about something else
 SURE = 0.9  # share of the question's words in a passage that is shown whatever the model answered
 NOT_FOUND = {"en": "Not found in the document.", "zh": "文档中没有找到。"}
 _REFERENCE = re.compile(r"\s*[\[【]\s*(\d{1,6}(?:\s*[,，、;–-]\s*\d{1,6})*)\s*[\]】]")
@@ -182,7 +182,7 @@ def speaks_of(signals: dict[str, float]) -> bool:
     All names and numbers of the question must stand in it, its headings or its section (of Chinese, which marks no
     names, its paragraph must have what the documents say elsewhere in these words), and where a number or a time is
     asked for it must have one. Beyond that it holds most of the question's rare words; or it is said in other words
-    (with its names or a quarter of its own), words that the documents do not use elsewhere for it. Then the answer must
+    (with its names or a fifth of its own), words that the documents do not use elsewhere for it. Then the answer must
     be a passage that the model copied with attention and assurance, and names of the question that it lacks must stand
     in its paragraph or be pointed back to. The limits were set on generated reports (benchmarks/citations.py) and on
     invented facts in novels and laws (benchmarks/smol_facts.py, other seeds than it reports).

@@ -112,6 +112,18 @@ def test_facts(model: Path, texts: tuple[str, str]) -> None:
             Source(**source)
 
 
+def test_a_story_is_what_an_example_is_made_of(model: Path, texts: tuple[str, str]) -> None:
+    """Its first question, asked alone, is what the example begins with; its answers are the example's, in order."""
+    opened = open_model(str(model))
+    made = Made("facts", opened.tokenizer, opened.chat(), 300, 400, seed=3, texts=texts)
+    for index in range(12):
+        example, story = made.get(index), made.story(index)
+        asked = [{"role": "user", "content": story.prompt(story.asked[0][0])}]
+        assert opened.chat().encode(asked) == example.ids[: example.spans[0][0]].tolist()
+        answers = [opened.tokenizer.decode(example.ids[begin : end - 1].tolist()) for begin, end, _ in example.spans]
+        assert [answer.strip() for answer in answers] == [answer for _, answer in story.asked]
+
+
 def test_a_recipe_from_nothing(texts: tuple[str, str], tmp_path: Path) -> None:
     shape = {"texts": list(texts), "vocabulary": 700, "characters": 50_000, "hidden": 32, "layers": 1, "heads": 2}
     stage = {
