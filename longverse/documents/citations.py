@@ -27,7 +27,9 @@ from .words import (
     can_answer,
     groups,
     has_another_name,
+    has_han,
     is_han,
+    marked_names,
     names,
     normalise,
     points_back,
@@ -241,9 +243,11 @@ def _passage(
     elsewhere: list[tuple[str, ...]] = []
     if share < SURE:
         # One that the model chose of everything, with more of the question in it than names, is likely about it, in
-        # other words.
-        likely = of_all and bool((asked - names(question)) & said)
+        # other words. Of Chinese that can be told only where it marks its names.
+        more = marked_names(question) if has_han(question) else (asked - names(question)) & said
+        likely = of_all and bool(more)
         elsewhere = index.told_elsewhere(groups(question), index.words[place], of_the_same=likely)
+    around = " \n ".join((*paragraph.heading, paragraph.text))
     supported = min(index.coverage(own, held), index.coverage(own, said) + 0.25)  # the headings add a quarter at most
     # A few words in quotation marks bear out themselves and not what is said around them.
     whole = quoted is None or sentence.strip(_AROUND) == quoted[1].strip(_AROUND)
@@ -265,7 +269,8 @@ def _passage(
             "strangers": float(
                 len(names(question) - index.around(place))
                 + sum(is_han(g[0]) for g in elsewhere)
-                + has_another_name(question, " \n ".join((*paragraph.heading, paragraph.text)))
+                + has_another_name(question, around)
+                + sum(name not in normalise(around) for name in marked_names(question))
             ),
             "hinted": float(share >= HINTED or (bool(names(question)) and names(question) <= held)),
             "apart": float(

@@ -19,7 +19,18 @@ from ..inference.sampling import Sampling
 from ..wording import SAYS, language_of, messages
 from .ask import Prompts, cited
 from .citations import SAID, SURE, Cited
-from .words import asks_a_name_unmarked, groups, has_han, is_of_the_kind, names, points_back, sentences, subject, terms
+from .words import (
+    asks_a_name_unmarked,
+    groups,
+    has_han,
+    is_of_the_kind,
+    marked_names,
+    names,
+    points_back,
+    sentences,
+    subject,
+    terms,
+)
 
 NEAREST = 2  # paragraphs nearest to the question in its words that are looked at beside the cited ones
 WIDE = 1024  # tokens of the paragraphs that are looked at where nothing was found
@@ -108,9 +119,9 @@ def second_look(
         found = cited(apart, alone, 0, text, written)
         if not found.borne_out or not (first.found or brings_what_is_asked(question, found)):
             continue
-        # Of three sentences a small model takes one, whatever is asked; and Chinese marks no names, so that after
+        # Of three sentences a small model takes one, whatever is asked; and Chinese seldom marks names, so that after
         # nothing was found a passage in other words may be about anybody.
-        own_words = few or (has_han(question) and not first.found)
+        own_words = few or (has_han(question) and not marked_names(question) and not first.found)
         if own_words and found.signals.get("asked", 0.0) < SAID:
             continue
         return found

@@ -84,6 +84,11 @@ _ASKS = re.compile(
 )
 # In Chinese, which marks no names: four characters and more that end as names of ships, houses and firms do.
 _NAME_HAN = re.compile(rf"^[{HAN}]{{3,}}?(?:[{_NAME_ENDS}]|公司|集团|银行|基金|项目|面包房|学院|大学|法院)")
+# What Chinese does mark as a name: called so, in title or quotation marks, and from where to where.
+_MARKED_HAN = re.compile(
+    rf"(?:名为|叫[做作]?)([{HAN}]{{2,6}}?)的|《([^《》]{{1,40}})》|[“「『]([^“”「」『』]{{1,40}})[”」』]"
+    rf"|从([{HAN}]{{3,8}}?)到(?:([{HAN}]{{3,8}}?)(?=[需要有的，,？?]|$))?"
+)
 _DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 _ASKS_TIME = re.compile(
     r"什么时候|何时|哪一?[年天]|哪个?月|几[年月号]|^when\b|\b(?:which|what) (?:year|month|day|date)\b", re.IGNORECASE
@@ -250,6 +255,14 @@ def names(text: str) -> set[str]:
             if capital.start() and capital.group()[0].isupper():
                 found.update(terms(capital.group()))
     return found
+
+
+def marked_names(question: str) -> frozenset[str]:
+    """What a Chinese question marks as names: 名叫白驹的马, 《茶余杂谈》, 从老槐树茶铺到省城."""
+    if not has_han(question):
+        return frozenset()
+    found = _MARKED_HAN.findall(_ASKING_HAN.sub(" ", question))
+    return frozenset(normalise(name) for names in found for name in names if name)
 
 
 def has_another_name(question: str, passage: str) -> bool:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from longverse.documents.citations import Attended, Cited, cite, match_quote, without_references
 from longverse.documents.reader import Document, decode
 from longverse.documents.report import generate_report, unanswerable
-from longverse.documents.words import Index, can_answer, groups, has_another_name, names, sentences, terms
+from longverse.documents.words import (
+    Index,
+    can_answer,
+    groups,
+    has_another_name,
+    marked_names,
+    names,
+    sentences,
+    terms,
+)
 
 CURATOR = "The curator of the Denton museum is Delia Mitchell"
 WHO = "Who is the curator of the Denton museum?"
@@ -374,8 +383,8 @@ def test_a_passage_about_another_ship_answers_nothing() -> None:
         # Nor is one that shares nothing at all, however sure the model copied it,
         ("When does the bell of the Lime Walk school ring?", "At noon the frost had gone.", 0, False),
         # nor one about another one, though the one that is asked for stands near by.
-        ("How far is the Lime Walk school from the mill?", "From the Old Wharf to the mill it is 9 miles.", 4, False),
-        ("How far is the Old Wharf from the mill?", "From the Old Wharf to the mill it is 9 miles.", 4, True),
+        ("How far is the Lime Walk school from the mill?", "The mill lies 9 miles from the Old Wharf.", 4, False),
+        ("How far is the Old Wharf from the mill?", "The mill lies 9 miles from the Old Wharf.", 4, True),
     ],
 )
 def test_what_is_said_in_other_words(question: str, answer: str, place: int, found: bool) -> None:
@@ -384,7 +393,7 @@ def test_what_is_said_in_other_words(question: str, answer: str, place: int, fou
         "The bell of the Old Wharf school rings at 9:10.",
         "He heard the bell ring in the school of the village.",
         "Lime Walk was paved in 1850.",
-        "From the Old Wharf to the mill it is 9 miles.",
+        "The mill lies 9 miles from the Old Wharf.",
         "The bell of Garden Walk rings no more.",
     )
     index = Index([decode("\n\n".join(texts).encode(), "r.txt")])
@@ -457,3 +466,30 @@ def test_a_date_in_brackets_is_text(mark: str) -> None:
     assert without_references(f"Up [1–2]. {mark} down [3].") == (
         f"Up. {mark} down.", [(2, [0, 1]), (10 + len(mark) - 1, [2])]
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("question", "marked"),
+    [
+        ("名叫黄骠的马每天吃多少斤草料？", {"黄骠"}),
+        ("《茶余杂谈》译成了哪种语言？", {"茶余杂谈"}),
+        ("从老槐树茶铺到省城，马车要走多少个时辰？", {"老槐树茶铺"}),
+        ("从老槐树茶铺到落霞镇，要走多少里？", {"老槐树茶铺", "落霞镇"}),
+        ("“晨星”号是谁造的？", {"晨星"}),
+        ("被叫来的人有多少？", set()),
+        ("从开始到结束用了多久？", set()),
+        ("What is it called?", set()),
+    ],
+)
+def test_names_that_chinese_marks(question: str, marked: set[str]) -> None:
+    assert marked_names(question) == marked
+
+
+@pytest.mark.parametrize("question", ["名叫黄骠的马每天吃多少斤草料？", "从得月楼到省城，马车要走多少个时辰？"])
+def test_a_passage_without_the_marked_name_is_about_another(question: str) -> None:
+    said = "名叫白驹的马每天吃43斤草料。从醉仙居到省城，马车要走27个时辰。"
+    index = Index([decode(f"{said}\n\n石山农场种植小麦。".encode(), "r.md")])
+    answer = said[:15] if "马每天" in question else said[15:]
+    right = question.replace("黄骠", "白驹").replace("得月楼", "醉仙居")
+    for asked, found in ((question, False), (right, True)):
+        assert cite(asked, answer, index, Attended([{0: 0.7}], [0], -0.02)).found is found
