@@ -87,7 +87,7 @@ _NAME_HAN = re.compile(rf"^[{HAN}]{{3,}}?(?:[{_NAME_ENDS}]|公司|集团|银行|
 # What Chinese does mark as a name: called so, in title or quotation marks, and from where to where.
 _MARKED_HAN = re.compile(
     rf"(?:名为|叫[做作]?)([{HAN}]{{2,6}}?)的|《([^《》]{{1,40}})》|[“「『]([^“”「」『』]{{1,40}})[”」』]"
-    rf"|从([{HAN}]{{3,8}}?)到(?:([{HAN}]{{3,8}}?)(?=[需要有的，,？?]|$))?"
+    rf"|从([{HAN}]{{3,8}}?)到(?:([{HAN}]{{2,8}}?)(?=[需要有的，,？?]|$))?"
 )
 _DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 _ASKS_TIME = re.compile(
