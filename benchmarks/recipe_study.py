@@ -297,7 +297,7 @@ def main() -> None:
     asked = parser.parse_args()
     places = Places.find(asked.run, (asked.base, asked.cpt, asked.sft))
     factors = sorted(asked.factors)
-    longest = max([factor for factor in factors if factor <= CURVE], default=factors[0])
+    longest = max([factor for factor in factors if factor <= CURVE], default=0)
     ids = held_out(asked.text or shared() / "corpora" / "en_novels.jsonl.gz", engine(places.base), asked, factors[-1])
     settings = {"window": asked.window, "texts": asked.texts, "repeats": asked.repeats, "theta": asked.theta}
     settings |= {"stages": [str(place) for place in (places.base, places.cpt, places.sft)]}

@@ -181,13 +181,14 @@ def is_refusal(answer: str) -> bool:
 def speaks_of(signals: dict[str, float]) -> bool:
     """Whether a cited passage is about what was asked.
 
-    All names and numbers of the question must stand in it, its headings or its section (of Chinese, which marks no
-    names, its paragraph must have what the documents say elsewhere in these words), and where a number or a time is
-    asked for it must have one. Beyond that it holds most of the question's rare words; or it is said in other words
-    (with its names or a fifth of its own), words that the documents do not use elsewhere for it. Then the answer must
-    be a passage that the model copied with attention and assurance, and names of the question that it lacks must stand
-    in its paragraph or be pointed back to. The limits were set on generated reports (benchmarks/citations.py) and on
-    invented facts in novels and laws (benchmarks/smol_facts.py, other seeds than it reports).
+    All names and numbers of the question must stand in it, its headings or its section (of Chinese, which seldom marks
+    names, those that are marked and what the documents say elsewhere in the question's words must stand in its
+    paragraph), and where a number or a time is asked for it must have one. Beyond that it holds most of the question's
+    rare words; or it is said in other words (with its names or a fifth of its own), words that the documents do not use
+    elsewhere for it. Then the answer must be a passage that the model copied with attention and assurance, and names of
+    the question that it lacks must stand in its paragraph or be pointed back to. The limits were set on generated
+    reports (benchmarks/citations.py) and on invented facts in novels and laws (benchmarks/smol_facts.py, other seeds
+    than it reports).
     """
     if signals.get("strangers", 1.0) or not signals.get("kind", 1.0):
         return False
