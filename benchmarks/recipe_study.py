@@ -64,7 +64,7 @@ DEPTHS = (0.1, 0.4, 0.6, 0.9)
 AT_ONCE = 16  # multiples of the base window from which documents are read in one piece
 FACTS = 16  # of such a document at most
 FEW = 16  # multiples past which only FAR_VARIANTS are measured
-FAR_VARIANTS = ("base", "abf", "yarn", "abf+cpt+sft", "abf+cpt+ntk+sft")
+FAR_VARIANTS = ("base", "yarn", "abf+cpt+sft", "abf+cpt+ntk+sft")
 CURVE = 8  # multiples of the base window: the longest text whose loss is shown by position
 SPELT = 4  # more tokens than the answer's own, in which a model may spell the same words
 FAR = 1 << 24  # the window is what is studied, so none is enforced
@@ -152,7 +152,7 @@ def measure(
         found = loss_by_position(backend, ids, length=length, texts=texts, blocks=16)
         row["curve"] = [(begin, end, round(loss, 4)) for begin, end, loss, _ in found.blocks]
     if made:
-        count = 8 * repeats if factor == 1 else max(1, 4 * repeats // max(1, factor // 4))
+        count = 8 * repeats if factor == 1 else max(2, 4 * repeats // max(1, factor // 4))
         find = facts_at_once if factor >= AT_ONCE else made_facts
         found_by = {language: find(model, path, length, count) for language, path in made.items()}
         shares = {f"found_{language}": right / of for language, (right, of) in found_by.items()}
